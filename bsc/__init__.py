@@ -1,0 +1,68 @@
+"""bsc: cache activations of a language model once, train many sparse coders on them, measure.
+
+The public names below are loaded when they are first used, so that `import bsc` costs nothing.
+`import bsc` also makes zarr-python know the data type `bfloat16`, whichever of the two is imported
+first.
+
+>>> import bsc
+>>> bsc.SparseCoder.__name__
+'SparseCoder'
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from bsc.zarr_on_import import register_with_zarr
+
+if TYPE_CHECKING:
+    from bsc.cache.capture import CaptureConfig, capture
+    from bsc.cache.store import ActivationStore
+    from bsc.errors import UserError
+    from bsc.eval.evaluate import evaluate
+    from bsc.eval.report.report import write_report
+    from bsc.train.coders.coder import SparseCoder
+    from bsc.train.coders.config import CoderConfig
+    from bsc.train.run import Run
+    from bsc.train.sweep import TrainConfig
+    from bsc.train.trainer import train as train_sweep
+
+__all__ = [
+    "ActivationStore",
+    "CaptureConfig",
+    "CoderConfig",
+    "Run",
+    "SparseCoder",
+    "TrainConfig",
+    "UserError",
+    "capture",
+    "evaluate",
+    "train_sweep",
+    "write_report",
+]
+__version__ = "0.1.0"
+
+_HOME = {
+    "ActivationStore": "bsc.cache.store",
+    "CaptureConfig": "bsc.cache.capture",
+    "CoderConfig": "bsc.train.coders.config",
+    "Run": "bsc.train.run",
+    "SparseCoder": "bsc.train.coders.coder",
+    "TrainConfig": "bsc.train.sweep",
+    "UserError": "bsc.errors",
+    "capture": "bsc.cache.capture",
+    "evaluate": "bsc.eval.evaluate",
+    "train_sweep": "bsc.train.trainer",
+    "write_report": "bsc.eval.report.report",
+}
+
+register_with_zarr()
+
+
+def __getattr__(name: str) -> object:
+    if name == "train_sweep":
+        return import_module(_HOME[name]).train
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

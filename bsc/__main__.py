@@ -1,0 +1,5 @@
+"""`python -m bsc` is `bsc`."""
+
+from bsc.cli import main
+
+main()

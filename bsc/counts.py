@@ -1,0 +1,29 @@
+"""Counts as people write them on a command line. Imports the command line's library alone."""
+
+from __future__ import annotations
+
+import re
+
+import typer
+
+__all__ = ["parse_count"]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def parse_count(text: str | int) -> int:
+    """A whole number with an optional unit: k, M, B or T.
+
+    Raises:
+        typer.BadParameter: it is something else.
+
+    >>> parse_count("1.5M"), parse_count("2_000")
+    (1500000, 2000)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmbt]?)", str(text).replace("_", "").lower())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a count. Write 500000, 500k, 10M or 1B.")
+    number = float(match[1]) * _UNITS[match[2]]
+    if number != int(number):
+        raise typer.BadParameter(f"{text!r} is not a whole number.")
+    return int(number)

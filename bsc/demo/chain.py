@@ -1,0 +1,84 @@
+"""`bsc demo`: the whole chain on the embedded model and text, offline, in about two minutes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from bsc.cache.capture import CaptureConfig, capture
+from bsc.cache.text import TextSource
+from bsc.cache.verify import verify
+from bsc.errors import StoreError
+from bsc.eval.evaluate import evaluate
+from bsc.eval.report.report import write_report
+from bsc.files import check_new_folder
+from bsc.train.sweep import TrainConfig
+from bsc.train.trainer import train
+
+__all__ = ["DemoResult", "run_demo"]
+
+T = TypeVar("T")
+
+HOOKPOINT = "layers.3.mlp"
+TOKENS = 655_360
+HELD_OUT_TOKENS = 65_536
+CE_TOKENS = 32_768
+N_LATENTS = 1_536
+KS = (8, 16, 32, 64)
+
+
+class DemoResult(NamedTuple):
+    """What the demo made and how long each stage took."""
+
+    report: Path
+    evaluation: dict[str, Any]
+    seconds: dict[str, float]
+
+
+def run_demo(out: Path) -> DemoResult:
+    """Capture, verify, train, evaluate and report into the folder `out`.
+
+    Raises:
+        UserError: `out` cannot be a new folder.
+    """
+    check_new_folder(out, "demo")
+    seconds: dict[str, float] = {}
+
+    def timed(stage: str, work: Callable[[], T]) -> T:
+        started = time.perf_counter()
+        result = work()
+        seconds[stage] = time.perf_counter() - started
+        return result
+
+    acts = out / "acts"
+    timed(
+        "capture",
+        lambda: capture(
+            CaptureConfig(
+                model="demo",
+                store=acts,
+                text=TextSource(corpus="stdlib"),
+                hookpoints=(HOOKPOINT,),
+                tokens=TOKENS,
+                held_out_tokens=HELD_OUT_TOKENS,
+            )
+        ),
+    )
+    if problems := timed("verify", lambda: list(verify(acts))):
+        raise StoreError("; ".join(problems))
+    sweep = TrainConfig(
+        store=acts,
+        runs=out / "runs",
+        name="demo",
+        dead_after=200_000,
+        log_every=5,
+        coders=(
+            {"code": ["binary", "continuous"], "k": list(KS), "n_latents": N_LATENTS},
+        ),
+    )  # fmt: skip
+    run, _ = timed("train", lambda: train(sweep, "bsc demo"))
+    evaluation = timed("evaluate", lambda: evaluate(run, ce_tokens=CE_TOKENS))
+    report = timed("report", lambda: write_report([run], out / "report.html"))
+    return DemoResult(report, evaluation, seconds)

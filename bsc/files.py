@@ -1,0 +1,100 @@
+"""Writing files so that a reader, or a power cut, never meets half of one.
+
+Imports nothing of this package but its errors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from bsc.errors import UserError
+
+__all__ = [
+    "canonical_json",
+    "check_new_folder",
+    "fsync_folder",
+    "make_folder",
+    "write_atomically",
+    "write_json",
+]
+
+
+def canonical_json(value: Any, *, indent: int | None = 2) -> str:
+    """JSON text that is the same for equal values: sorted keys, no NaN, one final newline."""
+    return json.dumps(value, indent=indent, sort_keys=True, allow_nan=False) + "\n"
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Replace `path` by `data`: temporary file, fsync, rename, fsync of the folder."""
+    raw = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("xb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as canonical JSON, atomically."""
+    write_atomically(path, canonical_json(value))
+
+
+def check_new_folder(path: Path, what: str) -> None:
+    """See that `path` can become a new folder, without making it.
+
+    Args:
+        path: a folder that is not there yet, or is empty.
+        what: what it is to hold, for the message, for example ``"store"``.
+
+    Raises:
+        UserError: it is a file, holds something, or cannot be written.
+    """
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UserError(f"{path}: a {what} is a folder, but {parent} is a file.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{path}: the {what} cannot be written here (no permission to write to {parent}). "
+            f"Name a folder that you may write to."
+        )
+    if parent == path and any(path.iterdir()):
+        raise UserError(
+            f"{path}: this folder is not empty, so no {what} can be started in it. Name another "
+            f"folder, or remove this one first."
+        )
+
+
+def make_folder(path: Path, what: str) -> None:
+    """Make a new folder and its parents.
+
+    Raises:
+        UserError: as `check_new_folder`, or the file system refuses.
+    """
+    check_new_folder(path, what)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{path}: the {what} cannot be written here ({error.strerror}). Name a folder that "
+            f"you may write to."
+        ) from None

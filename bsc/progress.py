@@ -1,0 +1,92 @@
+"""Progress on stderr: what is done, how fast, how long still.
+
+One bar in the same form for every stage. Silent where stderr is no terminal, except for a line at
+the start and the end of a stage, so that logs of batch jobs stay short.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+__all__ = ["Stage", "console", "format_bytes", "stage"]
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def format_bytes(n: float) -> str:
+    """Bytes in decimal units, as disks are sold.
+
+    >>> format_bytes(92.2e12)
+    '92.2 TB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} {self.unit}/s" if speed else f"- {self.unit}/s")
+
+
+class Stage:
+    """Handle of a running stage."""
+
+    def __init__(self, progress: Progress, label: str, total: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task(label, total=total, note="")
+
+    def advance(self, n: int, note: str = "") -> None:
+        """`n` more units are done; `note` is shown beside the rate."""
+        self._progress.update(self._task, advance=n, note=note)
+
+
+@contextmanager
+def stage(label: str, total: int, unit: str) -> Iterator[Stage]:
+    """Show a bar while the block runs; afterwards one line with the time and the mean rate.
+
+    Args:
+        label: what is being done.
+        total: units in all.
+        unit: name of a unit, plural.
+    """
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        _Rate(unit),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    started = time.perf_counter()
+    with progress:
+        handle = Stage(progress, label, total)
+        yield handle
+        done = progress.tasks[0].completed
+    seconds = time.perf_counter() - started
+    rate = done / max(seconds, 1e-9)
+    console.print(f"{label}: {done:,.0f} {unit} in {seconds:.1f} s ({rate:,.0f} {unit}/s)")

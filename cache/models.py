@@ -1,0 +1,203 @@
+"""Finding and loading a language model: the embedded one, a local folder, or the hub.
+
+Weights come from safetensors alone and no code of a model repository is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bsc.demo
+from bsc.errors import UserError, nearest
+
+__all__ = ["SHORT_NAMES", "LanguageModel", "load_model", "resolve_model"]
+
+SHORT_NAMES = {
+    "SmolLM2-135M": "HuggingFaceTB/SmolLM2-135M",
+    "SmolLM2-360M": "HuggingFaceTB/SmolLM2-360M",
+    "SmolLM2-1.7B": "HuggingFaceTB/SmolLM2-1.7B",
+}
+EMBEDDED = "demo"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded model with its tokenizer and what identifies it."""
+
+    name: str
+    """``"demo"``, the id on the hub, or the path of the folder."""
+    revision: str | None
+    """Commit on the hub; None for a folder."""
+    weights_sha256: str | None
+    """Of the safetensors files of a local folder, in the order of their names."""
+    model: Any
+    """The transformers model, on its device, in evaluation mode."""
+    tokenizer: Any
+
+    @property
+    def base(self) -> torch.nn.Module:
+        """The model without its head; hookpoints are named relative to it."""
+        base: torch.nn.Module = self.model.base_model
+        return base
+
+    @property
+    def context(self) -> int:
+        """Longest context of the model, in tokens."""
+        return int(getattr(self.model.config, "max_position_embeddings", 0) or 2048)
+
+    def identity(self) -> dict[str, Any]:
+        """What to record about the model beside anything that was made with it."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "weights_sha256": self.weights_sha256,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "architecture": type(self.model).__name__,
+            "special_token_ids": sorted(self.tokenizer.all_special_ids),
+        }
+
+
+def resolve_model(name: str) -> str:
+    """The folder or hub id that a name on the command line stands for.
+
+    Args:
+        name: ``"demo"``, a short name such as ``"SmolLM2-135M"``, a folder, or a hub id.
+
+    Raises:
+        UserError: it can be none of these.
+    """
+    if name == EMBEDDED:
+        return str(Path(bsc.demo.__path__[0]) / "model")
+    if name in SHORT_NAMES:
+        return SHORT_NAMES[name]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(
+                f"--model {name}: this folder has no config.json, so it is not a model that "
+                f"transformers saved."
+            )
+        return str(path)
+    known = [EMBEDDED, *SHORT_NAMES]
+    if path.is_absolute() or name.startswith((".", "~")) or not _HUB_ID.fullmatch(name):
+        raise UserError(
+            f"--model {name}: no such folder{nearest(name, known)}. Give a folder, an id on the "
+            f"hub (owner/name), or one of {', '.join(known)}."
+        )
+    return name
+
+
+def _weights_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _commit(source: str, revision: str | None) -> str | None:
+    """The commit on the hub that a revision means now, or in the local cache when offline.
+
+    Everything is then loaded from that one commit, and recorded under it.
+    """
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    path = cached_file(source, "config.json", revision=revision)
+    return extract_commit_hash(path, None) or revision
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+    with_head: bool = False,
+) -> LanguageModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: see `resolve_model`.
+        revision: branch, tag or commit on the hub.
+        dtype: ``"auto"`` (that of the checkpoint), ``"float32"``, ``"bfloat16"``, ``"float16"``.
+        device: where to put it.
+        with_head: with the language model head (to measure its loss), or the base model alone.
+
+    Raises:
+        UserError: there is no such model, no network, or it cannot be loaded safely.
+    """
+    import transformers
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    source = resolve_model(name)
+    local = Path(source) if Path(source).is_dir() else None
+    if local is not None and not list(local.glob("*.safetensors")):
+        raise UserError(
+            f"--model {name}: the folder has no *.safetensors weights. bsc loads no pickled "
+            f"weights; save the model again with `save_pretrained`, which writes safetensors."
+        )
+    kind = transformers.AutoModelForCausalLM if with_head else transformers.AutoModel
+    try:
+        if local is None:
+            revision = _commit(source, revision)
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        with _quiet_loading():
+            model = kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    except GatedRepoError:
+        raise UserError(
+            f"--model {name}: {source} is gated on the hub. Accept its terms there and log in "
+            f"with `hf auth login`."
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"--model {name}: the hub has no model {source}{nearest(name, SHORT_NAMES)}. Give a "
+            f"folder, an id on the hub (owner/name), or one of "
+            f"{', '.join([EMBEDDED, *SHORT_NAMES])}."
+        ) from None
+    except (OSError, HfHubHTTPError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        hint = (
+            "Check the folder."
+            if local
+            else "Check the name and the network, or give a local folder; HF_HUB_OFFLINE=1 uses "
+            "what was downloaded before."
+        )
+        raise UserError(
+            f"--model {name}: {source} cannot be loaded: {first_line} {hint}"
+        ) from error
+    model.to(device).eval().requires_grad_(False)
+    return LanguageModel(
+        name=name if name == EMBEDDED else source,
+        revision=None if local else revision,
+        weights_sha256=_weights_hash(local) if local else None,
+        model=model,
+        tokenizer=tokenizer,
+    )
+
+
+class _quiet_loading:
+    """transformers reports weights that the base model leaves out: here that is the LM head."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._before = logging.get_verbosity()
+        self._bar = logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self._before)
+        if self._bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,190 @@
+"""Text as a stream of documents: an embedded corpus, local files, or a dataset on the hub.
+
+Every source yields documents in an order that the seed decides, and marks each as held out or not
+by a rule that needs no second pass (bsc/held_out.py). Nothing is ever all in memory but the names
+of the embedded corpora and a shuffle buffer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bsc.demo.corpus import CORPORA, documents
+from bsc.errors import UserError
+from bsc.held_out import HELD_OUT_FRACTION, is_held_out
+
+__all__ = ["TextDocument", "TextSource", "default_text", "read_text"]
+
+SHUFFLE_BUFFER = 10_000
+"""Documents in the buffer that shuffles a stream."""
+
+_BUILDERS = {
+    ".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet",
+    ".arrow": "arrow",
+}  # fmt: skip
+_DEFAULT_DATASETS = {
+    "HuggingFaceTB/SmolLM2-135M": "EleutherAI/SmolLM2-135M-10B",
+    "HuggingFaceTB/SmolLM2-360M": "EleutherAI/SmolLM2-135M-10B",
+    "HuggingFaceTB/SmolLM2-1.7B": "EleutherAI/SmolLM2-135M-10B",
+}
+
+
+class TextDocument(NamedTuple):
+    """A document with its place in the stream."""
+
+    number: int
+    """Counts the documents of the stream from 0."""
+    text: str
+    held_out: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """Where text comes from. Exactly one of corpus, files and dataset is set."""
+
+    corpus: str | None = None
+    """An embedded corpus: ``"stdlib"`` or ``"env"``."""
+    files: tuple[str, ...] = ()
+    """Local files: txt and md (a file is a document), jsonl, json, parquet, arrow."""
+    dataset: str | None = None
+    """Id of a dataset on the hub."""
+    config_name: str | None = None
+    """Configuration of the dataset on the hub."""
+    split: str = "train"
+    """Split of the dataset on the hub."""
+    revision: str | None = None
+    """Revision of the dataset on the hub."""
+    column: str = "text"
+    """Column that has the text, where there are columns."""
+    held_out: float = HELD_OUT_FRACTION
+    """Share of documents to hold out."""
+    seed: int = 0
+    """Of the order of the documents."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that are set."""
+        return {k: v for k, v in asdict(self).items() if v not in (None, ())}
+
+
+def default_text(model_source: str, model_name: str) -> dict[str, Any]:
+    """Fields of the `TextSource` that goes with a model when none is named.
+
+    Raises:
+        UserError: the model has no default text.
+    """
+    if model_name == "demo":
+        return {"corpus": "stdlib"}
+    if model_source in _DEFAULT_DATASETS:
+        return {"dataset": _DEFAULT_DATASETS[model_source]}
+    raise UserError(
+        f"--text: model {model_name} has no default text. Name files (--text corpus.jsonl), an "
+        f"embedded corpus (--text {' or --text '.join(CORPORA)}), or a dataset on the hub "
+        f"(--dataset OWNER/NAME)."
+    )
+
+
+def parse_text(values: list[str]) -> dict[str, Any]:
+    """Fields of a `TextSource` from the values of ``--text``: one corpus, or files and folders.
+
+    Raises:
+        UserError: a file does not exist, or its kind is not known or differs from the others.
+    """
+    if len(values) == 1 and values[0] in CORPORA:
+        return {"corpus": values[0]}
+    files: list[Path] = []
+    for value in values:
+        path = Path(value).expanduser()
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix in _BUILDERS and p.is_file())
+            if not inside:
+                raise UserError(f"--text {value}: the folder has no {', '.join(_BUILDERS)} files.")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(
+                f"--text {value}: no such file. Give files, folders, or one of "
+                f"{', '.join(CORPORA)}."
+            )
+    kinds = {_BUILDERS.get(p.suffix) for p in files}
+    if None in kinds:
+        odd = next(p for p in files if p.suffix not in _BUILDERS)
+        raise UserError(f"--text {odd}: cannot read {odd.suffix or 'this kind of'} files. "
+                        f"Known are {', '.join(_BUILDERS)}.")  # fmt: skip
+    if len(kinds) > 1:
+        raise UserError("--text: the files are of different kinds. Capture one kind at a time.")
+    return {"files": tuple(str(p.resolve()) for p in files)}
+
+
+def read_text(source: TextSource) -> Iterator[TextDocument]:
+    """The documents of a source, in the order that its seed gives.
+
+    Embedded corpora are permuted exactly; streams by a buffer of 10,000 documents over shuffled
+    files. Embedded documents are held out by name, others by the hash of their text, so that exact
+    copies fall on the same side.
+
+    Raises:
+        UserError: the source cannot be read, or has no such column.
+    """
+    if source.corpus is not None:
+        found = sorted(documents(source.corpus))
+        order = np.random.Generator(np.random.Philox(key=source.seed)).permutation(len(found))
+        for number, i in enumerate(order):
+            document = found[i]
+            held_out = is_held_out(document.name, source.held_out)
+            yield TextDocument(number, document.text, held_out)
+        return
+    for number, text in enumerate(_stream(source)):
+        name = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        yield TextDocument(number, text, is_held_out(name, source.held_out))
+
+
+def _stream(source: TextSource) -> Iterator[str]:
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    what = f"--dataset {source.dataset}" if source.dataset else f"--text {source.files[0]}"
+    options: dict[str, Any] = {"streaming": True}
+    try:
+        if source.dataset is not None:
+            stream = datasets.load_dataset(
+                source.dataset,
+                source.config_name,
+                split=source.split,
+                revision=source.revision,
+                **options,
+            )
+        else:
+            builder = _BUILDERS[Path(source.files[0]).suffix]
+            if builder == "text":
+                options["sample_by"] = "document"
+            stream = datasets.load_dataset(
+                builder, data_files=list(source.files), split="train", **options
+            )
+        stream = stream.shuffle(seed=source.seed, buffer_size=SHUFFLE_BUFFER)
+        for row in stream:
+            if source.column not in row:
+                raise UserError(
+                    f"--column {source.column}: {what} has no such column; it has "
+                    f"{', '.join(map(str, row))}."
+                )
+            text = row[source.column]
+            if not isinstance(text, str):
+                raise UserError(
+                    f"--column {source.column}: {what} has {type(text).__name__} there, not text."
+                )
+            if text:
+                yield text
+    except DatasetNotFoundError:
+        raise UserError(f"{what}: the hub has no such dataset, or no access to it.") from None
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises many kinds for a damaged file and for no network
+        first_line = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise UserError(f"{what}: cannot be read: {first_line}") from error

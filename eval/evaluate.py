@@ -1,0 +1,144 @@
+"""Stage 3: figures of every coder of a run, on documents that no coder was trained on."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save
+
+from bsc.cache.models import LanguageModel, load_model
+from bsc.cache.store import ActivationStore
+from bsc.errors import StoreError
+from bsc.eval.examples import collect_examples
+from bsc.eval.fidelity import measure
+from bsc.eval.loss import context_losses, contexts_of, paired_difference
+from bsc.eval.splice import coder_replacement, mean_replacement, zero_replacement
+from bsc.files import write_atomically, write_json
+from bsc.progress import console, stage
+from bsc.train.run import Run
+from bsc.versions import versions
+
+__all__ = ["EVAL_VERSION", "evaluate"]
+
+EVAL_VERSION = 1
+CE_TOKENS = 100_000
+
+
+def _matching_model(store: ActivationStore, device: torch.device) -> LanguageModel:
+    """The model that the store was captured from, with its head.
+
+    Raises:
+        StoreError: the model of that name has other weights now.
+    """
+    saved = store.attributes["model"]
+    lm = load_model(
+        str(saved["name"]), revision=saved["revision"], dtype=str(saved["dtype"]),
+        device=device, with_head=True,
+    )  # fmt: skip
+    found = lm.identity()
+    for key in ("revision", "weights_sha256"):
+        if found[key] != saved[key]:
+            raise StoreError(
+                f"{store.root}: captured from {saved['name']} with {key} {saved[key]}, but that "
+                f"model now has {found[key]}. Evaluate with the model of the capture."
+            )
+    return lm
+
+
+def _open_store(run: Run, store: Path | None) -> ActivationStore:
+    config = run.config()
+    opened = ActivationStore(store or config["store"])
+    if opened.store_id != config["store_id"]:
+        raise StoreError(
+            f"{opened.root}: this is store {opened.store_id}, but run {run.folder} was trained on "
+            f"store {config['store_id']}. Name that one with --store."
+        )
+    return opened
+
+
+def _losses(
+    lm: LanguageModel, ids: NDArray[np.int64], hookpoints: list[str], store: ActivationStore
+) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """Losses of the model as it is, and what ablating each hookpoint adds."""
+    clean = context_losses(lm, ids, {})
+    ablations = {}
+    for hook in hookpoints:
+        mean = store.train.moments(f"{hook}/output").mean.to(lm.model.device)
+        figures = {}
+        for name, replace in (("zero", zero_replacement), ("mean", mean_replacement(mean))):
+            delta, interval = paired_difference(context_losses(lm, ids, {hook: replace}), clean)
+            figures[name] = {"delta_ce": delta, "interval": list(interval)}
+        ablations[hook] = figures
+    return clean, ablations
+
+
+def evaluate(
+    run: Run, *, store: Path | None = None, ce_tokens: int = CE_TOKENS, device: str | None = None
+) -> dict[str, Any]:
+    """Measure every coder of a run and write eval.json, examples.json and firing counts.
+
+    Args:
+        run: a run whose training has ended.
+        store: where the store is now; None: where it was in training.
+        ce_tokens: held-out tokens for the losses of the language model.
+        device: where to compute; None: a GPU where there is one.
+
+    Returns:
+        What eval.json holds.
+
+    Raises:
+        UserError: the store, its held-out rows or the model are not there or not the same.
+    """
+    opened = _open_store(run, store)
+    split = opened.held_out
+    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    lm = _matching_model(opened, on)
+    ids = contexts_of(split, opened.context, ce_tokens)
+    names = run.coder_names()
+    coders = {name: run.coder(name).to(on) for name in names}
+    hooks = list(dict.fromkeys(str(c.about["hookpoint"]) for c in coders.values()))
+    figures: dict[str, Any] = {}
+    examples: dict[str, Any] = {}
+    with stage("evaluate", len(names) + len(hooks), "coders and baselines") as progress:
+        clean, ablations = _losses(lm, ids, hooks, opened)
+        progress.advance(len(hooks))
+        for name, coder in coders.items():
+            hook = str(coder.about["hookpoint"])
+            fidelity = measure(coder, split, hook)
+            spliced = context_losses(lm, ids, {hook: coder_replacement(coder)})
+            delta, interval = paired_difference(spliced, clean)
+            ablated = ablations[hook]["mean"]["delta_ce"]
+            figures[name] = fidelity.to_json() | {
+                "ce_spliced": float(spliced.mean()),
+                "delta_ce": delta,
+                "delta_ce_interval": list(interval),
+                "loss_recovered_from_mean": 1 - delta / ablated if ablated else None,
+            }
+            examples[name] = collect_examples(coder, split, hook, fidelity.counts, lm.tokenizer)
+            write_atomically(
+                run.coder_folder(name) / "firing.safetensors", save({"counts": fidelity.counts})
+            )
+            progress.advance(1, name)
+    result = {
+        "version": EVAL_VERSION,
+        "store_id": opened.store_id,
+        "model": opened.attributes["model"],
+        "held_out_rows": split.rows,
+        "contexts": len(ids),
+        "context": opened.context,
+        "ce_clean": float(clean.mean()),
+        "ablations": ablations,
+        "coders": figures,
+        "versions": versions(),
+        "device": on.type,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_json(run.folder / "examples.json", examples)
+    write_json(run.eval_path, result)
+    console.print(f"{run.eval_path}: {len(names)} coders on {split.rows:,} held-out rows")
+    return result

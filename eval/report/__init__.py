@@ -1,0 +1,1 @@
+"""The report: one static page, made of figures and a template."""

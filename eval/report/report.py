@@ -1,0 +1,166 @@
+"""`bsc report`: one static HTML page about evaluated runs.
+
+Readable without a script and without a network: style and plots are inline. Text from corpora and
+configs is escaped by the template engine. The same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from bsc.errors import StoreError, UserError
+from bsc.eval.report.figures import (
+    COLOURS,
+    CoderRow,
+    against_k,
+    firing_histograms,
+    training_curves,
+)
+from bsc.files import write_atomically
+from bsc.train.run import Run
+
+__all__ = ["render_report", "write_report"]
+
+
+def _rows(run: Run) -> list[CoderRow]:
+    """Every coder of a run.
+
+    Raises:
+        StoreError: a file of the run is missing or damaged.
+    """
+    figures = run.evaluation()["coders"]
+    try:
+        examples = json.loads((run.folder / "examples.json").read_text())
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"{run.folder}: examples.json cannot be read ({error}). `bsc eval {run.folder}` "
+            f"writes it."
+        ) from None
+    metrics = list(run.metrics())
+    rows = []
+    for planned in run.config()["coders"]:
+        name, coder = planned["name"], planned["coder"]
+        if name not in figures:
+            raise StoreError(
+                f"{run.eval_path}: no figures of coder {name}. Evaluate the run again: "
+                f"bsc eval {run.folder}"
+            )
+        rows.append(
+            CoderRow(
+                run=run.folder.name,
+                name=name,
+                hookpoint=planned["hookpoint"],
+                site=coder["site"],
+                code=coder["code"],
+                k=coder["k"],
+                seed=planned["seed"],
+                optimiser=planned["optimiser"],
+                lr=planned["lr"],
+                n_latents=coder["n_latents"],
+                figures=figures[name],
+                metrics=[m for m in metrics if m["coder"] == name],
+                examples=examples.get(name, []),
+            )
+        )
+    return rows
+
+
+def _summary(rows: list[CoderRow]) -> list[str]:
+    """What the figures say, in sentences with the numbers in them."""
+    sentences = []
+    panels = dict.fromkeys((r.panel, r.seed, r.k) for r in rows)
+    for panel, seed, k in panels:
+        pair = {
+            r.code: r for r in rows if (r.panel, r.seed, r.k) == (panel, seed, k)
+        }  # fmt: skip
+        if set(pair) != {"binary", "continuous"} or seed != rows[0].seed:
+            continue
+        b, c = pair["binary"].figures, pair["continuous"].figures
+        sentences.append(
+            f"{panel}, k = {k}: the binary coder leaves {b['fvu']:.1%} of the variance unexplained, "
+            f"the continuous one {c['fvu']:.1%}. Spliced into the model they cost "
+            f"{b['delta_ce']:.3f} and {c['delta_ce']:.3f} nats per token. Latents that fire on more "
+            f"than 10 % of tokens: {b['latents_above']['0.1']} and {c['latents_above']['0.1']}."
+        )
+    return sentences
+
+
+def _shade(value: float, largest: float) -> int:
+    """Strength of a mark, 0 (silent) to 9 (the strongest of the latent's examples)."""
+    return 0 if value == 0 else max(1, min(9, round(9 * value / largest)))
+
+
+def _marked(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Examples with a strength for each token."""
+    marked = []
+    for latent in examples:
+        largest = max((v for c in latent["contexts"] for _, v in c), default=1.0) or 1.0
+        contexts = [
+            [(text, _shade(value, largest), value) for text, value in context]
+            for context in latent["contexts"]
+        ]
+        marked.append({**latent, "contexts": contexts})
+    return marked
+
+
+def render_report(runs: list[Run]) -> str:
+    """The page, as text.
+
+    Raises:
+        UserError: a run is not evaluated, or its files are damaged.
+    """
+    if not runs:
+        raise UserError("a report needs at least one run.")
+    rows = [row for run in runs for row in _rows(run)]
+    rows.sort(key=lambda r: (r.hookpoint, r.site, r.n_latents, r.code, r.k, r.seed, r.run))
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("bsc.eval.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    evaluations = [run.evaluation() for run in runs]
+    style = (Path(__file__).parent / "style.css").read_text()
+    return environment.get_template("page.html.j2").render(
+        style=Markup(style),
+        colours=COLOURS,
+        runs=[
+            {"name": run.folder.name, "config": run.config(), "evaluation": evaluation}
+            for run, evaluation in zip(runs, evaluations, strict=True)
+        ],
+        rows=rows,
+        several_runs=len(runs) > 1,
+        summary=_summary(rows),
+        fvu=against_k(rows, "fvu", "FVU (held out)"),
+        delta_ce=against_k(
+            rows, "delta_ce", "delta CE, nats per token", interval="delta_ce_interval"
+        ),
+        firing=firing_histograms(rows),
+        curves=training_curves(rows),
+        examples=[(row, _marked(row.examples)) for row in rows],
+    )
+
+
+def write_report(runs: list[Run], out: Path | None = None) -> Path:
+    """Write the page and say where.
+
+    Args:
+        runs: evaluated runs.
+        out: file to write; None: report.html of the first run.
+
+    Raises:
+        UserError: a run is not evaluated, or the file cannot be written.
+    """
+    path = out or runs[0].report_path
+    page = render_report(runs)
+    try:
+        write_atomically(path, page)
+    except OSError as error:
+        raise UserError(f"{path}: the report cannot be written ({error.strerror}).") from None
+    return path

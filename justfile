@@ -1,0 +1,40 @@
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+# list the recipes
+default:
+    @just --list
+
+# format and fix what can be fixed
+fmt:
+    ruff format .
+    ruff check --fix .
+
+# everything CI runs beside the tests and the demo
+lint:
+    ruff format --check .
+    ruff check .
+    lint-imports
+    mypy
+
+# pass arguments through: just test -k store
+test *ARGS:
+    pytest {{ARGS}}
+
+# lint and tests
+check: lint test
+
+# the whole chain on the embedded model
+demo *ARGS:
+    bsc demo {{ARGS}}
+
+# one benchmark: just bench step_size
+bench NAME *ARGS:
+    python benchmarks/bench_{{NAME}}.py {{ARGS}}
+
+# train the embedded model again (an hour on two cores); writes bsc/demo/model
+demo-model *ARGS:
+    python -m bsc.demo.recipe {{ARGS}}
+
+# pin what this environment has installed
+pin:
+    pip freeze --exclude-editable | sed 's/+cpu//' | grep -v '^bsc' > constraints.txt

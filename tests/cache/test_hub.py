@@ -1,0 +1,146 @@
+"""`bsc cache --model SmolLM2-135M` through transformers' and huggingface_hub's own client.
+
+A loopback server speaks as much of the hub's protocol as they use and serves the embedded model
+under that id. The command runs in a process of its own, with HF_ENDPOINT set and an empty cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pytest
+
+from bsc.cache.store import ActivationStore
+from tests.conftest import EMBEDDED
+
+REPO = "HuggingFaceTB/SmolLM2-135M"
+COMMIT = "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The routes of the hub that a model download uses; anything else is recorded and refused."""
+
+    requests: list[str]
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, *, body: bool) -> None:
+        path = unquote(urlsplit(self.path).path)
+        type(self).requests.append(f"{self.command} {path}")
+        if path.startswith(f"/api/models/{REPO}"):
+            siblings = [{"rfilename": p.name} for p in sorted(EMBEDDED.iterdir())]
+            info = {"id": REPO, "modelId": REPO, "sha": COMMIT, "private": False, "gated": False,
+                    "disabled": False, "tags": [], "downloads": 0, "likes": 0,
+                    "siblings": siblings}  # fmt: skip
+            if "/tree/" in path:
+                files = [
+                    {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40}
+                    for p in sorted(EMBEDDED.iterdir())
+                ]
+                return self._send(200, json.dumps(files).encode(), "application/json", body)
+            return self._send(200, json.dumps(info).encode(), "application/json", body)
+        prefix = f"/{REPO}/resolve/"
+        if path.startswith(prefix):
+            name = path.removeprefix(prefix).split("/", 1)[1]
+            file = EMBEDDED / name
+            if file.is_file() and file.parent == EMBEDDED:
+                return self._send(200, file.read_bytes(), "application/octet-stream", body)
+            return self._send(404, b"", "text/plain", body, {"X-Error-Code": "EntryNotFound"})
+        return self._send(404, b"{}", "application/json", body, {"X-Error-Code": "RepoNotFound"})
+
+    def _send(
+        self, status: int, raw: bytes, kind: str, body: bool, more: dict[str, str] | None = None
+    ) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(raw)))
+        self.send_header("ETag", f'"{hashlib.sha256(raw).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        for name, value in (more or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(raw)
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[str, list[str]]]:
+    handler = type("Handler", (Hub,), {"requests": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", handler.requests
+    server.shutdown()
+    server.server_close()
+
+
+def bsc_cache(endpoint: str, folder: Path, model: str, *more: str) -> subprocess.CompletedProcess[str]:
+    unset = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "http_proxy", "HTTP_PROXY")
+    environment = {k: v for k, v in os.environ.items() if k not in unset} | {
+        "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+    }  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", "bsc", "cache", "--model", model, "--store", str(folder / "acts"),
+         "--text", "stdlib", "--tokens", "1000", "--context", "32", "--batch-tokens", "512",
+         "--hookpoints", "layers.{1,4}.mlp", *more],
+        capture_output=True, text=True, env=environment, timeout=240,
+    )  # fmt: skip
+
+
+def test_the_short_name_is_downloaded_from_the_hub_and_captured(
+    hub: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    endpoint, requests = hub
+    done = bsc_cache(endpoint, tmp_path, "SmolLM2-135M")
+    assert done.returncode == 0, done.stderr
+    assert any(r == f"GET /{REPO}/resolve/{COMMIT}/model.safetensors" or
+               (r.startswith(f"GET /{REPO}/resolve/") and r.endswith("model.safetensors"))
+               for r in requests), requests  # fmt: skip
+    assert not [r for r in requests if r.endswith((".bin", ".pt", ".pkl"))  and r.startswith("GET")]
+    store = ActivationStore(tmp_path / "acts")
+    assert store.attributes["model"]["name"] == REPO
+    assert store.attributes["model"]["revision"] == COMMIT
+
+    # The rows are those of the embedded model, which is what the server served.
+    local = bsc_cache(endpoint, tmp_path / "local", str(EMBEDDED))
+    assert local.returncode == 0, local.stderr
+    same = ActivationStore(tmp_path / "local/acts")
+    for name in ("layers.1.mlp/input", "layers.4.mlp/output"):
+        for shard in range(store.train.shards):
+            a, b = (s.train.shard(name, shard).view(np.uint16) for s in (store, same))
+            assert np.array_equal(a, b)
+
+
+def test_a_model_that_the_hub_does_not_have_gets_one_message(
+    hub: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    done = bsc_cache(hub[0], tmp_path, "nobody/nothing")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --model nobody/nothing:") and "Traceback" not in done.stderr
+    assert not (tmp_path / "acts").exists()
+
+
+def test_no_network_gets_one_message(tmp_path: Path) -> None:
+    done = bsc_cache("http://127.0.0.1:9", tmp_path, "SmolLM2-135M")
+    assert done.returncode == 2, done.stderr
+    message = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert message and "the network" in message[0] and "Traceback" not in done.stderr
+    assert not (tmp_path / "acts").exists()

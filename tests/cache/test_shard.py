@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import zarr
+
+from bsc.cache.layout import DATA, ArraySpec, Grid, shard_path
+from bsc.cache.shard import ChannelSums, ShardWriter, map_shard
+from bsc.errors import StoreError
+
+SPEC = ArraySpec("h/input", "bfloat16", 6, ("row", "channel"))
+GRID = Grid(shard_rows=32, chunk_rows=8, shards=2)
+
+
+def every_bfloat16(rows: int) -> np.ndarray:
+    bits = np.arange(rows * 6, dtype=np.uint16) * 341  # walks through all exponents, NaN and inf
+    return bits.view(ml_dtypes.bfloat16).reshape(rows, 6)
+
+
+def write(root: Path, rows: np.ndarray, shard: int = 0, piece: int = 5) -> ShardWriter:
+    writer = ShardWriter(shard_path(root, SPEC, shard), SPEC, GRID)
+    for start in range(0, len(rows), piece):
+        writer.append(rows[start : start + piece])
+    return writer
+
+
+# zarr compares every chunk with its fill value, NaN included.
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_a_shard_is_byte_identical_to_the_one_zarr_python_writes(tmp_path: Path) -> None:
+    rows = every_bfloat16(64)
+    ours = tmp_path / "ours"
+    for shard in range(2):
+        write(ours, rows[32 * shard : 32 * shard + 32], shard).commit(shard, 0)
+    theirs = zarr.create_array(
+        tmp_path / "theirs.zarr", shape=(64, 6), dtype=ml_dtypes.bfloat16, chunks=(8, 6),
+        shards=(32, 6), compressors=None, fill_value=0, config={"write_empty_chunks": True},
+    )  # fmt: skip
+    theirs[:] = rows
+    for shard in range(2):
+        expected = (tmp_path / f"theirs.zarr/c/{shard}/0").read_bytes()
+        assert shard_path(ours, SPEC, shard).read_bytes() == expected
+
+
+def test_zarr_writes_the_metadata_that_we_write(tmp_path: Path) -> None:
+    zarr.create_array(
+        tmp_path / "a.zarr", shape=(64, 6), dtype=ml_dtypes.bfloat16, chunks=(8, 6), shards=(32, 6),
+        compressors=None, fill_value=float("nan"), dimension_names=("row", "channel"),
+    )  # fmt: skip
+    theirs = json.loads((tmp_path / "a.zarr/zarr.json").read_text())
+    ours = SPEC.zarr_json(64, GRID, {})
+    theirs.pop("storage_transformers", None)
+    assert ours == theirs
+
+
+def test_a_mapped_shard_has_the_bits_that_were_appended(tmp_path: Path) -> None:
+    rows = every_bfloat16(32)
+    write(tmp_path, rows, piece=3).commit(0, 0)
+    mapped = map_shard(shard_path(tmp_path, SPEC, 0), SPEC, GRID)
+    assert np.array_equal(mapped.view(np.uint16), rows.view(np.uint16))
+
+
+def test_nothing_has_the_final_name_before_commit_and_nothing_is_left_after_abort(
+    tmp_path: Path,
+) -> None:
+    writer = write(tmp_path, every_bfloat16(20))
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["0.partial"]
+    assert np.array_equal(
+        writer.rows_so_far().view(np.uint16), every_bfloat16(20).view(np.uint16)
+    )
+    writer.abort()
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_sums_leave_out_values_that_are_not_finite_and_count_them() -> None:
+    rows = np.array([[1, np.nan], [3, np.inf], [-5, 2]], dtype=ml_dtypes.bfloat16)
+    sums = ChannelSums(2)
+    sums.add(rows)
+    assert sums.sum.tolist() == [-1.0, 2.0]
+    assert sums.sum_sq.tolist() == [35.0, 4.0]
+    assert sums.non_finite == 2
+
+
+@pytest.mark.parametrize("damage", ["index", "truncated", "missing"])
+def test_a_damaged_shard_is_refused_by_name(tmp_path: Path, damage: str) -> None:
+    write(tmp_path, every_bfloat16(32)).commit(0, 0)
+    path = shard_path(tmp_path, SPEC, 0)
+    raw = bytearray(path.read_bytes())
+    if damage == "index":
+        raw[-20] ^= 1
+        path.write_bytes(raw)
+    elif damage == "truncated":
+        path.write_bytes(raw[:-100])
+    else:
+        path.unlink()
+    with pytest.raises(StoreError, match=str(tmp_path / DATA)):
+        map_shard(path, SPEC, GRID)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from bsc.cache.text import TextSource, parse_text, read_text
+from bsc.errors import UserError
+
+TEXTS = [f"document {i}\nwith two lines" for i in range(50)]
+
+
+def files(folder: Path, kind: str) -> list[str]:
+    if kind == "txt":
+        for i, text in enumerate(TEXTS):
+            (folder / f"{i:02}.txt").write_text(text)
+        return [str(folder)]
+    path = folder / f"corpus.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps({"text": t, "n": 1}) + "\n" for t in TEXTS))
+    else:
+        pd.DataFrame({"text": TEXTS}).to_parquet(path)
+    return [str(path)]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_local_files_give_every_document_once(tmp_path: Path, kind: str) -> None:
+    source = TextSource(**parse_text(files(tmp_path, kind)), seed=1)
+    read = list(read_text(source))
+    assert sorted(d.text for d in read) == sorted(TEXTS)
+    assert [d.number for d in read] == list(range(50))
+    assert [d.text for d in read] != TEXTS  # shuffled
+    assert read == list(read_text(source))
+
+
+def test_the_held_out_share_is_a_property_of_the_text_not_of_the_order(tmp_path: Path) -> None:
+    paths = parse_text(files(tmp_path, "jsonl"))
+    first, second = (
+        {d.text for d in read_text(TextSource(**paths, held_out=0.3, seed=s)) if d.held_out}
+        for s in (0, 1)
+    )
+    assert first == second and 5 < len(first) < 25
+
+
+def test_documents_of_embedded_corpora_come_in_an_order_that_the_seed_decides() -> None:
+    def numbers(seed: int) -> list[str]:
+        return [d.text for d in read_text(TextSource(corpus="stdlib", seed=seed))]
+
+    assert numbers(0) == numbers(0)
+    assert numbers(0) != numbers(1) and sorted(numbers(0)) == sorted(numbers(1))
+
+
+def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
+    source = TextSource(**parse_text(files(tmp_path, "jsonl")), column="body")
+    with pytest.raises(UserError, match=r"--column body: .* it has text, n"):
+        list(read_text(source))
+
+
+def test_damaged_files_give_one_message(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 this is not parquet")
+    with pytest.raises(UserError, match="cannot be read"):
+        list(read_text(TextSource(**parse_text([str(tmp_path / "a.parquet")]))))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["nothing.jsonl"], "no such file"), (["a.csv"], "cannot read .csv"), (["a.txt", "b.jsonl"],
+     "different kinds"), (["."], "the folder has no")],
+)  # fmt: skip
+def test_files_that_cannot_be_text_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        if name not in ("nothing.jsonl", "."):
+            Path(name).write_text("x")
+    with pytest.raises(UserError, match=message):
+        parse_text(names)

@@ -1,0 +1,103 @@
+"""Small real things to test with: a tiny random model, and a store captured from it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import bsc.demo
+from bsc.cache.capture import CaptureConfig, capture
+from bsc.cache.store import ActivationStore
+from bsc.cache.text import TextSource
+from bsc.train.run import Run
+from bsc.train.sweep import TrainConfig
+from bsc.train.trainer import train
+
+EMBEDDED = Path(bsc.demo.__path__[0]) / "model"
+
+
+def make_model(folder: Path, **shape: int) -> Path:
+    """A Llama model with random weights and the embedded tokenizer, saved as transformers does."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{
+            "vocab_size": 4096,
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 64,
+            "max_position_embeddings": 64,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            **shape,
+        }
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def store_path(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of two hookpoints, 6,000 rows. Copy it before changing it."""
+    path = tmp_path_factory.mktemp("stores") / "acts"
+    capture(
+        CaptureConfig(
+            model=str(tiny_model),
+            store=path,
+            text=TextSource(corpus="stdlib", held_out=0.2),
+            hookpoints=("layers.{0,2}.mlp",),
+            tokens=6_000,
+            held_out_tokens=2_000,
+            context=32,
+            batch_tokens=512,
+        )
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def store(store_path: Path) -> ActivationStore:
+    return ActivationStore(store_path)
+
+
+@pytest.fixture
+def store_copy(store_path: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(store_path, tmp_path / "acts")
+
+
+@pytest.fixture(scope="session")
+def run(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A trained run: binary and continuous, every site, two k. Copy it before changing it."""
+    run, _ = train(
+        TrainConfig(
+            store=store_path,
+            runs=tmp_path_factory.mktemp("runs"),
+            name="small",
+            tokens=12_000,
+            batch_rows=256,
+            coders=(
+                {
+                    "hookpoint": "layers.2.mlp",
+                    "site": ["sae", "transcoder", "skip_transcoder"],
+                    "code": ["binary", "continuous"],
+                    "k": [4],
+                    "n_latents": 64,
+                },
+                {"hookpoint": "layers.2.mlp", "code": ["binary", "continuous"], "k": 8,
+                 "n_latents": 64},
+            ),
+        )
+    )  # fmt: skip
+    return run

@@ -1,0 +1,1 @@
+"""Stage 2: store -> trained coders."""

@@ -1,0 +1,1 @@
+"""The coders: maths on tensors. Imports neither store nor training loop."""

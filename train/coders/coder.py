@@ -1,0 +1,205 @@
+"""One coder: encode, decode, and its form on disk.
+
+    pre   = (x - b_dec) W_enc^T + b_enc          b_dec is subtracted by SAEs alone
+    S     = the k largest of pre - theta          theta = exp(log_threshold), 0 if continuous
+    code  = relu(pre)        on S, 0 elsewhere    continuous
+    code  = 1[pre > theta]   on S, 0 elsewhere    binary
+    y_hat = sum_f code_f W_dec[f] + b_dec (+ x W_skip^T)
+
+Shape letters: N rows, F latents, k selected. docs/coders.md has the gradients and the sources.
+
+On disk a coder is a folder with coder.safetensors (encoder.weight [F, d_in], encoder.bias [F],
+W_dec [F, d_out], b_dec [d_out], W_skip [d_out, d_in] and log_threshold [F] where they exist, all
+float32) and config.json.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from bsc.config import parse_config
+from bsc.errors import StoreError
+from bsc.files import write_atomically, write_json
+from bsc.train.coders import kernels
+from bsc.train.coders.config import CoderConfig
+
+__all__ = ["CODER_VERSION", "Code", "SparseCoder", "parameter_shapes"]
+
+CODER_VERSION = 1
+_WEIGHTS, _CONFIG = "coder.safetensors", "config.json"
+
+
+class Code(NamedTuple):
+    """Latent activations of a batch in sparse form; each (N, k)."""
+
+    index: Tensor
+    """The selected latents, int64, no latent twice in a row."""
+    value: Tensor
+    """Their code: 0 where a selected latent is off."""
+    margin: Tensor
+    """pre - theta of the selected latents."""
+
+
+def parameter_shapes(config: CoderConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of a coder's tensors by their names on disk."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder.weight": (config.n_latents, config.d_in),
+        "encoder.bias": (config.n_latents,),
+        "W_dec": (config.n_latents, config.d_out),
+        "b_dec": (config.d_out,),
+    }
+    if config.site == "skip_transcoder":
+        shapes["W_skip"] = (config.d_out, config.d_in)
+    if config.binary:
+        shapes["log_threshold"] = (config.n_latents,)
+    return shapes
+
+
+class SparseCoder:
+    """A trained coder. Computes in the dtype of its tensors; rows are converted to it.
+
+    >>> config = CoderConfig(site="sae", code="binary", k=1, n_latents=2, d_in=2, d_out=2)
+    >>> eye = torch.eye(2)
+    >>> coder = SparseCoder(config, {"encoder.weight": eye, "encoder.bias": torch.zeros(2),
+    ...     "W_dec": 3 * eye, "b_dec": torch.zeros(2), "log_threshold": torch.zeros(2)})
+    >>> coder.forward(torch.tensor([[5.0, 2.0], [0.5, 0.1]]))
+    tensor([[3., 0.],
+            [0., 0.]])
+    """
+
+    def __init__(
+        self,
+        config: CoderConfig,
+        tensors: dict[str, Tensor],
+        *,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        """Take a config and its tensors.
+
+        Args:
+            config: what the coder is.
+            tensors: by the names on disk.
+            about: where it comes from (hookpoint, model, store, training), saved beside it.
+
+        Raises:
+            StoreError: the tensors are not those of such a coder.
+        """
+        shapes = parameter_shapes(config)
+        found = {name: tuple(t.shape) for name, t in tensors.items()}
+        if found != shapes:
+            raise StoreError(f"a coder's tensors should be {shapes}, found {found}.")
+        self.config, self.tensors, self.about = config, tensors, dict(about or {})
+
+    def __getattr__(self, name: str) -> Tensor:
+        tensors: dict[str, Tensor] = self.__dict__.get("tensors", {})
+        if name in tensors:
+            return tensors[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def W_enc(self) -> Tensor:
+        """Encoder, (F, d_in)."""
+        return self.tensors["encoder.weight"]
+
+    @property
+    def b_enc(self) -> Tensor:
+        """Bias of the encoder, (F,)."""
+        return self.tensors["encoder.bias"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensors."""
+        return self.W_enc.dtype
+
+    def to(self, device: str | torch.device) -> SparseCoder:
+        """The same coder on another device."""
+        moved = {name: t.to(device) for name, t in self.tensors.items()}
+        return SparseCoder(self.config, moved, about=self.about)
+
+    def in_units(self, *, x: float, y: float) -> SparseCoder:
+        """The same function on rows that were divided by `x` and `y` when it was trained.
+
+        Args:
+            x: unit of the rows that are encoded.
+            y: unit of the rows that are reconstructed.
+        """
+        factor = {"encoder.weight": 1 / x, "W_dec": y, "b_dec": y, "W_skip": y / x}
+        tensors = {n: t * factor.get(n, 1.0) for n, t in self.tensors.items()}
+        return SparseCoder(self.config, tensors, about=self.about)
+
+    def margins(self, x_Nd: Tensor) -> Tensor:
+        """pre - theta of every latent, (N, F); theta is 0 for a continuous coder."""
+        x_Nd = x_Nd.to(self.dtype)
+        if self.config.site == "sae":
+            x_Nd = x_Nd - self.b_dec
+        bias = self.b_enc - self.log_threshold.exp() if self.config.binary else self.b_enc
+        return torch.nn.functional.linear(x_Nd, self.W_enc, bias)
+
+    def encode(self, x_Nd: Tensor) -> Code:
+        """Code of rows: (N, d_in) of any float dtype."""
+        margin, index = kernels.select_topk(self.margins(x_Nd), self.config.k)
+        value = (margin > 0).to(margin.dtype) if self.config.binary else margin.relu()
+        return Code(index, value, margin)
+
+    def skip(self, x_Nd: Tensor) -> Tensor:
+        """What the coder gives with every latent off, (N, d_out): b_dec, and x W_skip^T if any."""
+        if "W_skip" in self.tensors:
+            return torch.nn.functional.linear(x_Nd.to(self.dtype), self.W_skip, self.b_dec)
+        return self.b_dec.expand(len(x_Nd), -1)
+
+    def decode(self, code: Code, x_Nd: Tensor) -> Tensor:
+        """y_hat, (N, d_out), of a code and the rows that it is of (for the skip path)."""
+        return kernels.decode(code.index, code.value, self.W_dec) + self.skip(x_Nd)
+
+    def forward(self, x_Nd: Tensor) -> Tensor:
+        """y_hat of rows, (N, d_out)."""
+        return self.decode(self.encode(x_Nd), x_Nd)
+
+    __call__ = forward
+
+    def save(self, folder: Path) -> None:
+        """Write the coder to `folder`, which is made if need be."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {n: t.detach().cpu().contiguous() for n, t in self.tensors.items()}
+        write_atomically(folder / _WEIGHTS, save(tensors))
+        write_json(
+            folder / _CONFIG,
+            {"version": CODER_VERSION, "coder": self.config.model_dump(), "about": self.about},
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SparseCoder:
+        """Read a coder that `save` wrote, bit for bit.
+
+        Raises:
+            StoreError: the folder has no coder, or one that is damaged or of another version.
+            ConfigError: its config has a wrong field.
+        """
+        folder = Path(folder)
+        try:
+            saved = json.loads((folder / _CONFIG).read_text())
+            version, values, about = saved["version"], saved["coder"], saved["about"]
+        except FileNotFoundError:
+            raise StoreError(f"{folder}: no coder here ({_CONFIG} is missing).") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{folder / _CONFIG}: not a coder's config ({error!r}).") from None
+        if version != CODER_VERSION:
+            raise StoreError(
+                f"{folder}: a coder of format version {version}; this bsc reads {CODER_VERSION}."
+            )
+        config = parse_config(CoderConfig, values, str(folder / _CONFIG))
+        try:
+            tensors = load_file(folder / _WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"{folder / _WEIGHTS}: cannot be read ({error}).") from None
+        try:
+            return cls(config, tensors, about=about)
+        except StoreError as error:
+            raise StoreError(f"{folder / _WEIGHTS}: {error}") from None

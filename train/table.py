@@ -1,0 +1,24 @@
+"""The table of coders that ends a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from bsc.train.trainer import CoderSummary
+
+__all__ = ["summary_table"]
+
+
+def summary_table(summaries: Iterable[CoderSummary]) -> None:
+    """Print the last training figures of every coder on stdout."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("coder")
+    for title in ("FVU (train)", "L0", "dead"):
+        table.add_column(title, justify="right")
+    for s in summaries:
+        note = f"  (not finite at step {s.frozen_at})" if s.frozen_at is not None else ""
+        table.add_row(s.name + note, f"{s.fvu:.4f}", f"{s.l0:.1f}", f"{s.dead:.1%}")
+    Console(highlight=False, soft_wrap=True).print(table)

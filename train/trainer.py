@@ -1,0 +1,303 @@
+"""Stage 2: one read of the store trains every coder of a sweep.
+
+Coders that share hookpoint, site and number of latents form a bank; every bank sees every batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bsc.cache.loader import Loader
+from bsc.cache.store import ActivationStore, Moments
+from bsc.errors import ConfigError, UserError
+from bsc.files import canonical_json, check_new_folder, make_folder, write_json
+from bsc.progress import console, stage
+from bsc.train.coders.bank import Bank, StepResult
+from bsc.train.coders.coder import SparseCoder
+from bsc.train.optim import ScheduleFreeSignSGD, make_optimiser
+from bsc.train.run import RUN_VERSION, Run
+from bsc.train.sweep import PlannedCoder, TrainConfig, expand, plan_coders
+from bsc.versions import versions
+
+__all__ = ["CoderSummary", "train"]
+
+WARMUP_SHARE = 0.05
+"""Share of the steps over which Adam's learning rate rises; then it falls linearly to 0."""
+
+
+class CoderSummary(NamedTuple):
+    """Training figures of a coder over the last logging intervals: rows it had not seen before."""
+
+    name: str
+    fvu: float
+    l0: float
+    dead: float
+    frozen_at: int | None
+    """Step at which it turned non-finite and was left alone; None: it did not."""
+
+
+def adam_scale(step: int, steps: int) -> float:
+    """Factor of Adam's learning rate at a step: linear warm-up, then linear decay.
+
+    >>> [round(adam_scale(s, 100), 2) for s in (0, 4, 5, 99)]
+    [0.2, 1.0, 1.0, 0.01]
+    """
+    warmup = max(1, round(WARMUP_SHARE * steps))
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Means and units of the two sides of a hookpoint, from the sums of the store."""
+
+    x: float
+    y: float
+    mean_x: Tensor
+    mean_y: Tensor
+    variance_y: float
+
+    @classmethod
+    def of(cls, x: Moments, y: Moments, normalise: str) -> _Scale:
+        units = [
+            (m.total_variance / len(m.mean)) ** 0.5 if normalise == "rms" else 1.0 for m in (x, y)
+        ]
+        if not all(units) or y.total_variance == 0:
+            raise ConfigError("the rows of a hookpoint are all the same: nothing to train on.")
+        return cls(
+            units[0], units[1], x.mean / units[0], y.mean / units[1],
+            y.total_variance / units[1] ** 2,
+        )  # fmt: skip
+
+
+class _BankTrainer:
+    """A bank with its optimisers and counters."""
+
+    def __init__(
+        self, coders: list[PlannedCoder], store: ActivationStore, config: TrainConfig,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.coders, self.device, self.dead_after = coders, device, config.dead_after
+        hook, first = coders[0].hookpoint, coders[0].coder
+        self.y_name = f"{hook}/output"
+        self.x_name = self.y_name if first.site == "sae" else f"{hook}/input"
+        moments = [store.train.moments(name) for name in (self.x_name, self.y_name)]
+        self.scale = _Scale.of(moments[0], moments[1], config.normalise)
+        self.bank = Bank(
+            [c.coder for c in coders], total_variance=self.scale.variance_y, device=device
+        )
+        self.bank.initialise([c.seed for c in coders], self.scale.mean_x, self.scale.mean_y)
+        self.optimisers = []
+        for c, coder in enumerate(coders):
+            slices = []
+            for name in self.bank.names(c):
+                part = self.bank.parameters[name][c].requires_grad_()
+                part.grad = self.bank.gradients[name][c]
+                slices.append(part)
+            self.optimisers.append(make_optimiser(coder.optimiser, slices, coder.lr))
+        n = len(coders)
+        self.frozen_at: list[int | None] = [None] * n
+        self.rows = 0
+        self.last_fired = torch.zeros((n, self.bank.n_latents), dtype=torch.int64, device=device)
+        self._sums = torch.zeros((2, n), dtype=torch.float64, device=device)
+        self._steps = 0
+
+    def step(self, batch: dict[str, Tensor], step: int, steps: int) -> None:
+        """Train every coder that is still finite on one batch."""
+        y = batch[self.y_name].to(self.device, torch.float32).div_(self.scale.y)
+        x = y if self.x_name == self.y_name else (
+            batch[self.x_name].to(self.device, torch.float32).div_(self.scale.x)
+        )  # fmt: skip
+        result = self.bank.step(x, y)
+        self._count(result, len(x))
+        finite = result.loss.isfinite().tolist()
+        for c, (coder, optimiser) in enumerate(zip(self.coders, self.optimisers, strict=True)):
+            if self.frozen_at[c] is None and not finite[c]:
+                self.frozen_at[c] = step
+                console.print(f"{coder.name}: not finite at step {step}; it is left as it was")
+            if self.frozen_at[c] is not None:
+                continue
+            if coder.optimiser == "adam":
+                for group in optimiser.param_groups:
+                    group["lr"] = coder.lr * adam_scale(step, steps)
+            optimiser.step()
+            if coder.optimiser == "adam":
+                self.bank.renormalise(c)
+
+    def _count(self, result: StepResult, rows: int) -> None:
+        self.rows += rows
+        self.last_fired.masked_fill_(result.fired, self.rows)
+        self._sums += torch.stack([result.loss, result.l0]).double()
+        self._steps += 1
+
+    def take_metrics(self) -> list[dict[str, Any]]:
+        """Means since the last call, one line per coder."""
+        fvu, l0 = (self._sums / self._steps).tolist()
+        dead = ((self.rows - self.last_fired) >= min(self.dead_after, self.rows)).double()
+        shares = dead.mean(dim=1).tolist()
+        self._sums.zero_()
+        self._steps = 0
+        return [
+            {"coder": coder.name, "fvu": f, "l0": a, "dead": d}
+            for coder, f, a, d, frozen in zip(
+                self.coders, fvu, l0, shares, self.frozen_at, strict=True
+            )
+            if frozen is None
+        ]
+
+    def finish(self, about: dict[str, Any]) -> list[SparseCoder]:
+        """The trained coders in the units of the store."""
+        trained = []
+        for c, (coder, optimiser) in enumerate(zip(self.coders, self.optimisers, strict=True)):
+            if isinstance(optimiser, ScheduleFreeSignSGD):
+                optimiser.finish()
+            facts = about | {
+                "name": coder.name, "hookpoint": coder.hookpoint, "optimiser": coder.optimiser,
+                "lr": coder.lr, "seed": coder.seed, "rows": self.rows,
+                "frozen_at_step": self.frozen_at[c],
+            }  # fmt: skip
+            exported = self.bank.export(c, facts)
+            trained.append(exported.in_units(x=self.scale.x, y=self.scale.y))
+        return trained
+
+
+def _banks(
+    planned: list[PlannedCoder], store: ActivationStore, config: TrainConfig, device: torch.device
+) -> list[_BankTrainer]:
+    groups: dict[tuple[Any, ...], list[PlannedCoder]] = {}
+    for coder in planned:
+        groups.setdefault(
+            (coder.hookpoint, coder.coder.site, coder.coder.n_latents), []
+        ).append(coder)  # fmt: skip
+    return [_BankTrainer(group, store, config, device) for group in groups.values()]
+
+
+def train(config: TrainConfig, where: str = "bsc train") -> tuple[Run, list[CoderSummary]]:
+    """Train a sweep and write its run.
+
+    Args:
+        config: the run.
+        where: what the config comes from, for messages.
+
+    Returns:
+        The run, and the last training figures of every coder.
+
+    Raises:
+        UserError: the request cannot be carried out. Nothing is written then.
+    """
+    store = ActivationStore(config.store)
+    planned = plan_coders(expand(config.coders, where), store)
+    run = Run(config.folder)
+    check_new_folder(run.folder, "run")
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    banks = _banks(planned, store, config, device)
+    names = tuple(dict.fromkeys(n for b in banks for n in (b.x_name, b.y_name)))
+    loader = Loader(store.train, names, batch_rows=config.batch_rows, seed=config.seed)
+    steps = (config.tokens or store.train.rows) // config.batch_rows
+    if steps < 1:
+        raise UserError(
+            f"--tokens {config.tokens}: fewer than one batch of {config.batch_rows:,} rows."
+        )
+    record = _resolved(config, planned, store, steps, device)
+    make_folder(run.folder, "run")
+    write_json(run.config_path, record)
+    console.print(
+        f"{run.folder}: {len(planned)} coders in {len(banks)} bank(s), {steps:,} steps of "
+        f"{config.batch_rows:,} rows, {steps * config.batch_rows / store.train.rows:.2f} passes"
+    )
+    started = time.perf_counter()
+    summaries = _loop(run, config, banks, loader, names, steps)
+    about = {"store_id": store.store_id, "model": store.attributes["model"],
+             "bsc": versions()["bsc"]}  # fmt: skip
+    for bank in banks:
+        for coder in bank.finish(about):
+            coder.save(run.coder_folder(str(coder.about["name"])))
+    completed = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - started, 1),
+        "rows": steps * config.batch_rows,
+    }
+    write_json(run.config_path, record | {"completed": completed})
+    order = {p.name: i for i, p in enumerate(planned)}
+    return run, sorted(summaries, key=lambda s: order[s.name])
+
+
+def _loop(
+    run: Run, config: TrainConfig, banks: list[_BankTrainer], loader: Loader,
+    names: tuple[str, ...], steps: int,
+) -> list[CoderSummary]:  # fmt: skip
+    waited = 0.0
+    last: dict[str, dict[str, Any]] = {}
+    started = time.perf_counter()
+    label = f"train {sum(len(b.coders) for b in banks)} coders"
+    with (
+        run.metrics_path.open("w") as lines,
+        stage(label, steps * config.batch_rows, "rows") as progress,
+    ):
+        source: Iterable[tuple[Tensor, ...]] = islice(loader.batches(), steps)
+        before = time.perf_counter()
+        for step, tensors in enumerate(source):
+            waited += time.perf_counter() - before
+            batch = dict(zip(names, tensors, strict=True))
+            for bank in banks:
+                bank.step(batch, step, steps)
+            note = ""
+            if (step + 1) % config.log_every == 0 or step + 1 == steps:
+                seconds = time.perf_counter() - started
+                common = {
+                    "step": step + 1,
+                    "rows": (step + 1) * config.batch_rows,
+                    "seconds": round(seconds, 2),
+                    "waiting_for_data": round(waited / seconds, 4),
+                }
+                for bank in banks:
+                    for metrics in bank.take_metrics():
+                        last[metrics["coder"]] = metrics
+                        lines.write(canonical_json(common | metrics, indent=None))
+                lines.flush()
+                values = [m["fvu"] for m in last.values()]
+                note = f"FVU {min(values):.3f} to {max(values):.3f}" if values else ""
+            progress.advance(config.batch_rows, note)
+            before = time.perf_counter()
+    nan = float("nan")
+    return [
+        CoderSummary(
+            coder.name,
+            *(last.get(coder.name, {}).get(key, nan) for key in ("fvu", "l0", "dead")),
+            frozen,
+        )
+        for bank in banks
+        for coder, frozen in zip(bank.coders, bank.frozen_at, strict=True)
+    ]
+
+
+def _resolved(
+    config: TrainConfig, planned: list[PlannedCoder], store: ActivationStore, steps: int,
+    device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that decides the result, with nothing left to defaults."""
+    return {
+        "version": RUN_VERSION,
+        "name": config.name,
+        "store": str(config.store.absolute()),
+        "store_id": store.store_id,
+        "model": store.attributes["model"],
+        "rows": store.train.rows,
+        "steps": steps,
+        "batch_rows": config.batch_rows,
+        "seed": config.seed,
+        "normalise": config.normalise,
+        "dead_after": config.dead_after,
+        "log_every": config.log_every,
+        "device": device.type,
+        "coders": [p.model_dump() for p in planned],
+        "versions": versions(),
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
