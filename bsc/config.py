@@ -43,7 +43,7 @@ def _problem(kind: type[Config], error: dict[str, Any]) -> str:
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = kind.model_fields
-        return f"unknown key {name!r}{nearest(name, known)} (known keys: {', '.join(known)})"
+        return f"unknown key {name!r}{nearest(name, known)}; known are {', '.join(known)}"
     if error["type"] == "missing":
         return f"{name}: missing"
     if error["type"] == "value_error":

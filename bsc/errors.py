@@ -31,11 +31,11 @@ def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
     """A clause that names the known words nearest to `word`, empty when none is near.
 
     >>> nearest("layer.3.mlp", ["layers.3.mlp", "norm"])
-    "; did you mean 'layers.3.mlp'?"
+    " (did you mean 'layers.3.mlp'?)"
     >>> nearest("zzz", ["layers.3.mlp"])
     ''
     """
     close = difflib.get_close_matches(word, list(known), n=n, cutoff=0.6)
     if not close:
         return ""
-    return f"; did you mean {' or '.join(repr(c) for c in close)}?"
+    return f" (did you mean {' or '.join(repr(c) for c in close)}?)"

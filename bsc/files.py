@@ -68,20 +68,31 @@ def check_new_folder(path: Path, what: str) -> None:
         UserError: it is a file, holds something, or cannot be written.
     """
     parent = path
+    missing = []
     while not parent.exists():
+        missing.append(parent)
         parent = parent.parent
     if not parent.is_dir():
         raise UserError(f"{path}: a {what} is a folder, but {parent} is a file.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{path}: the {what} cannot be written here (no permission to write to {parent}). "
-            f"Name a folder that you may write to."
-        )
-    if parent == path and any(path.iterdir()):
+    if not missing and any(path.iterdir()):
         raise UserError(
             f"{path}: this folder is not empty, so no {what} can be started in it. Name another "
             f"folder, or remove this one first."
         )
+    # Permissions, read-only mounts and odd file systems: only trying tells.
+    made: list[Path] = []
+    try:
+        for folder in reversed(missing or [path / f".writable.{os.getpid()}"]):
+            folder.mkdir()
+            made.append(folder)
+    except OSError as error:
+        raise UserError(
+            f"{path}: the {what} cannot be written here ({error.strerror}). Name a folder that "
+            f"you may write to."
+        ) from None
+    finally:
+        for folder in reversed(made):
+            folder.rmdir()
 
 
 def make_folder(path: Path, what: str) -> None:
@@ -91,10 +102,4 @@ def make_folder(path: Path, what: str) -> None:
         UserError: as `check_new_folder`, or the file system refuses.
     """
     check_new_folder(path, what)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{path}: the {what} cannot be written here ({error.strerror}). Name a folder that "
-            f"you may write to."
-        ) from None
+    path.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -82,6 +82,7 @@ def cache(
         raise UserError("--text and --dataset exclude each other: give one.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: expected auto, float32, bfloat16 or float16.")
+    where: dict[str, Any]
     if dataset:
         where = {"dataset": dataset, "config_name": dataset_config, "split": split}
     elif text:

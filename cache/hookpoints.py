@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import itertools
 import re
@@ -124,11 +125,8 @@ class RowTap:
             UserError: a hookpoint does not fire, or gives no tensor of one row per token.
         """
         taken: dict[str, torch.Tensor] = {}
-        with self._hooks(taken):
-            try:
-                self.base(input_ids=token_ids, use_cache=False)
-            except _Enough:
-                pass
+        with self._hooks(taken), contextlib.suppress(_Enough):
+            self.base(input_ids=token_ids, use_cache=False)
         if missing := [n for n in self.names if f"{n}/output" not in taken]:
             raise UserError(
                 f"--hookpoints: {', '.join(missing)} did not run in the model's forward pass."

@@ -18,7 +18,7 @@ import torch
 from bsc.cache.store import StoreSplit
 from bsc.errors import ConfigError
 
-__all__ = ["Cursor", "Loader"]
+__all__ = ["START", "Cursor", "Loader"]
 
 SHARDS_AT_ONCE = 4
 
@@ -29,6 +29,9 @@ class Cursor(NamedTuple):
     epoch: int
     batch: int
     """Batches already given in this epoch."""
+
+
+START = Cursor(0, 0)
 
 
 class Loader:
@@ -71,7 +74,7 @@ class Loader:
         """Batches of one pass over the rows."""
         return self.split.rows // self.batch_rows
 
-    def batches(self, start: Cursor = Cursor(0, 0)) -> Iterator[tuple[torch.Tensor, ...]]:
+    def batches(self, start: Cursor = START) -> Iterator[tuple[torch.Tensor, ...]]:
         """Batches without end, epoch after epoch, from `start` on.
 
         Yields:

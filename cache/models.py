@@ -174,7 +174,7 @@ def load_model(
         raise UserError(
             f"--model {name}: {source} cannot be loaded: {first_line} {hint}"
         ) from error
-    model.to(device).eval().requires_grad_(False)
+    torch.nn.Module.to(model, device).eval().requires_grad_(False)
     return LanguageModel(
         name=name if name == EMBEDDED else source,
         revision=None if local else revision,

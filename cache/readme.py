@@ -17,7 +17,8 @@ tensorstore (knows bfloat16):
 
 ```python
 import os, tensorstore as ts
-a = ts.open({"driver": "zarr3", "kvstore": f"file://{os.getcwd()}/data.zarr/layers.3.mlp/input/"}).result()
+path = f"file://{os.getcwd()}/data.zarr/layers.3.mlp/input/"
+a = ts.open({"driver": "zarr3", "kvstore": path}).result()
 rows = a[:1000].read().result()
 ```
 
@@ -31,17 +32,18 @@ rows = zarr.open_group("data.zarr", mode="r")["layers.3.mlp/input"][:1000]
 torch, one shard mapped without a copy (S and d are in the array's zarr.json):
 
 ```python
-import json, math, torch
+import json, torch
 meta = json.load(open("data.zarr/layers.3.mlp/input/zarr.json"))
 S, d = meta["chunk_grid"]["configuration"]["chunk_shape"]
-rows = torch.from_file("data.zarr/layers.3.mlp/input/c/0/0", size=S * d, dtype=torch.bfloat16).view(S, d)
+shard = "data.zarr/layers.3.mlp/input/c/0/0"
+rows = torch.from_file(shard, size=S * d, dtype=torch.bfloat16).view(S, d)
 ```
 
 numpy alone (bfloat16 is the upper half of a float32):
 
 ```python
 import numpy as np
-bits = np.fromfile("data.zarr/layers.3.mlp/input/c/0/0", "<u2", S * d).reshape(S, d)
+bits = np.fromfile(shard, "<u2", S * d).reshape(S, d)
 rows = (bits.astype("<u4") << 16).view("<f4")
 ```
 """

@@ -141,7 +141,8 @@ def index_bytes(chunks: int, chunk_bytes: int) -> bytes:
     index[:, 0] = np.arange(chunks, dtype="<u8") * np.uint64(chunk_bytes)
     index[:, 1] = chunk_bytes
     raw = index.tobytes()
-    return raw + google_crc32c.value(raw).to_bytes(_CRC_BYTES, "little")
+    crc: int = google_crc32c.value(raw)
+    return raw + crc.to_bytes(_CRC_BYTES, "little")
 
 
 def read_index(path: Path, chunks: int) -> NDArray[np.uint64]:
@@ -234,7 +235,7 @@ class ShardWriter:
                 self._flush()
 
     def _flush(self) -> None:
-        raw = memoryview(self._chunk.view(np.uint8).reshape(-1))
+        raw = self._chunk.view(np.uint8).reshape(-1).data
         self._write(raw)
         self._chunk_hashes.append(xxhash.xxh3_64(raw).hexdigest())
         if self.sums is not None:

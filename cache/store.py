@@ -133,7 +133,7 @@ class StoreSplit:
         return self._map(name, shard)
 
     def tensor(self, name: str, shard: int) -> torch.Tensor:
-        """One shard of activations as a bfloat16 tensor (shard_rows, width) that shares its bytes."""
+        """One shard of activations, mapped: a bfloat16 tensor (shard_rows, width)."""
         return torch.from_numpy(self.shard(name, shard).view(np.int16)).view(torch.bfloat16)
 
     def batches(self, names: tuple[str, ...], rows: int) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -68,7 +68,7 @@ def verify(
         if path not in expected:
             yield f"{path}: does not belong to the store"
     for path in sorted(p for p in expected if not p.exists() and p.name != "0"):
-        if not path.parent.name == "c":  # missing shards are reported above
+        if path.parent.name != "c":  # missing shards are reported above
             yield f"{path}: missing"
 
 
@@ -122,9 +122,9 @@ def _check_sums(store: ActivationStore, split: StoreSplit) -> Iterator[str]:
     """The sums in an array's attributes are those of its lines of the manifest, in order."""
     totals = {s.path: ChannelSums(s.width) for s in split.specs.values() if s.width is not None}
     for record in store.records():
-        if record.sums is not None and record.array in totals:
-            if record.shard < split.shards:
-                totals[record.array].merge(record.sums)
+        known = record.array in totals and record.shard < split.shards
+        if record.sums is not None and known:
+            totals[record.array].merge(record.sums)
     for name, spec in split.specs.items():
         if spec.width is not None and totals[spec.path].to_json() != split.sums(name).to_json():
             yield f"{store.root / DATA / spec.path / 'zarr.json'}: the channel sums are changed"

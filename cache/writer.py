@@ -44,7 +44,7 @@ from bsc.files import canonical_json, fsync_folder, write_atomically, write_json
 __all__ = ["SplitWriter", "StoreWriter", "deal", "window_sizes"]
 
 Block = Mapping[str, torch.Tensor]
-"""Rows by array name, for example ``"layers.3.mlp/input"``: (n, width) bfloat16 or (n,) integers."""
+"""Rows by array name, ``"layers.3.mlp/input"``: (n, width) bfloat16 or (n,) integers."""
 
 
 def window_sizes(shards: int, window: int) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -43,7 +43,7 @@ class BFloat16(ZDType[Any, Any], HasEndianness, HasItemSize):
         return 2
 
     @classmethod
-    def _check_native_dtype(cls, dtype: Any) -> bool:
+    def _check_native_dtype(cls, dtype: Any) -> TypeGuard[Any]:
         return getattr(dtype, "type", None) is ml_dtypes.bfloat16
 
     @classmethod
@@ -71,11 +71,10 @@ class BFloat16(ZDType[Any, Any], HasEndianness, HasItemSize):
 
     @classmethod
     def _from_json_v3(cls, data: Any) -> BFloat16:
+        if isinstance(data, dict) and not data.get("configuration"):
+            data = data.get("name")
         if data == "bfloat16":
             return cls()
-        if isinstance(data, dict) and data.get("name") == "bfloat16":
-            if not data.get("configuration"):
-                return cls()
         raise DataTypeValidationError(f"not bfloat16: {data!r}")
 
     def to_json(self, zarr_format: Any) -> Any:

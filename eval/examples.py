@@ -64,8 +64,8 @@ def collect_examples(
     at = 0
     for (x,) in split.batches(names[:1], 8192):
         code = coder.encode(x.to(coder.W_enc.device))
-        index, value = code.index.cpu(), code.value.cpu().float()
-        hit = index.unsqueeze(2) == wanted
+        value = code.value.cpu().float()
+        hit = code.latent.cpu().unsqueeze(2) == wanted
         values[at : at + len(x)] = (hit * value.unsqueeze(2)).sum(dim=1).numpy()
         at += len(x)
     ids, position = split.tokens("token_id"), split.tokens("position")

@@ -116,7 +116,7 @@ def measure(
         residual += (y - coder.decode(code, x)).double().square().sum(0)
         skip_residual += (y - coder.skip(x)).double().square().sum(0)
         total += (y.double() - mean).square().sum(0)
-        counts += torch.bincount(code.index[code.value != 0], minlength=len(counts))
+        counts += torch.bincount(code.latent[code.value != 0], minlength=len(counts))
         rows += len(x)
     varying = total > 0
     return Fidelity(

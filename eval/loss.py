@@ -38,7 +38,8 @@ def contexts_of(split: StoreSplit, context: int, max_tokens: int) -> NDArray[np.
     whole = whole[: max(1, max_tokens // context)]
     if len(whole) == 0:
         raise StoreError(f"{split.root}: the held-out rows hold no whole context of {context}.")
-    return ids[whole[:, None] + np.arange(context)].astype(np.int64)
+    contexts: NDArray[np.int64] = ids[whole[:, None] + np.arange(context)].astype(np.int64)
+    return contexts
 
 
 @torch.inference_mode()

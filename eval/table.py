@@ -13,7 +13,7 @@ __all__ = ["figures_table"]
 def figures_table(evaluation: dict[str, Any], title: str | None = None) -> None:
     """Print FVU, L0, firing and loss of every coder on stdout."""
     table = Table(title=title, box=None, header_style="bold", pad_edge=False, title_justify="left")
-    table.add_column("coder")
+    table.add_column("coder", no_wrap=True)
     for name in ("FVU", "L0", "dead", ">1 %", ">10 %", ">50 %", "delta CE", "95 % interval"):
         table.add_column(name, justify="right")
     for name, f in evaluation["coders"].items():
@@ -28,4 +28,5 @@ def figures_table(evaluation: dict[str, Any], title: str | None = None) -> None:
             f"{f['delta_ce']:.4f}",
             f"{low:.4f} to {high:.4f}",
         )
-    Console(highlight=False, soft_wrap=True, width=200).print(table)
+    # Wide enough for every name, also where stdout is no terminal.
+    Console(highlight=False, width=200).print(table)

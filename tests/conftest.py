@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,21 +24,21 @@ EMBEDDED = Path(bsc.demo.__path__[0]) / "model"
 def make_model(folder: Path, **shape: int) -> Path:
     """A Llama model with random weights and the embedded tokenizer, saved as transformers does."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **{
-            "vocab_size": 4096,
-            "hidden_size": 32,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "intermediate_size": 64,
-            "max_position_embeddings": 64,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            **shape,
-        }
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    fields: dict[str, Any] = {
+        "vocab_size": 4096,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        **shape,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**fields))
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EMBEDDED / name, folder / name)
     return folder

@@ -66,9 +66,9 @@ class ScheduleFreeSignSGD(torch.optim.Optimizer):
 
 
 _BASE_LR = {
-    ("adam", "continuous"): 4e-3,
-    ("adam", "binary"): 8e-3,
-    ("signum", "continuous"): 5e-3,
+    ("adam", "continuous"): 3e-3,
+    ("adam", "binary"): 1e-2,
+    ("signum", "continuous"): 3e-3,
     ("signum", "binary"): 3e-3,
 }
 """Learning rate at 2^14 latents; see docs/coders.md for the sweep."""

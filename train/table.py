@@ -15,10 +15,11 @@ __all__ = ["summary_table"]
 def summary_table(summaries: Iterable[CoderSummary]) -> None:
     """Print the last training figures of every coder on stdout."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("coder")
+    table.add_column("coder", no_wrap=True)
     for title in ("FVU (train)", "L0", "dead"):
         table.add_column(title, justify="right")
     for s in summaries:
         note = f"  (not finite at step {s.frozen_at})" if s.frozen_at is not None else ""
         table.add_row(s.name + note, f"{s.fvu:.4f}", f"{s.l0:.1f}", f"{s.dead:.1%}")
-    Console(highlight=False, soft_wrap=True).print(table)
+    # Wide enough for every name, also where stdout is no terminal.
+    Console(highlight=False, width=200).print(table)

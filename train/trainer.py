@@ -5,6 +5,7 @@ Coders that share hookpoint, site and number of latents form a bank; every bank 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -266,16 +267,13 @@ def _loop(
                 note = f"FVU {min(values):.3f} to {max(values):.3f}" if values else ""
             progress.advance(config.batch_rows, note)
             before = time.perf_counter()
-    nan = float("nan")
-    return [
-        CoderSummary(
-            coder.name,
-            *(last.get(coder.name, {}).get(key, nan) for key in ("fvu", "l0", "dead")),
-            frozen,
-        )
-        for bank in banks
-        for coder, frozen in zip(bank.coders, bank.frozen_at, strict=True)
-    ]
+    nothing = {"fvu": math.nan, "l0": math.nan, "dead": math.nan}
+    summaries = []
+    for bank in banks:
+        for coder, frozen in zip(bank.coders, bank.frozen_at, strict=True):
+            m = last.get(coder.name, nothing)
+            summaries.append(CoderSummary(coder.name, m["fvu"], m["l0"], m["dead"], frozen))
+    return summaries
 
 
 def _resolved(

@@ -1,1 +1,1 @@
-"""The embedded model, its text, the recipe that made it, and the demo that shows the whole chain."""
+"""The embedded model, its text, the recipe that made it, and the demo of the whole chain."""

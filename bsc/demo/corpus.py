@@ -97,7 +97,9 @@ def _builtin_docstrings() -> list[Document]:
             parts = [f"{module_name}\n{inspect.getdoc(module) or ''}"]
             for name in sorted(vars(module)):
                 member = getattr(module, name)
-                if name.startswith("_") or not (callable(member) or inspect.isclass(member)):
+                # What the module itself defines. Streams and hooks of `sys` change at run time.
+                own = getattr(member, "__module__", None) == module_name
+                if name.startswith("_") or name.endswith("hook") or not own:
                     continue
                 parts.append(f"{module_name}.{name}\n{pydoc.getdoc(member)}")
                 if inspect.isclass(member):

@@ -13,6 +13,7 @@ tokenizers.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import platform
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bsc.demo.corpus import Document, documents
+from bsc.demo.corpus import ENV_PACKAGES, Document, documents
 from bsc.demo.ngram import InterpolatedNgram
 from bsc.held_out import is_held_out
 
@@ -81,8 +82,8 @@ def encode(tokenizer: Tokenizer, docs: list[Document]) -> Tokens:
     """All documents as one row of token ids, an end-of-text token before each."""
     pieces = []
     for start in range(0, len(docs), 256):
-        for encoding in tokenizer.encode_batch([d.text for d in docs[start : start + 256]]):
-            pieces.append(np.array([END_ID, *encoding.ids], dtype=np.uint16))
+        encoded = tokenizer.encode_batch([d.text for d in docs[start : start + 256]])
+        pieces += [np.array([END_ID, *e.ids], dtype=np.uint16) for e in encoded]
     return np.concatenate(pieces)
 
 
@@ -97,7 +98,8 @@ def train(
     """Train on random order windows, each token once per pass. Returns the model and seconds."""
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = LlamaForCausalLM(LlamaConfig(**ARCHITECTURE)).to(device)
+    model = LlamaForCausalLM(LlamaConfig(**ARCHITECTURE))
+    torch.nn.Module.to(model, device)  # the method of transformers hides the signature
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimisers: list[torch.optim.Optimizer] = [
@@ -150,9 +152,9 @@ def train(
 
 def save_model(model: LlamaForCausalLM, folder: Path) -> None:
     """Weights as bf16 safetensors and config.json."""
-    import copy
-
-    copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(folder)
+    stored = torch.nn.Module.to(copy.deepcopy(model), "cpu", torch.bfloat16)
+    stored.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
 
 
 @torch.inference_mode()
@@ -280,8 +282,6 @@ def main() -> None:
         ),
         platform.processor(),
     )
-    from bsc.demo.corpus import ENV_PACKAGES
-
     card = CARD.format(
         **ARCHITECTURE,
         parameters=sum(p.numel() for p in model.parameters()),

@@ -24,7 +24,7 @@ COLOURS = {"continuous": "#2f7fc1", "binary": "#d9622b"}
 """Apart for every kind of colour vision, and on light and dark ground."""
 _MARKERS = {"continuous": "o", "binary": "s"}
 _INK = "#010203"  # replaced by currentColor, so that text and axes take the colour of the page
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -92,7 +92,7 @@ def _figure(name: str, panels: int, height: float = 2.7) -> Iterator[tuple[Figur
     """A figure with up to three panels in a row."""
     columns = min(3, panels)
     rows = -(-panels // columns)
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
         width = 3.6 * columns if columns > 1 else 5.2
         figure = Figure(figsize=(width, height * rows), layout="constrained")
         axes = [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]

@@ -82,10 +82,11 @@ def _summary(rows: list[CoderRow]) -> list[str]:
             continue
         b, c = pair["binary"].figures, pair["continuous"].figures
         sentences.append(
-            f"{panel}, k = {k}: the binary coder leaves {b['fvu']:.1%} of the variance unexplained, "
-            f"the continuous one {c['fvu']:.1%}. Spliced into the model they cost "
-            f"{b['delta_ce']:.3f} and {c['delta_ce']:.3f} nats per token. Latents that fire on more "
-            f"than 10 % of tokens: {b['latents_above']['0.1']} and {c['latents_above']['0.1']}."
+            f"{panel}, k = {k}: the binary coder leaves {b['fvu']:.1%} of the variance "
+            f"unexplained, the continuous one {c['fvu']:.1%}. Spliced into the model they cost "
+            f"{b['delta_ce']:.3f} and {c['delta_ce']:.3f} nats per token. Latents that fire on "
+            f"more than 10 % of tokens: {b['latents_above']['0.1']} and "
+            f"{c['latents_above']['0.1']}."
         )
     return sentences
 

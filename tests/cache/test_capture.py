@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -27,7 +28,9 @@ def bits(rows: torch.Tensor) -> np.ndarray:
     return rows.contiguous().view(torch.int16).numpy().view(np.uint16)
 
 
-def independent_rows(model: torch.nn.Module, ids: torch.Tensor, hook: str) -> dict[str, torch.Tensor]:
+def independent_rows(
+    model: torch.nn.Module, ids: torch.Tensor, hook: str
+) -> dict[str, torch.Tensor]:
     """Input and output of a module in a whole forward pass with plain hooks."""
     seen: dict[str, torch.Tensor] = {}
 
@@ -88,7 +91,7 @@ def test_tensorstore_and_zarr_open_every_array_with_the_bits_that_the_capture_sa
         )
     )  # fmt: skip
     store = ActivationStore(path)
-    group = zarr.open_group(path / "data.zarr", mode="r")
+    group: Any = zarr.open_group(path / "data.zarr", mode="r")
     arrays = 0
     for split in store.splits.values():
         # Where every captured row went: (document, position of the token in the text) is unique.
@@ -163,7 +166,10 @@ def test_the_true_smollm2_135m_shape_is_captured_at_the_layers_of_the_paper(tmp_
         rows = independent_rows(model, ids, hook.name)
         for side in ("input", "output"):
             stored = np.concatenate(
-                [store.held_out.shard(f"{hook.name}/{side}", i) for i in range(store.held_out.shards)]
+                [
+                    store.held_out.shard(f"{hook.name}/{side}", i)
+                    for i in range(store.held_out.shards)
+                ]
             )
             assert np.array_equal(stored.view(np.uint16), bits(rows[side])), (hook.name, side)
 
@@ -171,7 +177,7 @@ def test_the_true_smollm2_135m_shape_is_captured_at_the_layers_of_the_paper(tmp_
 def test_the_forward_pass_stops_after_the_last_hookpoint(tiny_model: Path) -> None:
     lm = load_model(str(tiny_model))
     ran = []
-    for i, layer in enumerate(lm.base.layers):  # type: ignore[arg-type, attr-defined]
+    for i, layer in enumerate(lm.base.layers):  # type: ignore[arg-type]
         layer.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
     RowTap(lm.base, ["layers.1.mlp"]).rows(torch.zeros((1, 4), dtype=torch.int64))
     assert ran == [0, 1]
@@ -189,7 +195,9 @@ def test_two_captures_are_the_same_file_for_file_but_for_times(
         )  # fmt: skip
     files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
     differ = [
-        str(f) for f in files if (tmp_path / "a" / f).read_bytes() != (tmp_path / "b" / f).read_bytes()
+        str(f)
+        for f in files
+        if (tmp_path / "a" / f).read_bytes() != (tmp_path / "b" / f).read_bytes()
     ]
     assert differ in ([], ["provenance.json"])
     drop = ("started_at", "completed")
@@ -207,9 +215,7 @@ def test_no_document_is_both_trained_on_and_held_out(store: ActivationStore) -> 
 def test_tokens_are_those_of_the_tokenizer_with_a_begin_token_before_each_document() -> None:
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     source = list(read_text(TextSource(corpus="stdlib", held_out=0.0)))[:20]
-    batches = list(
-        context_batches(source, tokenizer, context=16, batch=4, wanted={"train": 10**9})
-    )
+    batches = list(context_batches(source, tokenizer, context=16, batch=4, wanted={"train": 10**9}))
     ids = np.concatenate([b.token_id.reshape(-1) for b in batches])
     expected = [i for d in source for i in [0, *tokenizer(d.text)["input_ids"]]]
     assert ids.tolist() == expected[: len(ids)] and len(expected) - len(ids) < 16

@@ -82,16 +82,20 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[tuple[str, list[str]]]:
-    handler = type("Handler", (Hub,), {"requests": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    class Handler(Hub):
+        requests: list[str] = []  # noqa: RUF012  (one list per server is the point)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", handler.requests
+    yield f"http://127.0.0.1:{server.server_port}", Handler.requests
     server.shutdown()
     server.server_close()
 
 
-def bsc_cache(endpoint: str, folder: Path, model: str, *more: str) -> subprocess.CompletedProcess[str]:
+def bsc_cache(
+    endpoint: str, folder: Path, model: str, *more: str
+) -> subprocess.CompletedProcess[str]:
     unset = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "http_proxy", "HTTP_PROXY")
     environment = {k: v for k, v in os.environ.items() if k not in unset} | {
         "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -114,7 +118,7 @@ def test_the_short_name_is_downloaded_from_the_hub_and_captured(
     assert any(r == f"GET /{REPO}/resolve/{COMMIT}/model.safetensors" or
                (r.startswith(f"GET /{REPO}/resolve/") and r.endswith("model.safetensors"))
                for r in requests), requests  # fmt: skip
-    assert not [r for r in requests if r.endswith((".bin", ".pt", ".pkl"))  and r.startswith("GET")]
+    assert not [r for r in requests if r.endswith((".bin", ".pt", ".pkl")) and r.startswith("GET")]
     store = ActivationStore(tmp_path / "acts")
     assert store.attributes["model"]["name"] == REPO
     assert store.attributes["model"]["revision"] == COMMIT
@@ -134,7 +138,9 @@ def test_a_model_that_the_hub_does_not_have_gets_one_message(
 ) -> None:
     done = bsc_cache(hub[0], tmp_path, "nobody/nothing")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --model nobody/nothing:") and "Traceback" not in done.stderr
+    assert (
+        done.stderr.startswith("error: --model nobody/nothing:") and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / "acts").exists()
 
 

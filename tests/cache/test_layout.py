@@ -5,7 +5,9 @@ import pytest
 from bsc.cache.layout import MAX_DROPPED, MAX_SHARD_ROWS, Grid
 
 
-@pytest.mark.parametrize("rows", [1, 100, 2047, 2048, 5_000, 150_000, 655_360, 10**6, 10**7, 10**10])
+@pytest.mark.parametrize(
+    "rows", [1, 100, 2047, 2048, 5_000, 150_000, 655_360, 10**6, 10**7, 10**10]
+)
 @pytest.mark.parametrize("min_shards", [1, 16, 64])
 def test_a_grid_leaves_out_at_most_one_percent(rows: int, min_shards: int) -> None:
     grid = Grid.for_rows(rows, min_shards=min_shards)

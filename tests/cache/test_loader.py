@@ -25,13 +25,13 @@ def test_an_epoch_gives_every_row_once_but_for_the_last_batch(
     store: ActivationStore, batch: int, at_once: int
 ) -> None:
     loader = Loader(store.train, NAMES, batch_rows=batch, seed=1, shards_at_once=at_once)
-    batches = [
-        [t.clone() for t in b] for b in islice(loader.batches(), loader.batches_per_epoch)
-    ]
+    batches = [[t.clone() for t in b] for b in islice(loader.batches(), loader.batches_per_epoch)]
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     pairs = {
         a + b
-        for a, b in zip(keys(all_rows(store, NAMES[0])), keys(all_rows(store, NAMES[1])), strict=True)
+        for a, b in zip(
+            keys(all_rows(store, NAMES[0])), keys(all_rows(store, NAMES[1])), strict=True
+        )
     }
     given = [a + b for a, b in zip(keys(x), keys(y), strict=True)]
     assert set(given) <= pairs  # sides stay together

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +17,7 @@ SPEC = ArraySpec("h/input", "bfloat16", 6, ("row", "channel"))
 GRID = Grid(shard_rows=32, chunk_rows=8, shards=2)
 
 
-def every_bfloat16(rows: int) -> np.ndarray:
+def every_bfloat16(rows: int) -> Any:
     bits = np.arange(rows * 6, dtype=np.uint16) * 341  # walks through all exponents, NaN and inf
     return bits.view(ml_dtypes.bfloat16).reshape(rows, 6)
 
@@ -68,9 +69,7 @@ def test_nothing_has_the_final_name_before_commit_and_nothing_is_left_after_abor
 ) -> None:
     writer = write(tmp_path, every_bfloat16(20))
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["0.partial"]
-    assert np.array_equal(
-        writer.rows_so_far().view(np.uint16), every_bfloat16(20).view(np.uint16)
-    )
+    assert np.array_equal(writer.rows_so_far().view(np.uint16), every_bfloat16(20).view(np.uint16))
     writer.abort()
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from bsc.cache.store import ActivationStore
 from bsc.cache.verify import verify
 from bsc.cache.writer import StoreWriter, deal, window_sizes
 from bsc.errors import StoreError
+from bsc.files import write_json
 
 HOOKS = (Hookpoint("layers.0.mlp", 4, 6),)
 
@@ -120,24 +122,20 @@ def test_shape_is_the_commit_pointer(tmp_path: Path) -> None:
 def test_commit_order_is_files_then_manifest_then_shape(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import bsc.cache.writer as module
-
     seen = []
-    real = module.write_json
 
-    def spy(path: Path, value: dict) -> None:
+    def spy(path: Path, value: dict[str, Any]) -> None:
         if value.get("shape", [0])[0]:
             shard = value["shape"][0] // 96 - 1
             name = path.parent.relative_to(tmp_path / "s/data.zarr").as_posix()
             lines = (tmp_path / "s" / MANIFEST).read_text().splitlines()
             in_manifest = any(f'"{name}"' in li and f'"shard": {shard}' in li for li in lines)
-            files = list((path.parent / "c" / str(shard)).rglob("*")) + [
-                path.parent / "c" / str(shard)
-            ]
+            at = path.parent / "c" / str(shard)
+            files = [at, *at.rglob("*")]
             seen.append(in_manifest and any(f.is_file() for f in files))
-        real(path, value)
+        write_json(path, value)
 
-    monkeypatch.setattr(module, "write_json", spy)
+    monkeypatch.setattr("bsc.cache.writer.write_json", spy)
     make_store(tmp_path / "s", 960, Grid(96, 24, 10), window=4)
     assert len(seen) == 10 * 5 and all(seen)
 
@@ -146,7 +144,7 @@ def test_a_gap_between_arrays_of_different_grids_is_refused(tmp_path: Path) -> N
     make_store(tmp_path / "s", 960, Grid(96, 24, 10), window=4)
     path = tmp_path / "s/data.zarr/tokens/position/zarr.json"
     path.write_text(path.read_text().replace("96", "48"))
-    with pytest.raises(StoreError, match="shard sizes|metadata"):
+    with pytest.raises(StoreError, match=r"shard sizes|metadata"):
         ActivationStore(tmp_path / "s")
 
 
@@ -157,9 +155,11 @@ def test_windows_cover_all_shards_and_are_even(shards: int, window: int) -> None
 
 
 def test_dealing_depends_on_seed_window_and_block() -> None:
-    def first(**kwargs: int) -> list[int]:
+    def first(**kwargs: int) -> Any:
         base = {"seed": 0, "window": 0, "block": 0} | kwargs
         return deal(100, 4, 0, **base)[0].tolist()
 
     assert first() == first()
-    assert len({tuple(first(**{k: 1})) for k in ("seed", "window", "block")} | {tuple(first())}) == 4
+    assert (
+        len({tuple(first(**{k: 1})) for k in ("seed", "window", "block")} | {tuple(first())}) == 4
+    )

@@ -36,8 +36,8 @@ class StepResult(NamedTuple):
 class Bank:
     """Stacked parameters of C coders and their gradients.
 
-    `parameters[name]` is (C, *shape) and `gradients[name]` the same, by the names on disk. A coder's
-    slice of them is a view, so an optimiser may work on one coder alone.
+    `parameters[name]` is (C, *shape) and `gradients[name]` the same, by the names on disk. The
+    slice of a coder is a view, so an optimiser may work on one coder alone.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class Bank:
     def initialise(self, seeds: Sequence[int], mean_x: Tensor, mean_y: Tensor) -> None:
         """Set the parameters of every coder from its seed; coders with one seed begin alike.
 
-        W_enc is uniform in +-1/sqrt(d_in). SAE: W_dec = W_enc with rows of length 1, b_dec = mean y.
-        Transcoders: W_dec = 0, W_skip = 0, b_dec = mean y, b_enc = -W_enc mean x, so that a coder
-        begins as the constant mean and its pre-activations are centred.
+        W_enc is uniform in +-1/sqrt(d_in), b_dec = mean y. SAE: W_dec = W_enc with rows of length
+        1. Transcoders: W_dec = 0, W_skip = 0, b_enc = -W_enc mean x, so that a coder begins as the
+        constant mean and its pre-activations are centred.
 
         Args:
             seeds: one per coder.
@@ -111,13 +111,13 @@ class Bank:
 
     def decoder(self, coder: int) -> Tensor:
         """The decoder that acts, (F, d_out): with rows of length 1 where the config says so."""
-        w = self.parameters["W_dec"][coder]
+        w: Tensor = self.parameters["W_dec"][coder]
         if self.configs[coder].decoder_norm == "unit":
-            return w / w.norm(dim=1, keepdim=True)
+            w = w / w.norm(dim=1, keepdim=True)
         return w
 
     def _pre_activations(self, x_Nd: Tensor) -> Tensor:
-        """Margins of every coder's latents, (N, C, F): one GEMM, biases and thresholds folded in."""
+        """Margins of every latent, (N, C, F): one GEMM, biases and thresholds folded in."""
         p = self.parameters
         bias = p["encoder.bias"].clone()
         if self.site == "sae":  # (x - b_dec) W^T + b = x W^T + (b - W b_dec)
@@ -196,7 +196,7 @@ class Bank:
 
     @staticmethod
     def _project(grad_Fd: Tensor, unit_Fd: Tensor, w_Fd: Tensor) -> None:
-        """Gradient to W of a loss of W / |W|, in place: the part across the row, over its length."""
+        """Gradient to W of a loss of W / |W|, in place: the part across a row, over its length."""
         grad_Fd -= (grad_Fd * unit_Fd).sum(dim=1, keepdim=True) * unit_Fd
         grad_Fd /= w_Fd.norm(dim=1, keepdim=True)
 

@@ -39,7 +39,7 @@ _WEIGHTS, _CONFIG = "coder.safetensors", "config.json"
 class Code(NamedTuple):
     """Latent activations of a batch in sparse form; each (N, k)."""
 
-    index: Tensor
+    latent: Tensor
     """The selected latents, int64, no latent twice in a row."""
     value: Tensor
     """Their code: 0 where a selected latent is off."""
@@ -144,9 +144,9 @@ class SparseCoder:
 
     def encode(self, x_Nd: Tensor) -> Code:
         """Code of rows: (N, d_in) of any float dtype."""
-        margin, index = kernels.select_topk(self.margins(x_Nd), self.config.k)
+        margin, latent = kernels.select_topk(self.margins(x_Nd), self.config.k)
         value = (margin > 0).to(margin.dtype) if self.config.binary else margin.relu()
-        return Code(index, value, margin)
+        return Code(latent, value, margin)
 
     def skip(self, x_Nd: Tensor) -> Tensor:
         """What the coder gives with every latent off, (N, d_out): b_dec, and x W_skip^T if any."""
@@ -156,7 +156,7 @@ class SparseCoder:
 
     def decode(self, code: Code, x_Nd: Tensor) -> Tensor:
         """y_hat, (N, d_out), of a code and the rows that it is of (for the skip path)."""
-        return kernels.decode(code.index, code.value, self.W_dec) + self.skip(x_Nd)
+        return kernels.decode(code.latent, code.value, self.W_dec) + self.skip(x_Nd)
 
     def forward(self, x_Nd: Tensor) -> Tensor:
         """y_hat of rows, (N, d_out)."""

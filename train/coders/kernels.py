@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 __all__ = ["TransposedCode", "decode", "decoder_dot", "latent_sums", "select_topk", "transpose"]
 
@@ -30,9 +31,7 @@ def select_topk(pre_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def decode(index_Nk: Tensor, code_Nk: Tensor, table_Fd: Tensor) -> Tensor:
     """sum_j code[n, j] * table[index[n, j]], (N, d). 2 N k d FLOPs; reads N k rows of the table."""
-    return torch.nn.functional.embedding_bag(
-        index_Nk, table_Fd, mode="sum", per_sample_weights=code_Nk
-    )
+    return embedding_bag(index_Nk, table_Fd, mode="sum", per_sample_weights=code_Nk)
 
 
 def decoder_dot(grad_Nd: Tensor, table_Fd: Tensor, index_Nk: Tensor) -> Tensor:
@@ -44,12 +43,10 @@ def decoder_dot(grad_Nd: Tensor, table_Fd: Tensor, index_Nk: Tensor) -> Tensor:
     flat = index_Nk.reshape(-1)
     offsets = torch.arange(0, n * k, k, device=flat.device)
     bag_of_entry = torch.arange(n, device=flat.device).repeat_interleave(k)
-    if grad_Nd.dtype in (torch.float32, torch.float64):
-        out = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad_Nd, table_Fd, flat, offsets, bag_of_entry, 0, -1
-        )
-        return out.view(n, k)
-    raise TypeError(f"decoder_dot takes float32 or float64 gradients, got {grad_Nd.dtype}")
+    out: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad_Nd, table_Fd, flat, offsets, bag_of_entry, 0, -1
+    )
+    return out.view(n, k)
 
 
 class TransposedCode(NamedTuple):
@@ -76,7 +73,7 @@ def latent_sums(code: TransposedCode, weight_Nk: Tensor, rows_Nd: Tensor) -> Ten
 
     2 N k d FLOPs; reads N k rows.
     """
-    return torch.nn.functional.embedding_bag(
+    return embedding_bag(
         code.row,
         rows_Nd,
         code.offsets,

@@ -1,0 +1,160 @@
+"""The README and the demo tell the truth: commands, snippets and printed figures."""
+
+from __future__ import annotations
+
+import re
+import resource
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import typer
+
+from bsc.cli import app
+from bsc.config import parse_config
+from bsc.train.sweep import TrainConfig, expand
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+KS = (8, 16, 32, 64)
+
+
+class Demo(NamedTuple):
+    folder: Path
+    stdout: str
+    peak_bytes: int
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    folder = tmp_path_factory.mktemp("demo")
+    done = subprocess.run(
+        [sys.executable, "-m", "bsc", "demo"], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return Demo(folder, done.stdout, peak)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+def table(text: str) -> dict[str, list[float]]:
+    """Rows of figures by the coder's name."""
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("layers."):
+            name, *rest = line.split()
+            found[name] = [float(x.rstrip("%")) for x in rest if x not in ("to",)]
+    return found
+
+
+def test_every_bsc_command_of_the_readme_is_accepted_by_the_command_line() -> None:
+    group = typer.main.get_command(app)
+    commands = [
+        shlex.split(line, comments=True)
+        for block in blocks("bash")
+        for line in block.splitlines()
+        if line.startswith("bsc ")
+    ]
+    assert len(commands) >= 6
+    for _, name, *arguments in commands:
+        command = group.commands[name]  # type: ignore[attr-defined]
+        command.make_context(name, arguments)
+
+
+def test_the_sweep_of_the_readme_is_24_coders() -> None:
+    (block,) = blocks("toml")
+    config = parse_config(TrainConfig, tomllib.loads(block), "README.md")
+    assert len(expand(config.coders, "README.md")) == 24
+
+
+def test_the_commands_that_ci_runs_are_those_of_the_readme() -> None:
+    script = (ROOT / ".ci/run").read_text()
+    assert "command_of test" in script and "command_of demo" in script
+    for name, last in (("demo", ".venv/bin/bsc demo"), ("test", ".venv/bin/pytest -q")):
+        match = re.search(rf"<!-- command: {name} -->\n```bash\n(.*?)\n```", README, flags=re.S)
+        assert match and match[1].endswith(last) and "-c constraints.txt" in match[1]
+
+
+def test_links_of_the_documents_lead_somewhere() -> None:
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            if not target.startswith("http"):
+                assert (document.parent / target).exists(), f"{document}: {target}"
+
+
+@pytest.mark.slow
+def test_the_demo_looks_like_science(demo: Demo) -> None:
+    """FVU falls as k grows, binary above continuous at the same k, both well below 1."""
+    figures = table(demo.stdout)
+    assert len(figures) == 8
+    fvu = {
+        code: [figures[f"layers.3.mlp/skip_transcoder-{code}-k{k}-s0"][0] for k in KS]
+        for code in ("binary", "continuous")
+    }
+    for curve in fvu.values():
+        assert curve == sorted(curve, reverse=True) and curve[0] < 0.6, fvu
+    assert all(b > c for b, c in zip(fvu["binary"], fvu["continuous"], strict=True)), fvu
+    cost = {
+        code: [figures[f"layers.3.mlp/skip_transcoder-{code}-k{k}-s0"][6] for k in KS]
+        for code in ("binary", "continuous")
+    }
+    assert sum(cost["binary"]) > sum(cost["continuous"]) > 0, cost
+
+
+@pytest.mark.slow
+def test_the_demo_leaves_what_the_readme_says_and_takes_less_than_4_gb(demo: Demo) -> None:
+    out = demo.folder / "bsc-demo"
+    assert {p.name for p in out.iterdir()} == {"acts", "runs", "report.html"}
+    assert (out / "runs/demo/eval.json").exists()
+    assert demo.stdout.splitlines()[-1] == "report: bsc-demo/report.html"
+    assert demo.peak_bytes < 4e9
+
+
+@pytest.mark.slow
+def test_the_output_in_the_readme_is_that_of_the_demo(demo: Demo) -> None:
+    """The same coders; figures within what another Python's standard library changes."""
+    match = re.search(r"<!-- output: demo -->\n```\n(.*?)```", README, flags=re.S)
+    assert match
+    shown, found = table(match[1]), table(demo.stdout)
+    assert list(shown) == list(found)
+    for name in shown:
+        assert found[name][0] == pytest.approx(shown[name][0], rel=0.15), name  # FVU
+        assert found[name][1] == pytest.approx(shown[name][1], rel=0.15), name  # L0
+
+
+@pytest.mark.slow
+def test_the_python_snippet_of_the_readme_runs(demo: Demo) -> None:
+    (block,) = blocks("python")
+    code = block + "\nassert rows.shape[1] == 192 and reconstruction.shape == (8, 192)\n"
+    code += "assert code.value.shape == (8, 32)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=demo.folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_snippets_in_a_store_open_it_without_bsc(demo: Demo) -> None:
+    store = demo.folder / "bsc-demo/acts"
+    snippets = re.findall(r"```python\n(.*?)```", (store / "README.md").read_text(), flags=re.S)
+    assert len(snippets) == 4
+    head = "import numpy as np, torch\n"
+    tail = "\nprint(np.asarray(torch.as_tensor(rows).float() if isinstance(rows, torch.Tensor)"
+    tail += " else rows).astype('<f4')[:5, :3].tolist())"
+    printed = set()
+    for i, snippet in enumerate(snippets):
+        before = snippets[2] if i == 3 else ""  # the last one takes S and d from the one before
+        done = subprocess.run(
+            [sys.executable, "-c", head + before + snippet + tail],
+            cwd=store, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        printed.add(done.stdout)
+    assert len(printed) == 1

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bsc.cache.store import ActivationStore
+from bsc.errors import StoreError, UserError
+from bsc.train.coders.bank import Bank
+from bsc.train.run import Run
+from bsc.train.sweep import TrainConfig
+from bsc.train.trainer import train
+
+
+def config(store_path: Path, runs: Path, **fields: object) -> TrainConfig:
+    values: dict[str, object] = {
+        "store": store_path, "runs": runs, "batch_rows": 256, "tokens": 12_000,
+        "coders": ({"hookpoint": "layers.2.mlp", "code": ["binary", "continuous"], "k": 4,
+                    "n_latents": 64},),
+    }  # fmt: skip
+    return TrainConfig(**values | fields)  # type: ignore[arg-type]
+
+
+def test_a_run_holds_what_it_should_and_training_helps(run: Run) -> None:
+    assert {p.name for p in run.folder.iterdir()} == {"config.json", "metrics.jsonl", "coders"}
+    names = run.coder_names()
+    assert len(names) == 8
+    metrics = list(run.metrics())
+    for name in names:
+        curve = [m["fvu"] for m in metrics if m["coder"] == name]
+        assert curve[-1] < curve[0] and curve[-1] < 1, (name, curve)
+        coder = run.coder(name)
+        assert coder.about["rows"] == 46 * 256 and coder.about["hookpoint"] == "layers.2.mlp"
+        assert {p.name for p in run.coder_folder(name).iterdir()} == {
+            "coder.safetensors", "config.json",
+        }  # fmt: skip
+
+
+def test_saved_coders_have_the_fvu_that_training_says(run: Run, store: ActivationStore) -> None:
+    """On the training rows, in the units of the store: scaling is folded in rightly."""
+    x, y = (
+        torch.cat([store.train.tensor(f"layers.2.mlp/{s}", i) for i in range(store.train.shards)])
+        for s in ("input", "output")
+    )
+    y = y.float()
+    last = {m["coder"]: m["fvu"] for m in run.metrics()}
+    for name in run.coder_names():
+        coder = run.coder(name)
+        y_hat = coder(y if coder.config.site == "sae" else x)
+        fvu = (y - y_hat).square().sum() / (y - y.mean(0)).square().sum()
+        assert abs(fvu.item() - last[name]) < 0.08 + 0.1 * last[name], (name, fvu, last[name])
+
+
+def test_the_same_config_gives_the_same_bytes_on_a_cpu(store_path: Path, tmp_path: Path) -> None:
+    runs = [train(config(store_path, tmp_path, name=n))[0] for n in ("a", "b")]
+    for name in runs[0].coder_names():
+        a, b = ((r.coder_folder(name) / "coder.safetensors").read_bytes() for r in runs)
+        assert a == b
+    assert _curves(runs[0]) == _curves(runs[1])
+
+
+def _curves(run: Run) -> list[tuple[str, float, float]]:
+    return [(m["coder"], m["fvu"], m["l0"]) for m in run.metrics()]
+
+
+def test_a_coder_does_not_depend_on_the_company_it_trains_in(
+    store_path: Path, tmp_path: Path
+) -> None:
+    together, _ = train(config(store_path, tmp_path, name="together"))
+    alone, _ = train(
+        config(store_path, tmp_path, name="alone",
+               coders=({"hookpoint": "layers.2.mlp", "code": "binary", "k": 4, "n_latents": 64},))
+    )  # fmt: skip
+    (name,) = alone.coder_names()
+    a, b = together.coder(name), alone.coder(name)
+    for tensor in a.tensors:
+        # GEMMs of other shapes round differently; selections of near ties follow.
+        torch.testing.assert_close(a.tensors[tensor], b.tensors[tensor], rtol=0.05, atol=0.02)
+
+
+def test_unit_decoders_have_rows_of_one_length(run: Run, store: ActivationStore) -> None:
+    scale = (store.train.moments("layers.2.mlp/output").total_variance / 32) ** 0.5
+    for name in (n for n in run.coder_names() if "/sae-" in n):
+        norms = run.coder(name).W_dec.norm(dim=1)
+        torch.testing.assert_close(norms, torch.full_like(norms, scale), rtol=1e-3, atol=0)
+
+
+def test_signum_with_unit_rows_evaluates_what_it_trained(store_path: Path, tmp_path: Path) -> None:
+    """The mean of unit vectors is shorter than one: exported rows must be renormalised."""
+    run, summaries = train(
+        config(store_path, tmp_path, coders=({
+            "hookpoint": "layers.2.mlp", "site": "sae", "optimiser": "signum", "k": 8,
+            "n_latents": 64, "lr": 0.01,
+        },))
+    )  # fmt: skip
+    (name,) = run.coder_names()
+    store = ActivationStore(store_path)
+    y = torch.cat(
+        [store.train.tensor("layers.2.mlp/output", i) for i in range(store.train.shards)]
+    ).float()
+    fvu = (y - run.coder(name)(y)).square().sum() / (y - y.mean(0)).square().sum()
+    assert fvu < summaries[0].fvu + 0.1
+
+
+def test_a_coder_that_turns_non_finite_is_named_and_the_others_go_on(
+    store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Bank.step
+    calls = []
+
+    def poison(self: Bank, x: torch.Tensor, y: torch.Tensor) -> object:
+        result = real(self, x, y)
+        calls.append(1)
+        if len(calls) == 10:
+            result.loss[0] = float("nan")
+            self.gradients["W_dec"][0] = float("nan")
+        return result
+
+    monkeypatch.setattr(Bank, "step", poison)
+    run, summaries = train(config(store_path, tmp_path))
+    assert [s.frozen_at for s in summaries] == [9, None]
+    frozen, other = (run.coder(n) for n in run.coder_names())
+    assert frozen.about["frozen_at_step"] == 9
+    assert all(t.isfinite().all() for c in (frozen, other) for t in c.tensors.values())
+    assert summaries[1].fvu < 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"tokens": 100}, "fewer than one batch"), ({"batch_rows": 10**7}, "Choose a smaller batch"),
+     ({"store": Path("nowhere")}, "no such folder")],
+)  # fmt: skip
+def test_impossible_runs_are_refused_and_leave_nothing(
+    store_path: Path, tmp_path: Path, fields: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(config(store_path, tmp_path / "runs", **fields))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_interrupted_run_is_not_taken_for_a_finished_one(run: Run, tmp_path: Path) -> None:
+    record = run.config()
+    del record["completed"]
+    (tmp_path / "coders").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(StoreError, match="has not ended"):
+        Run.open(tmp_path)
+
+
+def test_a_coder_outside_of_the_run_is_not_loaded(run: Run, tmp_path: Path) -> None:
+    record = run.config()
+    record["coders"][0]["name"] = "../../elsewhere"
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(StoreError, match="outside of the run"):
+        Run.open(tmp_path).coder("../../elsewhere")
