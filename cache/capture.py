@@ -20,6 +20,7 @@ from bsc.cache.models import LanguageModel, load_model, resolve_model
 from bsc.cache.text import TextSource, read_text
 from bsc.cache.tokens import ContextBatch, context_batches
 from bsc.cache.writer import StoreWriter
+from bsc.devices import pick_device
 from bsc.errors import UserError
 from bsc.files import canonical_json, check_new_folder, make_folder
 from bsc.progress import console, format_bytes, stage
@@ -165,7 +166,7 @@ def capture(config: CaptureConfig) -> CaptureResult:
         raise UserError(f"--held-out {config.text.held_out}: a share from 0 to below 1 is needed.")
     check_new_folder(config.store, "store")
     resolve_model(config.model)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(config.device)
     lm = load_model(config.model, revision=config.revision, dtype=config.dtype, device=device)
     patterns = list(config.hookpoints) or list(default_hookpoints(lm.base))
     tap = RowTap(lm.base, match_hookpoints(lm.base, patterns))

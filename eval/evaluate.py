@@ -13,6 +13,7 @@ from safetensors.torch import save
 
 from bsc.cache.models import LanguageModel, load_model
 from bsc.cache.store import ActivationStore
+from bsc.devices import pick_device
 from bsc.errors import StoreError
 from bsc.eval.examples import collect_examples
 from bsc.eval.fidelity import measure
@@ -96,7 +97,7 @@ def evaluate(
     """
     opened = _open_store(run, store)
     split = opened.held_out
-    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on = pick_device(device)
     lm = _matching_model(opened, on)
     ids = contexts_of(split, opened.context, ce_tokens)
     names = run.coder_names()

@@ -72,6 +72,8 @@ MISTAKES = [
     (["cache", "--model", "{tiny}", "--text", "stdlib", "--store", "/proc/acts"],
      "cannot be written"),
     (["cache", "--model", "{tiny}", "--text", "stdlib", "--store", "{empty}/acts"], "is a file"),
+    (["cache", "--model", "{tiny}", "--text", "stdlib", "--device", "gpu"], "--device gpu"),
+    (["train", "--store", "{store}", "--device", "cuda:99"], "--device cuda:99: cannot be used"),
     (["train", "--store", "nowhere"], "Make a store with `bsc cache` first"),
     (["train", "--store", "{tiny}"], "not an activation store"),
     (["train", "--store", "{store}", "--k", "65", "--n-latents", "64"], "k=65 is more than"),

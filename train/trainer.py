@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bsc.cache.loader import Loader
 from bsc.cache.store import ActivationStore, Moments
+from bsc.devices import pick_device
 from bsc.errors import ConfigError, UserError
 from bsc.files import canonical_json, check_new_folder, make_folder, write_json
 from bsc.progress import console, stage
@@ -197,7 +198,7 @@ def train(config: TrainConfig, where: str = "bsc train") -> tuple[Run, list[Code
     planned = plan_coders(expand(config.coders, where), store)
     run = Run(config.folder)
     check_new_folder(run.folder, "run")
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(config.device)
     banks = _banks(planned, store, config, device)
     names = tuple(dict.fromkeys(n for b in banks for n in (b.x_name, b.y_name)))
     loader = Loader(store.train, names, batch_rows=config.batch_rows, seed=config.seed)
