@@ -16,6 +16,7 @@ __all__ = [
     "canonical_json",
     "check_new_folder",
     "fsync_folder",
+    "make_durable_folder",
     "make_folder",
     "write_atomically",
     "write_json",
@@ -34,6 +35,17 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_durable_folder(folder: Path) -> None:
+    """Make a folder and its missing parents, each entry durable before anything is put into it."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        fsync_folder(new.parent)
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

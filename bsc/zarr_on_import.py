@@ -22,29 +22,32 @@ _TYPE = "bsc.cache.zarr_bfloat16"
 class _ThenRegister(Loader):
     """Loads zarr as ever, then the module that registers the type."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+    def __init__(self, loader: Loader, finder: MetaPathFinder) -> None:
+        self.loader, self.finder = loader, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         import_module(_TYPE)
 
 
 class _ZarrFinder(MetaPathFinder):
-    """Answers for `zarr` alone, once."""
+    """Answers for `zarr` alone, until it is loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != "zarr":
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
+            spec.loader = _ThenRegister(spec.loader, self)
         return spec
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
+import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,14 +15,24 @@ from typing import Any, NamedTuple
 import torch
 
 from bsc.cache.hookpoints import RowTap, match_hookpoints
-from bsc.cache.layout import FORMAT_VERSION, ArraySpec, Grid, Hookpoint, Split, array_specs
+from bsc.cache.layout import (
+    FORMAT_VERSION,
+    ArraySpec,
+    Grid,
+    Hookpoint,
+    Split,
+    array_specs,
+    store_attributes,
+    store_id_of,
+)
 from bsc.cache.models import LanguageModel, load_model, resolve_model
-from bsc.cache.text import TextSource, read_text
+from bsc.cache.store import ActivationStore
+from bsc.cache.text import TextSource, fingerprint, read_text
 from bsc.cache.tokens import ContextBatch, context_batches
 from bsc.cache.writer import StoreWriter
 from bsc.devices import pick_device
-from bsc.errors import UserError
-from bsc.files import canonical_json, check_new_folder, make_folder
+from bsc.errors import StoreError, UserError
+from bsc.files import check_new_folder, make_folder
 from bsc.progress import console, format_bytes, stage
 from bsc.versions import versions
 
@@ -33,6 +43,7 @@ WINDOW = 64
 MIN_SHARDS = 16
 """Of the training split: a scatter over fewer shuffles little."""
 MAX_HELD_OUT_ROWS = 1 << 20
+MAX_DEFAULT_CONTEXT = 2048
 HELD_OUT_SHARDS = 64
 BATCH_TOKENS = {"cpu": 8_192, "cuda": 65_536}
 PAPER_LAYERS = (0.0, 0.3, 0.6, 0.9)
@@ -107,7 +118,12 @@ class _Plan:
             for split, grid in self.grids.items()
             for spec in array_specs(self.hookpoints, split).values()
         ]
-        return sum(g.shards * (g.shard_rows * s.row_bytes + 16 * g.chunks + 4) for s, g in specs)
+        return sum(g.shards * s.shard_bytes(g) for s, g in specs)
+
+    def open_files(self, window: int) -> int:
+        """Files that are written to at a time, at most: one per array and open shard."""
+        arrays = len(array_specs(self.hookpoints, "train"))
+        return arrays * (min(window, self.grids["train"].shards) + len(self.grids) - 1)
 
 
 def _make_plan(config: CaptureConfig, tap: RowTap, device: torch.device) -> _Plan:
@@ -135,9 +151,30 @@ def _check_disk(config: CaptureConfig, plan: _Plan) -> None:
     fitting = int(config.tokens * 0.95 * free / needed)
     raise UserError(
         f"--store {config.store}: the store needs {format_bytes(needed)}, and the disk has "
-        f"{format_bytes(free)} free. --tokens {fitting} would fit; so would fewer --hookpoints "
-        f"({len(plan.hookpoints)} now), or a --store on a larger disk."
+        f"{format_bytes(free)} free. What would fit: --tokens {max(1, fitting)}, fewer "
+        f"--hookpoints ({len(plan.hookpoints)} now), or a --store on a larger disk."
     )
+
+
+def _check_open_files(config: CaptureConfig, plan: _Plan) -> None:
+    """Allow this process as many open files as the scatter needs.
+
+    Raises:
+        UserError: the system does not.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = plan.open_files(config.window) + 128  # libraries have some open, too
+    if needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        window = config.window * max(0, hard - 256) // needed
+        raise UserError(
+            f"--hookpoints: scattering the rows of {len(plan.hookpoints)} hookpoints over "
+            f"{config.window} shards needs {needed:,} open files, and this system allows {hard:,}. "
+            f"--window {max(1, window)} would fit; so would fewer hookpoints at a time, or a "
+            f"higher limit (ulimit -n)."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _blocks(
@@ -152,46 +189,63 @@ def _blocks(
         yield batch.split, block
 
 
+def _check_numbers(config: CaptureConfig) -> None:
+    for flag, value in (
+        ("tokens", config.tokens),
+        ("context", config.context),
+        ("batch-tokens", config.batch_tokens),
+        ("window", config.window),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} {value}: at least 1 is needed.")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"--seed {config.seed}: a number from 0 to 2^63 - 1 is needed.")
+    if not 0 <= config.text.held_out < 1:
+        raise UserError(f"--held-out {config.text.held_out}: a share from 0 to below 1 is needed.")
+    if config.held_out_tokens and not config.text.held_out:
+        raise UserError("--held-out 0 holds out no document, so --held-out-tokens has none.")
+
+
 def capture(config: CaptureConfig) -> CaptureResult:
     """Run the model over the text and write the store.
 
     Shards appear as they are committed; an interrupted capture leaves a store of those that were.
 
     Raises:
-        UserError: the request cannot be carried out. Nothing is left behind.
+        UserError: the request cannot be carried out, or the text fails on the way. Where nothing
+            was committed nothing is left behind; else the store keeps what was.
     """
-    if config.tokens < 1:
-        raise UserError(f"--tokens {config.tokens}: at least 1 token is needed.")
-    if not 0 <= config.text.held_out < 1:
-        raise UserError(f"--held-out {config.text.held_out}: a share from 0 to below 1 is needed.")
+    _check_numbers(config)
     check_new_folder(config.store, "store")
     resolve_model(config.model)
     device = pick_device(config.device)
     lm = load_model(config.model, revision=config.revision, dtype=config.dtype, device=device)
     patterns = list(config.hookpoints) or list(default_hookpoints(lm.base))
     tap = RowTap(lm.base, match_hookpoints(lm.base, patterns))
-    context = config.context or min(lm.context, 2048)
+    context = config.context or min(lm.context, MAX_DEFAULT_CONTEXT)
     if not 1 < context <= lm.context:
         raise UserError(
             f"--context {context}: the model takes contexts of 2 to {lm.context} tokens."
         )
     plan = _make_plan(config, tap, device)
     _check_disk(config, plan)
+    _check_open_files(config, plan)
     console.print(
         f"{config.store}: {plan.grids['train'].rows:,} rows of {len(plan.hookpoints)} hookpoints "
         f"({', '.join(h.name for h in plan.hookpoints)}), {format_bytes(plan.bytes())} in "
         f"{plan.grids['train'].shards} shards"
     )
     batch_tokens = config.batch_tokens or BATCH_TOKENS.get(device.type, 8_192)
+    batch = max(1, batch_tokens // context)
     batches = context_batches(
         read_text(config.text),
         lm.tokenizer,
         context=context,
-        batch=max(1, batch_tokens // context),
+        batch=batch,
         wanted={split: grid.rows for split, grid in plan.grids.items()},
     )
-    identity = _identity(config, lm, plan, context)
-    store_id = hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:16]
+    identity = _identity(config, lm, plan, context, batch, device)
+    store_id = store_id_of(identity)
     started = time.perf_counter()
     existed = config.store.exists()
     make_folder(config.store, "store")
@@ -202,12 +256,12 @@ def capture(config: CaptureConfig) -> CaptureResult:
             plan.grids,
             window=config.window,
             seed=config.seed,
-            attributes=_attributes(store_id, identity, plan),
+            attributes=store_attributes(identity),
             provenance={
                 "store_id": store_id,
                 "capture": identity,
                 "versions": versions(),
-                "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
                 "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             },
         ) as writer:
@@ -231,15 +285,29 @@ def capture(config: CaptureConfig) -> CaptureResult:
                     "seconds": round(result.seconds, 1),
                 }
             )
-    except UserError:
-        _remove(config.store, existed)
-        raise
+    except UserError as error:
+        kept = _committed(config.store)
+        if kept == 0:
+            _remove(config.store, existed)
+            raise
+        raise UserError(
+            f"{error} {config.store} keeps the {kept:,} rows that were committed before."
+        ) from error
     except OSError as error:
         raise UserError(
-            f"{config.store}: writing the store failed ({error.strerror or error}). What was "
-            f"committed before is whole; `bsc verify` checks it."
+            f"{config.store}: writing the store failed ({error.strerror or error}). The "
+            f"{_committed(config.store):,} rows that were committed before are whole; `bsc verify` "
+            f"checks them."
         ) from error
     return result
+
+
+def _committed(store: Path) -> int:
+    """Committed training rows of a store that is being written."""
+    try:
+        return ActivationStore(store).train.rows
+    except StoreError:
+        return 0
 
 
 def _remove(store: Path, existed: bool) -> None:
@@ -255,13 +323,18 @@ def _write(
     train = writer.splits["train"]
     wanted = plan.grids["train"].rows
     with stage("capture", wanted, "tokens") as progress:
-        for split, block in blocks:
-            target = writer.splits.get(split)
-            if target is not None and not target.full:
-                taken = target.append(block)
-                if split == "train":
-                    written = sum(s.bytes for s in writer.splits.values())
-                    progress.advance(taken, format_bytes(written))
+        try:
+            for split, block in blocks:
+                target = writer.splits.get(split)
+                if target is not None and not target.full:
+                    taken = target.append(block)
+                    if split == "train":
+                        written = sum(s.bytes for s in writer.splits.values())
+                        progress.advance(taken, format_bytes(written))
+        except UserError:  # the text failed: what it gave until then is good
+            for split_writer in writer.splits.values():
+                split_writer.finish()
+            raise
         seen = train.rows
         if seen == 0:
             raise UserError(
@@ -283,13 +356,18 @@ def _write(
 
 
 def _identity(
-    config: CaptureConfig, lm: LanguageModel, plan: _Plan, context: int
+    config: CaptureConfig,
+    lm: LanguageModel,
+    plan: _Plan,
+    context: int,
+    batch: int,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Everything that decides the bytes of the store."""
+    """Everything that decides the bytes of the store, but for library versions."""
     return {
         "format_version": FORMAT_VERSION,
         "model": lm.identity(),
-        "text": config.text.to_json(),
+        "text": config.text.to_json() | {"fingerprint": fingerprint(config.text)},
         "hookpoints": [asdict(h) for h in plan.hookpoints],
         "grids": {split: asdict(grid) for split, grid in plan.grids.items()},
         "context": context,
@@ -297,18 +375,6 @@ def _identity(
         "held_out_tokens": config.held_out_tokens,
         "seed": config.seed,
         "window": config.window,
-        "batch_tokens": config.batch_tokens,
-    }
-
-
-def _attributes(store_id: str, identity: dict[str, Any], plan: _Plan) -> dict[str, Any]:
-    """What a reader needs, for the root group of data.zarr."""
-    return {
-        "version": FORMAT_VERSION,
-        "store_id": store_id,
-        "model": identity["model"],
-        "hookpoints": identity["hookpoints"],
-        "splits": list(plan.grids),
-        "context": identity["context"],
-        "scatter": {"seed": identity["seed"], "window": identity["window"]},
+        "batch_contexts": batch,
+        "device": device.type,
     }

@@ -60,6 +60,12 @@ def cache(
     batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens in a forward pass. Default: by device.")
     ] = None,
+    dataset_revision: Annotated[
+        str | None, typer.Option(help="Revision of the dataset on the hub.")
+    ] = None,
+    window: Annotated[
+        int, typer.Option(help="Shards that rows are scattered over at a time.")
+    ] = 64,
     revision: Annotated[str | None, typer.Option(help="Revision of the model on the hub.")] = None,
     dtype: Annotated[
         str, typer.Option(help="Of the model's arithmetic: auto, float32, bfloat16, float16.")
@@ -73,7 +79,7 @@ def cache(
     """Run a model over text once and write inputs and outputs of its MLPs to a store."""
     from bsc.cache.capture import CaptureConfig, capture
     from bsc.cache.models import resolve_model
-    from bsc.cache.text import TextSource, default_text, parse_text
+    from bsc.cache.text import TextSource, default_text, parse_text, resolve_dataset
     from bsc.errors import UserError
     from bsc.files import canonical_json
     from bsc.progress import format_bytes
@@ -89,6 +95,8 @@ def cache(
         where = parse_text(text)
     else:
         where = default_text(resolve_model(model), model)
+    if "dataset" in where:
+        where["revision"] = resolve_dataset(where["dataset"], dataset_revision)
     result = capture(
         CaptureConfig(
             model=model,
@@ -103,6 +111,7 @@ def cache(
             dtype=dtype,
             device=device,
             seed=seed,
+            window=window,
         )
     )
     if as_json:

@@ -64,14 +64,14 @@ def _examples(names: list[str]) -> list[str]:
     return (mlps or names)[:4]
 
 
-def first_tensor(value: Any) -> torch.Tensor:
+def first_tensor(value: Any, name: str) -> torch.Tensor:
     """The activations in what a module takes or returns: a tensor, or the first of a tuple."""
     while isinstance(value, (tuple, list)) and value:
         value = value[0]
     if not isinstance(value, torch.Tensor):
         raise UserError(
-            f"a hookpoint gives {type(value).__name__}, not a tensor. Choose a module that maps "
-            f"one tensor to another, such as an MLP."
+            f"--hookpoints: {name} takes or gives {type(value).__name__}, not a tensor. Choose a "
+            f"module that maps one tensor to another, such as an MLP."
         )
     return value
 
@@ -94,8 +94,10 @@ class RowTap:
         def tap(name: str) -> Any:
             def hook(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 source = args or tuple(kwargs.values())
-                taken[f"{name}/input"] = first_tensor(source)
-                taken[f"{name}/output"] = first_tensor(output)
+                for side, value in (("input", source), ("output", output)):
+                    rows = first_tensor(value, name)
+                    # A copy: some models add to a module's output in place later on.
+                    taken[f"{name}/{side}"] = rows.to(torch.bfloat16, copy=True)
                 if len(taken) == 2 * len(self.names):
                     raise _Enough
 
@@ -133,9 +135,9 @@ class RowTap:
             )
         rows = token_ids.numel()
         for name, value in taken.items():
-            if value.shape[:-1] != token_ids.shape and value.numel() % rows:
+            if value.shape[:-1] not in (token_ids.shape, (rows,)):
                 raise UserError(
                     f"--hookpoints: {name} has shape {tuple(value.shape)}, not one row for each "
                     f"of the {tuple(token_ids.shape)} tokens."
                 )
-        return {n: v.reshape(rows, v.shape[-1]).to(torch.bfloat16) for n, v in taken.items()}
+        return {n: v.reshape(rows, v.shape[-1]) for n, v in taken.items()}

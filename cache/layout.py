@@ -5,12 +5,15 @@ Pure functions from a description of the store to paths and JSON; nothing here r
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
+
+from bsc.files import canonical_json
 
 __all__ = [
     "DATA",
@@ -26,6 +29,8 @@ __all__ = [
     "array_specs",
     "group_json",
     "shard_path",
+    "store_attributes",
+    "store_id_of",
 ]
 
 FORMAT_VERSION = 1
@@ -119,6 +124,10 @@ class ArraySpec:
         """Bytes of one row on disk."""
         return self.numpy_dtype.itemsize * (self.width or 1)
 
+    def shard_bytes(self, grid: Grid) -> int:
+        """Size of a shard's file: rows, index, checksum."""
+        return grid.shard_rows * self.row_bytes + 16 * grid.chunks + 4
+
     def row_shape(self, rows: int) -> tuple[int, ...]:
         """Shape of `rows` rows."""
         return (rows,) if self.width is None else (rows, self.width)
@@ -175,6 +184,28 @@ def array_specs(hookpoints: tuple[Hookpoint, ...], split: Split) -> dict[str, Ar
 def group_json(attributes: dict[str, Any]) -> dict[str, Any]:
     """Zarr v3 metadata of a group."""
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def store_id_of(identity: dict[str, Any]) -> str:
+    """Hash of all that decides the bytes of a store: 16 hexadecimal digits of SHA-256."""
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:16]
+
+
+def store_attributes(identity: dict[str, Any]) -> dict[str, Any]:
+    """What a reader needs, for the root group of data.zarr.
+
+    Args:
+        identity: all that decides the bytes of the store; `capture` in provenance.json.
+    """
+    return {
+        "version": FORMAT_VERSION,
+        "store_id": store_id_of(identity),
+        "model": identity["model"],
+        "hookpoints": identity["hookpoints"],
+        "splits": sorted(identity["grids"], key=SPLITS.index),
+        "context": identity["context"],
+        "scatter": {"seed": identity["seed"], "window": identity["window"]},
+    }
 
 
 def shard_path(root: Path, spec: ArraySpec, shard: int) -> Path:

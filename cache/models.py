@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 import bsc.demo
 from bsc.errors import UserError, nearest
@@ -84,7 +85,7 @@ def resolve_model(name: str) -> str:
                 f"--model {name}: this folder has no config.json, so it is not a model that "
                 f"transformers saved."
             )
-        return str(path)
+        return str(path.resolve())
     known = [EMBEDDED, *SHORT_NAMES]
     if path.is_absolute() or name.startswith((".", "~")) or not _HUB_ID.fullmatch(name):
         raise UserError(
@@ -163,7 +164,10 @@ def load_model(
             f"folder, an id on the hub (owner/name), or one of "
             f"{', '.join([EMBEDDED, *SHORT_NAMES])}."
         ) from None
-    except (OSError, HfHubHTTPError, ValueError, KeyError) as error:
+    # What a damaged file, a wrong shape or a missing tokenizer back end raises.
+    except (
+        OSError, HfHubHTTPError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError,
+    ) as error:  # fmt: skip
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         hint = (
             "Check the folder."

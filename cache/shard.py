@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from bsc.cache.layout import ArraySpec, Grid
 from bsc.errors import StoreError
-from bsc.files import fsync_folder
+from bsc.files import fsync_folder, make_durable_folder
 
 __all__ = ["PARTIAL", "ChannelSums", "ShardRecord", "ShardWriter", "map_shard", "read_index"]
 
@@ -160,6 +160,8 @@ def read_index(path: Path, chunks: int) -> NDArray[np.uint64]:
             raw = file.read(size)
     except FileNotFoundError:
         raise StoreError(f"{path}: this committed shard is missing.") from None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror}).") from None
     if google_crc32c.value(raw[:-_CRC_BYTES]) != int.from_bytes(raw[-_CRC_BYTES:], "little"):
         raise StoreError(f"{path}: the shard's index is damaged (its crc32c does not match).")
     return np.frombuffer(raw[:-_CRC_BYTES], dtype="<u8").reshape(chunks, 2)
@@ -204,12 +206,12 @@ class ShardWriter:
         self._chunk = np.empty(spec.row_shape(grid.chunk_rows), dtype=spec.numpy_dtype)
         self._file_hash = xxhash.xxh3_128()
         self._chunk_hashes: list[str] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_durable_folder(path.parent)
         self._partial = path.with_name(path.name + PARTIAL)
         self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        size = grid.shard_rows * spec.row_bytes + 16 * grid.chunks + _CRC_BYTES
         try:
-            os.posix_fallocate(self._fd, 0, size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(self._fd, 0, spec.shard_bytes(grid))
         except OSError as error:
             # Some file systems cannot reserve space; a full one must say so now.
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
@@ -249,10 +251,13 @@ class ShardWriter:
 
     def rows_so_far(self) -> NDArray[Any]:
         """A copy of the rows appended until now, for moving them to another shard."""
-        whole = self.rows // self.grid.chunk_rows * self.grid.chunk_rows
+        n = self.grid.chunk_rows
+        whole = self.rows // n * n
         out = np.empty(self.spec.row_shape(self.rows), dtype=self.spec.numpy_dtype)
-        raw = os.pread(self._fd, whole * self.spec.row_bytes, 0)
-        out[:whole] = np.frombuffer(raw, self.spec.numpy_dtype).reshape(self.spec.row_shape(whole))
+        for start in range(0, whole, n):  # one read returns 2 GiB at most
+            raw = os.pread(self._fd, n * self.spec.row_bytes, start * self.spec.row_bytes)
+            chunk = np.frombuffer(raw, self.spec.numpy_dtype)
+            out[start : start + n] = chunk.reshape(self.spec.row_shape(n))
         out[whole:] = self._chunk[: self.rows - whole]
         return out
 

@@ -76,7 +76,9 @@ class StoreSplit:
         self.root, self.split = root, split
         self.specs = array_specs(hookpoints, split)
         self._attributes: dict[str, dict[str, Any]] = {}
-        grids, rows = set(), []
+        self._rows: dict[str, int] = {}
+        """Rows by array: between two commits they may be one shard apart."""
+        grids = set()
         for name, spec in self.specs.items():
             path = root / DATA / spec.path / "zarr.json"
             meta = _read_json(path, "array")
@@ -90,17 +92,20 @@ class StoreSplit:
                 if meta != expected:
                     wrong = [k for k in expected if meta.get(k) != expected[k]]
                     raise ValueError(f"unexpected {', '.join(wrong) or 'extra keys'}")
-            except (KeyError, IndexError, TypeError, ValueError, AssertionError) as error:
+                if spec.width is not None:
+                    ChannelSums.from_json(meta["attributes"])
+            except (
+                KeyError, IndexError, TypeError, ValueError, AssertionError, ZeroDivisionError,
+            ) as error:  # fmt: skip
                 raise StoreError(
                     f"{path}: not the metadata of an array of a bsc store ({error!r})."
                 ) from None
             grids.add((shard, chunk))
-            rows.append(n_rows)
+            self._rows[name] = n_rows
         if len(grids) != 1:
             raise StoreError(f"{root}: the arrays of split {split!r} have different shard sizes.")
         ((shard, chunk),) = grids
-        # The smallest shape: between two commits the arrays may be one shard apart.
-        self.shards = min(rows) // shard
+        self.shards = min(self._rows.values()) // shard
         self.grid = Grid(shard, chunk, max(1, self.shards))
         self.rows = self.shards * shard
         self._map = lru_cache(maxsize=256)(self._map_uncached)
@@ -153,9 +158,14 @@ class StoreSplit:
         return np.concatenate(shards) if shards else np.empty(0, np.uint32)
 
     def sums(self, name: str) -> ChannelSums:
-        """Channel sums of the committed rows of an activation array."""
+        """Channel sums of an activation array, over `summed_rows(name)` rows."""
         self.spec(name)
         return ChannelSums.from_json(self._attributes[name])
+
+    def summed_rows(self, name: str) -> int:
+        """Rows that an array has, and its sums are over: those of the split, or one shard more."""
+        self.spec(name)
+        return self._rows[name]
 
     def moments(self, name: str) -> Moments:
         """Mean and variance per channel of an activation array.
@@ -171,9 +181,10 @@ class StoreSplit:
                 f"{self.root}: {name} holds {sums.non_finite:,} values that are not finite. The "
                 f"model overflowed: capture again with --dtype float32."
             )
-        mean = sums.sum / self.rows
-        variance = np.maximum(sums.sum_sq / self.rows - mean**2, 0.0)
-        return Moments(self.rows, torch.from_numpy(mean), torch.from_numpy(variance))
+        rows = self.summed_rows(name)
+        mean = sums.sum / rows
+        variance = np.maximum(sums.sum_sq / rows - mean**2, 0.0)
+        return Moments(rows, torch.from_numpy(mean), torch.from_numpy(variance))
 
     @property
     def non_finite(self) -> int:
@@ -303,7 +314,7 @@ class ActivationStore:
     def bytes(self) -> int:
         """Bytes of all committed shards."""
         return sum(
-            s.shards * (s.grid.shard_rows * spec.row_bytes + 16 * s.grid.chunks + 4)
+            s.shards * spec.shard_bytes(s.grid)
             for s in self.splits.values()
             for spec in s.specs.values()
         )

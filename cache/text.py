@@ -19,7 +19,15 @@ from bsc.demo.corpus import CORPORA, documents
 from bsc.errors import UserError
 from bsc.held_out import HELD_OUT_FRACTION, is_held_out
 
-__all__ = ["TextDocument", "TextSource", "default_text", "read_text"]
+__all__ = [
+    "TextDocument",
+    "TextSource",
+    "default_text",
+    "fingerprint",
+    "parse_text",
+    "read_text",
+    "resolve_dataset",
+]
 
 SHUFFLE_BUFFER = 10_000
 """Documents in the buffer that shuffles a stream."""
@@ -120,6 +128,35 @@ def parse_text(values: list[str]) -> dict[str, Any]:
     if len(kinds) > 1:
         raise UserError("--text: the files are of different kinds. Capture one kind at a time.")
     return {"files": tuple(str(p.resolve()) for p in files)}
+
+
+def fingerprint(source: TextSource) -> str:
+    """What tells this text from another one of the same name.
+
+    Of an embedded corpus the SHA-256 of its documents; of local files that of their names, sizes
+    and times of change; of a dataset on the hub its commit, or its name where there is no network.
+    """
+    digest = hashlib.sha256()
+    if source.corpus is not None:
+        for document in documents(source.corpus):
+            digest.update(f"{document.name}\0{document.text}\0".encode("utf-8", "surrogatepass"))
+    elif source.files:
+        for name in source.files:
+            status = Path(name).stat()
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    else:
+        digest.update(f"{source.dataset}\0{source.revision}".encode())
+    return digest.hexdigest()[:16]
+
+
+def resolve_dataset(dataset: str, revision: str | None) -> str | None:
+    """The commit that a revision of a dataset on the hub means now; unchanged without a network."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(dataset, revision=revision).sha
+    except Exception:  # no network, no access: reading the dataset says so better
+        return revision
 
 
 def read_text(source: TextSource) -> Iterator[TextDocument]:

@@ -7,14 +7,24 @@ file. A store is right when the list is empty.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import xxhash
 
-from bsc.cache.layout import DATA, MANIFEST, PROVENANCE, shard_path
+from bsc.cache.layout import (
+    DATA,
+    MANIFEST,
+    PROVENANCE,
+    group_json,
+    shard_path,
+    store_attributes,
+)
+from bsc.cache.readme import STORE_README
 from bsc.cache.shard import ChannelSums, ShardRecord, map_shard
 from bsc.cache.store import ActivationStore, StoreSplit
 from bsc.errors import StoreError
+from bsc.files import canonical_json
 
 __all__ = ["verify"]
 
@@ -39,11 +49,17 @@ def verify(
     """
     store = ActivationStore(root)
     records: dict[tuple[str, int], ShardRecord] = {}
-    for record in store.records():
-        key = (record.array, record.shard)
-        if key in records:
-            yield f"{MANIFEST}: two lines for shard {record.shard} of {record.array}"
-        records[key] = record
+    totals: dict[str, ChannelSums] = {}
+    try:
+        for record in store.records():
+            key = (record.array, record.shard)
+            if key in records:
+                yield f"{MANIFEST}: two lines for shard {record.shard} of {record.array}"
+            records[key] = replace(record, sums=None)
+            _add_sums(store, totals, record)
+    except StoreError as error:
+        yield str(error)
+    yield from _check_words(store)
     expected = {store.root / n for n in (MANIFEST, PROVENANCE, "README.md")}
     expected.add(store.root / DATA / "zarr.json")
     for split in store.splits.values():
@@ -61,7 +77,7 @@ def verify(
                     yield f"{path}: committed, but {MANIFEST} has no line for it"
                 else:
                     yield from _check_shard(path, split, name, found, on_bytes)
-        yield from _check_sums(store, split)
+        yield from _check_sums(store, split, totals)
     for array_path, shard in records:
         yield f"{MANIFEST}: a line for shard {shard} of {array_path}, which is not committed"
     for path in sorted(p for p in store.root.rglob("*") if p.is_file() or p.is_symlink()):
@@ -118,13 +134,52 @@ def _check_shard(
         yield str(error)
 
 
-def _check_sums(store: ActivationStore, split: StoreSplit) -> Iterator[str]:
+def _add_sums(store: ActivationStore, totals: dict[str, ChannelSums], record: ShardRecord) -> None:
+    """Add a line's sums to the total of its array, if it is one of the shards that has them."""
+    for split in store.splits.values():
+        for name, spec in split.specs.items():
+            if spec.path != record.array or record.sums is None:
+                continue
+            if record.shard < split.summed_rows(name) // split.grid.shard_rows:
+                total = totals.setdefault(spec.path, ChannelSums(record.sums.width))
+                total.merge(record.sums)
+
+
+def _check_sums(
+    store: ActivationStore, split: StoreSplit, totals: dict[str, ChannelSums]
+) -> Iterator[str]:
     """The sums in an array's attributes are those of its lines of the manifest, in order."""
-    totals = {s.path: ChannelSums(s.width) for s in split.specs.values() if s.width is not None}
-    for record in store.records():
-        known = record.array in totals and record.shard < split.shards
-        if record.sums is not None and known:
-            totals[record.array].merge(record.sums)
     for name, spec in split.specs.items():
-        if spec.width is not None and totals[spec.path].to_json() != split.sums(name).to_json():
+        if spec.width is None:
+            continue
+        total = totals.get(spec.path, ChannelSums(spec.width))
+        if total.to_json() != split.sums(name).to_json():
             yield f"{store.root / DATA / spec.path / 'zarr.json'}: the channel sums are changed"
+
+
+def _check_words(store: ActivationStore) -> Iterator[str]:
+    """The files that hold no rows: provenance, README and group metadata."""
+    path = store.root / PROVENANCE
+    try:
+        made = store.provenance()["capture"]
+        expected = store_attributes(made)
+        if expected["store_id"] != store.store_id:
+            yield f"{path}: changed, or not the provenance of store {store.store_id}"
+        elif expected != store.attributes:
+            wrong = [k for k in expected if store.attributes.get(k) != expected[k]]
+            yield f"{store.root / DATA / 'zarr.json'}: {', '.join(wrong)} changed"
+    except (StoreError, KeyError, TypeError) as error:
+        yield f"{path}: cannot be checked ({error})"
+    readme = store.root / "README.md"
+    if readme.exists() and readme.read_text(errors="replace") != STORE_README:
+        yield f"{readme}: changed"
+    groups = {
+        parent
+        for split in store.splits.values()
+        for spec in split.specs.values()
+        for parent in list(Path(spec.path).parents)[:-1]
+    }
+    for group in sorted(groups):
+        meta = store.root / DATA / group / "zarr.json"
+        if meta.exists() and meta.read_bytes() != canonical_json(group_json({})).encode():
+            yield f"{meta}: changed"

@@ -39,7 +39,13 @@ from bsc.cache.layout import (
 )
 from bsc.cache.readme import STORE_README
 from bsc.cache.shard import ChannelSums, ShardWriter
-from bsc.files import canonical_json, fsync_folder, write_atomically, write_json
+from bsc.files import (
+    canonical_json,
+    fsync_folder,
+    make_durable_folder,
+    write_atomically,
+    write_json,
+)
 
 __all__ = ["SplitWriter", "StoreWriter", "deal", "window_sizes"]
 
@@ -129,7 +135,7 @@ class SplitWriter:
     def _write_metadata(self, name: str) -> None:
         spec: ArraySpec = self.specs[name]
         folder = self.root / DATA / spec.path
-        folder.mkdir(parents=True, exist_ok=True)
+        make_durable_folder(folder)
         attributes = self._sums[name].to_json() if name in self._sums else {}
         rows = self.committed * self.grid.shard_rows
         write_json(folder / "zarr.json", spec.zarr_json(rows, self.grid, attributes))
@@ -160,12 +166,10 @@ class SplitWriter:
 
     def _open_window(self) -> None:
         for shard in range(self.committed, self.committed + self._windows[self._window]):
-            self._open.append(
-                {
-                    name: ShardWriter(shard_path(self.root, spec, shard), spec, self.grid)
-                    for name, spec in self.specs.items()
-                }
-            )
+            writers: dict[str, ShardWriter] = {}
+            self._open.append(writers)  # first, so that a failure leaves none behind
+            for name, spec in self.specs.items():
+                writers[name] = ShardWriter(shard_path(self.root, spec, shard), spec, self.grid)
         self._block = 0
 
     def _append_to_window(self, block: Block, rows: int) -> None:
@@ -287,7 +291,7 @@ class StoreWriter:
             for spec in array_specs(hookpoints, split).values():
                 for parent in list(Path(spec.path).parents)[:-1]:
                     folder = data / parent
-                    folder.mkdir(parents=True, exist_ok=True)
+                    make_durable_folder(folder)
                     if not (folder / "zarr.json").exists():
                         write_json(folder / "zarr.json", group_json({}))
             self.splits[split] = SplitWriter(

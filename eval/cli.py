@@ -17,6 +17,9 @@ def evaluate(
     store: Annotated[
         Path | None, typer.Option(help="Where the store is now.  [default: as in training]")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the model is now.  [default: as at the capture]")
+    ] = None,
     ce_tokens: Annotated[
         int, typer.Option(help="Held-out tokens for the model's loss.", parser=parse_count)
     ] = 100_000,
@@ -31,7 +34,9 @@ def evaluate(
     from bsc.files import canonical_json
     from bsc.train.run import Run
 
-    result = evaluate_run(Run.open(run), store=store, ce_tokens=ce_tokens, device=device)
+    result = evaluate_run(
+        Run.open(run), store=store, model=model, ce_tokens=ce_tokens, device=device
+    )
     if as_json:
         typer.echo(canonical_json(result), nl=False)
     else:

@@ -21,16 +21,17 @@ from bsc.eval.loss import context_losses, contexts_of, paired_difference
 from bsc.eval.splice import coder_replacement, mean_replacement, zero_replacement
 from bsc.files import write_atomically, write_json
 from bsc.progress import console, stage
-from bsc.train.run import Run
+from bsc.train.run import RUN_VERSION, Run
 from bsc.versions import versions
 
-__all__ = ["EVAL_VERSION", "evaluate"]
+__all__ = ["evaluate"]
 
-EVAL_VERSION = 1
 CE_TOKENS = 100_000
 
 
-def _matching_model(store: ActivationStore, device: torch.device) -> LanguageModel:
+def _matching_model(
+    store: ActivationStore, name: str | None, device: torch.device
+) -> LanguageModel:
     """The model that the store was captured from, with its head.
 
     Raises:
@@ -38,7 +39,7 @@ def _matching_model(store: ActivationStore, device: torch.device) -> LanguageMod
     """
     saved = store.attributes["model"]
     lm = load_model(
-        str(saved["name"]), revision=saved["revision"], dtype=str(saved["dtype"]),
+        name or str(saved["name"]), revision=saved["revision"], dtype=str(saved["dtype"]),
         device=device, with_head=True,
     )  # fmt: skip
     found = lm.identity()
@@ -46,13 +47,18 @@ def _matching_model(store: ActivationStore, device: torch.device) -> LanguageMod
         if found[key] != saved[key]:
             raise StoreError(
                 f"{store.root}: captured from {saved['name']} with {key} {saved[key]}, but that "
-                f"model now has {found[key]}. Evaluate with the model of the capture."
+                f"model now has {found[key]}. Name the model of the capture with --model."
             )
     return lm
 
 
 def _open_store(run: Run, store: Path | None) -> ActivationStore:
     config = run.config()
+    if store is None and not Path(config["store"]).exists():
+        raise StoreError(
+            f"{run.folder}: trained on store {config['store']}, which is not there any more. Say "
+            f"where it is now with --store."
+        )
     opened = ActivationStore(store or config["store"])
     if opened.store_id != config["store_id"]:
         raise StoreError(
@@ -79,13 +85,19 @@ def _losses(
 
 
 def evaluate(
-    run: Run, *, store: Path | None = None, ce_tokens: int = CE_TOKENS, device: str | None = None
+    run: Run,
+    *,
+    store: Path | None = None,
+    model: str | None = None,
+    ce_tokens: int = CE_TOKENS,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Measure every coder of a run and write eval.json, examples.json and firing counts.
 
     Args:
         run: a run whose training has ended.
         store: where the store is now; None: where it was in training.
+        model: where the model is now; None: where it was at the capture.
         ce_tokens: held-out tokens for the losses of the language model.
         device: where to compute; None: a GPU where there is one.
 
@@ -98,18 +110,28 @@ def evaluate(
     opened = _open_store(run, store)
     split = opened.held_out
     on = pick_device(device)
-    lm = _matching_model(opened, on)
+    lm = _matching_model(opened, model, on)
     ids = contexts_of(split, opened.context, ce_tokens)
     names = run.coder_names()
-    coders = {name: run.coder(name).to(on) for name in names}
-    hooks = list(dict.fromkeys(str(c.about["hookpoint"]) for c in coders.values()))
+    hooks = list(dict.fromkeys(str(c["hookpoint"]) for c in run.config()["coders"]))
     figures: dict[str, Any] = {}
     examples: dict[str, Any] = {}
+    counts: dict[str, torch.Tensor] = {}
+    left_out: list[str] = []
     with stage("evaluate", len(names) + len(hooks), "coders and baselines") as progress:
         clean, ablations = _losses(lm, ids, hooks, opened)
         progress.advance(len(hooks))
-        for name, coder in coders.items():
+        for name in names:
+            coder = run.coder(name).to(on)
             hook = str(coder.about["hookpoint"])
+            if coder.about["frozen_at_step"] is not None:
+                left_out.append(name)
+                console.print(
+                    f"{name}: left out, it turned non-finite at step "
+                    f"{coder.about['frozen_at_step']} of its training"
+                )
+                progress.advance(1)
+                continue
             fidelity = measure(coder, split, hook)
             spliced = context_losses(lm, ids, {hook: coder_replacement(coder)})
             delta, interval = paired_difference(spliced, clean)
@@ -121,12 +143,10 @@ def evaluate(
                 "loss_recovered_from_mean": 1 - delta / ablated if ablated else None,
             }
             examples[name] = collect_examples(coder, split, hook, fidelity.counts, lm.tokenizer)
-            write_atomically(
-                run.coder_folder(name) / "firing.safetensors", save({"counts": fidelity.counts})
-            )
+            counts[name] = fidelity.counts
             progress.advance(1, name)
     result = {
-        "version": EVAL_VERSION,
+        "version": RUN_VERSION,
         "store_id": opened.store_id,
         "model": opened.attributes["model"],
         "held_out_rows": split.rows,
@@ -135,11 +155,15 @@ def evaluate(
         "ce_clean": float(clean.mean()),
         "ablations": ablations,
         "coders": figures,
+        "left_out": left_out,
         "versions": versions(),
         "device": on.type,
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    # All at the end, eval.json last: an interrupted evaluation leaves the one before as it was.
+    for name, count in counts.items():
+        write_atomically(run.coder_folder(name) / "firing.safetensors", save({"counts": count}))
     write_json(run.folder / "examples.json", examples)
     write_json(run.eval_path, result)
-    console.print(f"{run.eval_path}: {len(names)} coders on {split.rows:,} held-out rows")
+    console.print(f"{run.eval_path}: {len(figures)} coders on {split.rows:,} held-out rows")
     return result

@@ -81,8 +81,7 @@ class Fidelity:
 
 def site_arrays(coder: SparseCoder, hookpoint: str) -> tuple[str, str]:
     """Names of the arrays that a coder reads and reconstructs."""
-    side = "output" if coder.config.site == "sae" else "input"
-    return f"{hookpoint}/{side}", f"{hookpoint}/output"
+    return f"{hookpoint}/{coder.config.side}", f"{hookpoint}/output"
 
 
 def _device_batches(

@@ -48,10 +48,11 @@ def splice(base: torch.nn.Module, replacements: dict[str, Replacement]) -> Itera
     def hook_of(replace: Replacement) -> Any:
         def hook(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             x = (args or tuple(kwargs.values()))[0]
-            y = output[0] if isinstance(output, tuple) else output
+            several = isinstance(output, (tuple, list))
+            y = output[0] if several else output
             rows = replace(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
             new = rows.to(y.dtype).view_as(y)
-            return (new, *output[1:]) if isinstance(output, tuple) else new
+            return type(output)((new, *output[1:])) if several else new
 
         return hook
 

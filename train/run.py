@@ -4,6 +4,7 @@ config.json     the resolved config, versions, the identity of the store
 metrics.jsonl   one line per coder and logging interval
 coders/<hookpoint>/<coder>/   coder.safetensors, config.json, after evaluation firing.safetensors
 eval.json       figures, after `bsc eval`
+examples.json   contexts in which latents fire, after `bsc eval`
 report.html     after `bsc report`
 """
 
@@ -96,7 +97,14 @@ class Run:
         """
         if not self.eval_path.exists():
             raise StoreError(f"{self.folder}: not evaluated yet. Run `bsc eval {self.folder}`.")
-        return self._json(self.eval_path, "evaluation")
+        found = self._json(self.eval_path, "evaluation")
+        expected = (RUN_VERSION, self.config()["store_id"])
+        if (found.get("version"), found.get("store_id")) != expected:
+            raise StoreError(
+                f"{self.eval_path}: of another version of bsc, or of another store than the run. "
+                f"Evaluate again: bsc eval {self.folder}"
+            )
+        return found
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Lines of metrics.jsonl.
@@ -105,8 +113,8 @@ class Run:
             StoreError: the file is missing or damaged.
         """
         try:
-            for line in self.metrics_path.read_text().splitlines():
-                yield json.loads(line)
+            with self.metrics_path.open() as lines:
+                yield from map(json.loads, lines)
         except (OSError, ValueError) as error:
             raise StoreError(f"{self.metrics_path}: cannot be read ({error}).") from None
 

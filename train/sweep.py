@@ -52,9 +52,9 @@ class SweepPoint(Config):
     decoder_norm: Literal["unit", "free"] | None = None
     """None: unit for SAEs, free for transcoders."""
     optimiser: Optimiser = "adam"
-    lr: float | None = Field(default=None, gt=0)
+    lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Learning rate; None: `default_lr` of the optimiser, the code and the number of latents."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the initial weights. Coders with one seed begin with the same encoder."""
 
     def coder_config(self, hook: Hookpoint) -> CoderConfig:
@@ -84,7 +84,7 @@ class TrainConfig(Config):
     """Rows to train on; None: every training row of the store once. More rows are more passes."""
     batch_rows: int = Field(default=2048, ge=1)
     """Rows per step."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the order of the rows, the same for all coders."""
     normalise: Literal["rms", "none"] = "rms"
     """rms: rows are divided by one number per side, the root mean square of their deviation from
@@ -95,7 +95,7 @@ class TrainConfig(Config):
     """Steps between two lines of metrics.jsonl."""
     device: str | None = None
     """cpu, cuda, cuda:1; None: a GPU where there is one."""
-    coders: tuple[dict[str, Any], ...] = ({},)
+    coders: tuple[dict[str, Any], ...] = Field(default=({},), min_length=1)
     """Tables of `SweepPoint` fields; a list as a value is an axis of the table's grid."""
 
     @field_validator("name")
@@ -186,7 +186,7 @@ def _named(planned: list[PlannedCoder]) -> list[PlannedCoder]:
             if f not in _ALWAYS_NAMED and len({str(fields(o)[f]) for o in groups[key]}) > 1
         ]  # fmt: skip
         parts = [mine["site"], mine["code"], f"k{mine['k']}", f"s{mine['seed']}"]
-        parts += [f"{f}={mine[f]:.3g}" if f == "lr" else f"{f}={mine[f]}" for f in differ]
+        parts += [f"{f}={mine[f]}" for f in differ]
         named.append(p.model_copy(update={"name": f"{p.hookpoint}/{'-'.join(parts)}"}))
     names = [p.name for p in named]
     assert len(set(names)) == len(names)

@@ -19,7 +19,9 @@ def summary_table(summaries: Iterable[CoderSummary]) -> None:
     for title in ("FVU (train)", "L0", "dead"):
         table.add_column(title, justify="right")
     for s in summaries:
-        note = f"  (not finite at step {s.frozen_at})" if s.frozen_at is not None else ""
-        table.add_row(s.name + note, f"{s.fvu:.4f}", f"{s.l0:.1f}", f"{s.dead:.1%}")
+        if s.fvu is None or s.l0 is None or s.dead is None or s.frozen_at is not None:
+            table.add_row(s.name, f"not finite at step {s.frozen_at}", "", "")
+        else:
+            table.add_row(s.name, f"{s.fvu:.4f}", f"{s.l0:.1f}", f"{s.dead:.1%}")
     # Wide enough for every name, also where stdout is no terminal.
     Console(highlight=False, width=200).print(table)

@@ -5,7 +5,6 @@ Coders that share hookpoint, site and number of latents form a bank; every bank 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,9 +38,10 @@ class CoderSummary(NamedTuple):
     """Training figures of a coder over the last logging intervals: rows it had not seen before."""
 
     name: str
-    fvu: float
-    l0: float
-    dead: float
+    fvu: float | None
+    """None, as the next two, where the coder turned non-finite before the first interval."""
+    l0: float | None
+    dead: float | None
     frozen_at: int | None
     """Step at which it turned non-finite and was left alone; None: it did not."""
 
@@ -67,12 +67,12 @@ class _Scale:
     variance_y: float
 
     @classmethod
-    def of(cls, x: Moments, y: Moments, normalise: str) -> _Scale:
+    def of(cls, hook: str, x: Moments, y: Moments, normalise: str) -> _Scale:
         units = [
             (m.total_variance / len(m.mean)) ** 0.5 if normalise == "rms" else 1.0 for m in (x, y)
         ]
         if not all(units) or y.total_variance == 0:
-            raise ConfigError("the rows of a hookpoint are all the same: nothing to train on.")
+            raise ConfigError(f"{hook}: its rows are all the same, so nothing can be learned.")
         return cls(
             units[0], units[1], x.mean / units[0], y.mean / units[1],
             y.total_variance / units[1] ** 2,
@@ -88,10 +88,9 @@ class _BankTrainer:
     ) -> None:  # fmt: skip
         self.coders, self.device, self.dead_after = coders, device, config.dead_after
         hook, first = coders[0].hookpoint, coders[0].coder
-        self.y_name = f"{hook}/output"
-        self.x_name = self.y_name if first.site == "sae" else f"{hook}/input"
+        self.x_name, self.y_name = f"{hook}/{first.side}", f"{hook}/output"
         moments = [store.train.moments(name) for name in (self.x_name, self.y_name)]
-        self.scale = _Scale.of(moments[0], moments[1], config.normalise)
+        self.scale = _Scale.of(hook, moments[0], moments[1], config.normalise)
         self.bank = Bank(
             [c.coder for c in coders], total_variance=self.scale.variance_y, device=device
         )
@@ -119,7 +118,7 @@ class _BankTrainer:
         )  # fmt: skip
         result = self.bank.step(x, y)
         self._count(result, len(x))
-        finite = result.loss.isfinite().tolist()
+        finite = self._finite(result.loss)
         for c, (coder, optimiser) in enumerate(zip(self.coders, self.optimisers, strict=True)):
             if self.frozen_at[c] is None and not finite[c]:
                 self.frozen_at[c] = step
@@ -132,6 +131,13 @@ class _BankTrainer:
             optimiser.step()
             if coder.optimiser == "adam":
                 self.bank.renormalise(c)
+
+    def _finite(self, loss: Tensor) -> list[bool]:
+        """Which coders have a finite loss and finite gradients."""
+        finite = loss.isfinite()
+        for gradient in self.bank.gradients.values():
+            finite &= gradient.flatten(1).sum(dim=1).isfinite()
+        return [bool(f) for f in finite.tolist()]
 
     def _count(self, result: StepResult, rows: int) -> None:
         self.rows += rows
@@ -214,6 +220,8 @@ def train(config: TrainConfig, where: str = "bsc train") -> tuple[Run, list[Code
         f"{run.folder}: {len(planned)} coders in {len(banks)} bank(s), {steps:,} steps of "
         f"{config.batch_rows:,} rows, {steps * config.batch_rows / store.train.rows:.2f} passes"
     )
+    if not store.complete:
+        console.print(f"{store.root}: the capture of this store has not ended")
     started = time.perf_counter()
     summaries = _loop(run, config, banks, loader, names, steps)
     about = {"store_id": store.store_id, "model": store.attributes["model"],
@@ -268,7 +276,7 @@ def _loop(
                 note = f"FVU {min(values):.3f} to {max(values):.3f}" if values else ""
             progress.advance(config.batch_rows, note)
             before = time.perf_counter()
-    nothing = {"fvu": math.nan, "l0": math.nan, "dead": math.nan}
+    nothing = dict.fromkeys(("fvu", "l0", "dead"))
     summaries = []
     for bank in banks:
         for coder, frozen in zip(bank.coders, bank.frozen_at, strict=True):

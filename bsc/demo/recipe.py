@@ -7,7 +7,7 @@ weights: held-out loss of the model and of an interpolated 5-gram model on the s
 
 Loss is in nats per token, every token of the held-out files predicted once, in windows of the
 model's context; bits per byte = nats per token * tokens / (bytes * ln 2), comparable across
-tokenizers.
+tokenizers. Needs torch 2.9 or later, for its Muon.
 """
 
 from __future__ import annotations

@@ -64,6 +64,11 @@ class CoderRow:
     examples: list[dict[str, Any]]
 
     @property
+    def variant(self) -> tuple[str, ...]:
+        """What coders share that differ in k and seed alone: they are one line of a plot."""
+        return (self.run, self.name.rsplit("/", 1)[-1].split(f"-s{self.seed}")[-1], self.optimiser)
+
+    @property
     def label(self) -> str:
         """Short name within a panel."""
         return f"{self.code}, k = {self.k}"
@@ -111,7 +116,8 @@ def against_k(
 ) -> Markup:
     """A figure of eval.json against k, one panel per hookpoint, site and width.
 
-    Lines join the means over seeds; every coder is a mark, with its interval where there is one.
+    Lines join the means over seeds, one line per run and variant; every coder is a mark, with its
+    interval where there is one.
     """
     grouped = _panels(coders)
     with _figure(f"{key}-against-k", len(grouped), 2.9) as (figure, axes):
@@ -119,9 +125,11 @@ def against_k(
             ks = sorted({c.k for c in members})
             for code, colour in COLOURS.items():
                 of_code = [c for c in members if c.code == code]
-                by_k = {k: [c.figures[key] for c in of_code if c.k == k] for k in ks}
-                points = [(k, float(np.mean(v))) for k, v in by_k.items() if v]
-                axis.plot(*zip(*points, strict=True), color=colour, lw=1.6) if points else None
+                for variant in dict.fromkeys(c.variant for c in of_code):
+                    line = [c for c in of_code if c.variant == variant]
+                    by_k = {k: [c.figures[key] for c in line if c.k == k] for k in ks}
+                    points = [(k, float(np.mean(v))) for k, v in by_k.items() if v]
+                    axis.plot(*zip(*points, strict=True), color=colour, lw=1.6)
                 for coder in of_code:
                     value = coder.figures[key]
                     low, high = coder.figures[interval] if interval else (value, value)
@@ -129,12 +137,13 @@ def against_k(
                         [coder.k], [value], yerr=[[max(0, value - low)], [max(0, high - value)]],
                         color=colour, marker=_MARKERS[code], ms=4.5, lw=1, capsize=2,
                     )  # fmt: skip
-                if points:
+                if of_code:
                     axis.plot([], [], color=colour, marker=_MARKERS[code], ms=4.5, label=code)
             axis.set_xscale("log", base=2)
             axis.set_xticks(ks, [str(k) for k in ks])
             axis.minorticks_off()
-            axis.set_ylim(bottom=0)
+            if axis.get_ylim()[0] > 0:
+                axis.set_ylim(bottom=0)
             axis.set_xlabel("k, latents selected per token")
             axis.set_ylabel(label)
             axis.set_title(panel)
@@ -148,6 +157,8 @@ def firing_histograms(coders: list[CoderRow]) -> Markup:
     for coder in coders:
         grouped.setdefault(f"{coder.panel}, k = {coder.k}", []).append(coder)
     many = len({c.panel for c in coders}) > 1
+    # From the rate of a single firing on.
+    lowest = float(np.floor(-np.log10(max(c.figures["rows"] for c in coders)) * 2) / 2)
     with _figure("firing-histograms", len(grouped), 2.3) as (figure, axes):
         for axis, (title, members) in zip(axes, grouped.items(), strict=True):
             for code, colour in COLOURS.items():
@@ -161,7 +172,7 @@ def firing_histograms(coders: list[CoderRow]) -> Markup:
                     axis.stairs(mean, edges, color=colour, alpha=0.18, fill=True)
             axis.axvline(-1, color=_INK, lw=0.8, ls=":", alpha=0.6)
             axis.set_xticks(range(-6, 1, 1), ["1e-6", "1e-5", "1e-4", "0.001", "0.01", "0.1", "1"])
-            axis.set_xlim(-5.2, 0)
+            axis.set_xlim(lowest, 0)
             axis.set_yscale("symlog", linthresh=1)
             axis.set_yticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1000"])
             axis.minorticks_off()

@@ -26,6 +26,8 @@ from bsc.train.run import Run
 
 __all__ = ["render_report", "write_report"]
 
+CURVE_POINTS = 500
+
 
 def _rows(run: Run) -> list[CoderRow]:
     """Every coder of a run.
@@ -33,7 +35,8 @@ def _rows(run: Run) -> list[CoderRow]:
     Raises:
         StoreError: a file of the run is missing or damaged.
     """
-    figures = run.evaluation()["coders"]
+    evaluation, config = run.evaluation(), run.config()
+    figures = evaluation["coders"]
     try:
         examples = json.loads((run.folder / "examples.json").read_text())
     except (OSError, ValueError) as error:
@@ -41,10 +44,12 @@ def _rows(run: Run) -> list[CoderRow]:
             f"{run.folder}: examples.json cannot be read ({error}). `bsc eval {run.folder}` "
             f"writes it."
         ) from None
-    metrics = list(run.metrics())
+    curves = _curves(run, config["steps"], config["log_every"])
     rows = []
-    for planned in run.config()["coders"]:
+    for planned in config["coders"]:
         name, coder = planned["name"], planned["coder"]
+        if name in evaluation["left_out"]:
+            continue
         if name not in figures:
             raise StoreError(
                 f"{run.eval_path}: no figures of coder {name}. Evaluate the run again: "
@@ -63,7 +68,7 @@ def _rows(run: Run) -> list[CoderRow]:
                 lr=planned["lr"],
                 n_latents=coder["n_latents"],
                 figures=figures[name],
-                metrics=[m for m in metrics if m["coder"] == name],
+                metrics=curves.get(name, []),
                 examples=examples.get(name, []),
             )
         )
@@ -71,16 +76,20 @@ def _rows(run: Run) -> list[CoderRow]:
 
 
 def _summary(rows: list[CoderRow]) -> list[str]:
-    """What the figures say, in sentences with the numbers in them."""
+    """What the figures say, in sentences with the numbers in them.
+
+    One for each k at which a panel has exactly one binary and one continuous coder of the first
+    seed: where there are more, which two to compare is the reader's choice.
+    """
     sentences = []
-    panels = dict.fromkeys((r.panel, r.seed, r.k) for r in rows)
-    for panel, seed, k in panels:
-        pair = {
-            r.code: r for r in rows if (r.panel, r.seed, r.k) == (panel, seed, k)
-        }  # fmt: skip
-        if set(pair) != {"binary", "continuous"} or seed != rows[0].seed:
+    for panel, k in dict.fromkeys((r.panel, r.k) for r in rows):
+        pair: dict[str, list[CoderRow]] = {"binary": [], "continuous": []}
+        for r in rows:
+            if (r.panel, r.k, r.seed) == (panel, k, rows[0].seed):
+                pair[r.code].append(r)
+        if any(len(found) != 1 for found in pair.values()):
             continue
-        b, c = pair["binary"].figures, pair["continuous"].figures
+        b, c = pair["binary"][0].figures, pair["continuous"][0].figures
         sentences.append(
             f"{panel}, k = {k}: the binary coder leaves {b['fvu']:.1%} of the variance "
             f"unexplained, the continuous one {c['fvu']:.1%}. Spliced into the model they cost "
@@ -89,6 +98,16 @@ def _summary(rows: list[CoderRow]) -> list[str]:
             f"{c['latents_above']['0.1']}."
         )
     return sentences
+
+
+def _curves(run: Run, steps: int, log_every: int) -> dict[str, list[dict[str, Any]]]:
+    """Lines of metrics.jsonl by coder, thinned to about `CURVE_POINTS` points each."""
+    keep = max(1, steps // log_every // CURVE_POINTS)
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for line in run.metrics():
+        if line["step"] // log_every % keep == 0 or line["step"] == steps:
+            curves.setdefault(line["coder"], []).append({k: line[k] for k in ("rows", "fvu")})
+    return curves
 
 
 def _shade(value: float, largest: float) -> int:
@@ -118,6 +137,8 @@ def render_report(runs: list[Run]) -> str:
     if not runs:
         raise UserError("a report needs at least one run.")
     rows = [row for run in runs for row in _rows(run)]
+    if not rows:
+        raise UserError("a report needs at least one coder; every coder of these was left out.")
     rows.sort(key=lambda r: (r.hookpoint, r.site, r.n_latents, r.code, r.k, r.seed, r.run))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bsc.eval.report", "."),

@@ -20,6 +20,7 @@ from bsc.cache.models import load_model
 from bsc.cache.store import ActivationStore
 from bsc.cache.text import TextSource, read_text
 from bsc.cache.tokens import context_batches
+from bsc.cache.verify import verify
 from bsc.errors import UserError
 from tests.conftest import EMBEDDED, make_model
 
@@ -245,12 +246,74 @@ def test_a_capture_that_comes_to_nothing_leaves_nothing(tiny_model: Path, tmp_pa
     assert not (tmp_path / "deep/acts").exists()
 
 
+def test_text_that_fails_on_the_way_keeps_what_was_committed(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = read_text
+
+    def failing(source: TextSource) -> Any:
+        for i, document in enumerate(real(source)):
+            if i == 8:
+                raise UserError("--dataset a/b: cannot be read: the connection broke.")
+            yield document
+
+    monkeypatch.setattr(capture_module, "read_text", failing)
+    monkeypatch.setattr("bsc.cache.tokens._DOCUMENTS_AT_ONCE", 2)
+    with pytest.raises(UserError, match=r"the connection broke\. .* keeps the [\d,]+ rows"):
+        capture(
+            CaptureConfig(
+                model=str(tiny_model), store=tmp_path / "acts", text=TextSource(corpus="stdlib"),
+                tokens=100_000, context=32, hookpoints=("layers.1.mlp",),
+            )
+        )  # fmt: skip
+    store = ActivationStore(tmp_path / "acts")
+    assert store.train.rows > 0 and not store.complete
+    assert list(verify(tmp_path / "acts")) == []
+
+
+def test_a_module_whose_output_is_changed_in_place_later_is_stored_as_it_was() -> None:
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp, self.last = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+            y: torch.Tensor = self.mlp(torch.ones(*input_ids.shape, 4))
+            y += 100
+            return self.last(y)  # type: ignore[no-any-return]
+
+    block = Block()
+    rows = RowTap(block, ["mlp", "last"]).rows(torch.zeros((2, 3), dtype=torch.int64))
+    assert rows["mlp/output"].abs().max() < 50
+    assert rows["last/input"].min() > 50
+
+
+def test_modules_without_one_row_per_token_are_refused(tiny_model: Path) -> None:
+    lm = load_model(str(tiny_model))
+    with pytest.raises(UserError, match=r"not one row for each|not a tensor"):
+        RowTap(lm.base, ["rotary_emb"]).rows(torch.zeros((2, 8), dtype=torch.int64))
+
+
+def test_more_open_files_than_the_system_allows_are_refused_with_what_would_fit(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (200, 200))
+    with pytest.raises(UserError, match=r"needs [\d,]+ open files.* --window \d+ would fit"):
+        capture(
+            CaptureConfig(
+                model=str(tiny_model), store=tmp_path / "acts", text=TextSource(corpus="stdlib"),
+                tokens=200_000,
+            )
+        )  # fmt: skip
+    assert not (tmp_path / "acts").exists()
+
+
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**6))
-    with pytest.raises(UserError, match=r"needs .* free\. --tokens \d+ would fit"):
+    with pytest.raises(UserError, match=r"needs .* free\. What would fit: --tokens \d+"):
         capture(
             CaptureConfig(
                 model=str(tiny_model), store=tmp_path / "acts", text=TextSource(corpus="stdlib"),

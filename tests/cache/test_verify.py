@@ -29,7 +29,19 @@ def test_any_flipped_bit_is_found_and_its_file_named(store_copy: Path) -> None:
     assert list(verify(store_copy)) == []
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "foreign", "line", "sums", "metadata"])
+def test_a_changed_row_is_placed_in_its_chunk(store_copy: Path) -> None:
+    path = next(p for p in shards(store_copy) if "layers.0.mlp/output" in str(p))
+    raw = bytearray(path.read_bytes())
+    raw[32 * 2 * 5 + 1] ^= 1  # row 5 of the shard, in its only chunk
+    path.write_bytes(raw)
+    (problem,) = verify(store_copy)
+    assert problem.startswith(f"{path}: chunk 0 (rows 0 to ")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated", "missing", "foreign", "line", "torn", "sums", "readme", "provenance", "context"],
+)
 def test_other_damage_is_found_and_named(store_copy: Path, damage: str) -> None:
     path = shards(store_copy)[3]
     if damage == "truncated":
@@ -48,8 +60,17 @@ def test_other_damage_is_found_and_named(store_copy: Path, damage: str) -> None:
         at = text.index('"channel_sum": [') + 25
         digit = next(i for i in range(at, len(text)) if text[i].isdigit() and text[i] != "9")
         path.write_text(text[:digit] + "9" + text[digit + 1 :])
-    else:
+    elif damage == "torn":
+        path = store_copy / MANIFEST
+        path.write_text(path.read_text()[:-10])
+    elif damage == "readme":
         path = store_copy / "README.md"
         path.unlink()
+    elif damage == "provenance":
+        path = store_copy / "provenance.json"
+        path.write_text(path.read_text().replace("stdlib", "stdlob"))
+    else:
+        path = store_copy / "data.zarr/zarr.json"
+        path.write_text(path.read_text().replace('"context": 32', '"context": 64'))
     problems = list(verify(store_copy))
     assert problems and path.name in " ".join(problems)

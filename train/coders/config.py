@@ -27,7 +27,7 @@ class CoderConfig(Config):
     surrogate: Literal["sigmoid"] = "sigmoid"
     """Gradient of a binary latent's step: s (1 - s) with s = sigmoid(margin / temperature)."""
 
-    temperature: float = Field(default=2.0, gt=0)
+    temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     """Of the surrogate, in units of the pre-activation. Binary coders alone read it."""
 
     threshold: Literal["learned", "fixed"] = "learned"
@@ -64,6 +64,11 @@ class CoderConfig(Config):
                 f"decoder_norm='unit' is for SAEs; a {self.site} begins with a decoder of zeros"
             )
         return self
+
+    @property
+    def side(self) -> str:
+        """Side of the hookpoint that is encoded: ``"input"`` or ``"output"``."""
+        return "output" if self.site == "sae" else "input"
 
     @property
     def binary(self) -> bool:
