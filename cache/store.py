@@ -195,9 +195,8 @@ class StoreSplit:
 class ActivationStore:
     """An activation store on disk, opened for reading.
 
-    >>> store = ActivationStore("acts")                             # doctest: +SKIP
-    >>> store.train.tensor("layers.3.mlp/input", 0).shape           # doctest: +SKIP
-    torch.Size([30720, 192])
+    `ActivationStore("acts").train.tensor("layers.3.mlp/input", 0)` is the first shard of the inputs
+    of a hookpoint, mapped.
     """
 
     def __init__(self, root: str | Path) -> None:
