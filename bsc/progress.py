@@ -47,7 +47,8 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} {self.unit}/s" if speed else f"- {self.unit}/s")
+        shown = "-" if not speed else f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
+        return Text(f"{shown} {self.unit}/s")
 
 
 class Stage:
@@ -89,4 +90,5 @@ def stage(label: str, total: int, unit: str) -> Iterator[Stage]:
         done = progress.tasks[0].completed
     seconds = time.perf_counter() - started
     rate = done / max(seconds, 1e-9)
-    console.print(f"{label}: {done:,.0f} {unit} in {seconds:.1f} s ({rate:,.0f} {unit}/s)")
+    shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+    console.print(f"{label}: {done:,.0f} {unit} in {seconds:.1f} s ({shown} {unit}/s)")

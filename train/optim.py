@@ -71,7 +71,7 @@ _BASE_LR = {
     ("signum", "continuous"): 3e-3,
     ("signum", "binary"): 3e-3,
 }
-"""Learning rate at 2^14 latents; see docs/coders.md for the sweep."""
+"""Learning rate at 2^14 latents: benchmarks/records/step_size_2core-epyc_2026-11-20.md."""
 
 
 def default_lr(optimiser: Optimiser, code: str, n_latents: int) -> float:

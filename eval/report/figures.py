@@ -17,6 +17,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 __all__ = ["COLOURS", "CoderRow", "against_k", "firing_histograms", "training_curves"]
 
@@ -94,8 +95,8 @@ def _svg(figure: Figure, title: str) -> Markup:
 
 @contextmanager
 def _figure(name: str, panels: int, height: float = 2.7) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure with up to three panels in a row."""
-    columns = min(3, panels)
+    """A figure with up to three panels in a row; four make two rows."""
+    columns = 2 if panels == 4 else min(3, panels)
     rows = -(-panels // columns)
     with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
         width = 3.6 * columns if columns > 1 else 5.2
@@ -175,6 +176,7 @@ def firing_histograms(coders: list[CoderRow]) -> Markup:
             axis.set_xlim(lowest, 0)
             axis.set_yscale("symlog", linthresh=1)
             axis.set_yticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1000"])
+            axis.set_ylim(0, 40 * axis.dataLim.ymax)  # room for the legend, on a log scale
             axis.minorticks_off()
             axis.set_title(title if many else f"k = {members[0].k}")
             axis.set_xlabel("firing rate")
@@ -197,6 +199,9 @@ def training_curves(coders: list[CoderRow]) -> Markup:
                     label=coder.label if coder.seed == members[0].seed else None,
                 )  # fmt: skip
             axis.set_yscale("log")
+            for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
             axis.set_xlabel("training rows")
             axis.set_ylabel("FVU (training)")
             axis.set_title(panel)

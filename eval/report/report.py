@@ -7,6 +7,7 @@ configs is escaped by the template engine. The same inputs give the same bytes.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,27 +76,38 @@ def _rows(run: Run) -> list[CoderRow]:
     return rows
 
 
-def _summary(rows: list[CoderRow]) -> list[str]:
-    """What the figures say, in sentences with the numbers in them.
+def _span(values: Sequence[float], form: str) -> str:
+    """First and last of figures along k, or the only one."""
+    ends = [values[0]] if len(values) == 1 else [values[0], values[-1]]
+    return " to ".join(format(v, form) for v in ends)
 
-    One for each k at which a panel has exactly one binary and one continuous coder of the first
-    seed: where there are more, which two to compare is the reader's choice.
+
+def _summary(rows: list[CoderRow]) -> list[str]:
+    """What the figures say, in sentences with the numbers in them, one for each panel.
+
+    Only of the k at which there is exactly one binary and one continuous coder of the first seed:
+    where there are more, which two to compare is the reader's choice.
     """
     sentences = []
-    for panel, k in dict.fromkeys((r.panel, r.k) for r in rows):
-        pair: dict[str, list[CoderRow]] = {"binary": [], "continuous": []}
+    for panel in dict.fromkeys(r.panel for r in rows):
+        pairs: dict[int, dict[str, list[CoderRow]]] = {}
         for r in rows:
-            if (r.panel, r.k, r.seed) == (panel, k, rows[0].seed):
-                pair[r.code].append(r)
-        if any(len(found) != 1 for found in pair.values()):
+            if (r.panel, r.seed) == (panel, rows[0].seed):
+                pairs.setdefault(r.k, {}).setdefault(r.code, []).append(r)
+        ks = sorted(
+            k for k, p in pairs.items() if len(p) == 2 and all(len(c) == 1 for c in p.values())
+        )
+        if not ks:
             continue
-        b, c = pair["binary"][0].figures, pair["continuous"][0].figures
+        b, c = ([pairs[k][code][0].figures for k in ks] for code in ("binary", "continuous"))
         sentences.append(
-            f"{panel}, k = {k}: the binary coder leaves {b['fvu']:.1%} of the variance "
-            f"unexplained, the continuous one {c['fvu']:.1%}. Spliced into the model they cost "
-            f"{b['delta_ce']:.3f} and {c['delta_ce']:.3f} nats per token. Latents that fire on "
-            f"more than 10 % of tokens: {b['latents_above']['0.1']} and "
-            f"{c['latents_above']['0.1']}."
+            f"{panel}, k = {_span(ks, 'd')}: binary coders leave "
+            f"{_span([f['fvu'] for f in b], '.1%')} of the variance unexplained, continuous ones "
+            f"{_span([f['fvu'] for f in c], '.1%')}. Spliced into the model they cost "
+            f"{_span([f['delta_ce'] for f in b], '.3f')} and "
+            f"{_span([f['delta_ce'] for f in c], '.3f')} nats per token. Latents that fire on more "
+            f"than 10 % of tokens: {_span([f['latents_above']['0.1'] for f in b], 'd')} and "
+            f"{_span([f['latents_above']['0.1'] for f in c], 'd')}."
         )
     return sentences
 
