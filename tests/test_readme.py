@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import resource
 import shlex
@@ -158,3 +159,43 @@ def test_the_snippets_in_a_store_open_it_without_bsc(demo: Demo) -> None:
         assert done.returncode == 0, done.stderr
         printed.add(done.stdout)
     assert len(printed) == 1
+
+
+@pytest.mark.slow
+def test_tensorstore_and_zarr_open_every_array_of_the_demo(demo: Demo) -> None:
+    """tensorstore in a process without bsc, so that nothing of ours can help it."""
+    data = demo.folder / "bsc-demo/acts/data.zarr"
+    arrays = sorted(
+        p.parent.relative_to(data).as_posix()
+        for p in data.rglob("zarr.json")
+        if json.loads(p.read_text())["node_type"] == "array"
+    )
+    assert len(arrays) == 10
+    code = """
+import sys, xxhash, numpy as np
+if sys.argv[1] == "tensorstore":
+    import tensorstore as ts
+    def read(name):
+        spec = {"driver": "zarr3", "kvstore": f"file://{sys.argv[2]}/{name}/"}
+        return ts.open(spec).result().read().result()
+else:
+    import bsc, zarr
+    group = zarr.open_group(sys.argv[2], mode="r")
+    read = lambda name: group[name][:]
+for name in sys.argv[3:]:
+    a = np.asarray(read(name))
+    print(name, a.dtype, a.shape, xxhash.xxh3_128(a.tobytes()).hexdigest())
+assert sys.argv[1] == "zarr" or not [m for m in sys.modules if m.startswith("bsc")]
+"""
+    outputs = []
+    for library in ("tensorstore", "zarr"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, library, str(data), *arrays],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout.splitlines())
+    assert outputs[0] == outputs[1]
+    types = {line.split()[0]: line.split()[1] for line in outputs[0]}
+    assert {t for n, t in types.items() if "/tokens/" in f"/{n}"} == {"uint32"}
+    assert {t for n, t in types.items() if "mlp" in n} == {"bfloat16"}
