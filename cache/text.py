@@ -212,6 +212,8 @@ def _stream(source: TextSource) -> Iterator[str]:
                     f"{', '.join(map(str, row))}."
                 )
             text = row[source.column]
+            if text is None:  # a row without text
+                continue
             if not isinstance(text, str):
                 raise UserError(
                     f"--column {source.column}: {what} has {type(text).__name__} there, not text."

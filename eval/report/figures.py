@@ -176,7 +176,8 @@ def firing_histograms(coders: list[CoderRow]) -> Markup:
             axis.set_xlim(lowest, 0)
             axis.set_yscale("symlog", linthresh=1)
             axis.set_yticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1000"])
-            axis.set_ylim(0, 40 * axis.dataLim.ymax)  # room for the legend, on a log scale
+            # Room for the legend, on a log scale; a coder may have no living latent.
+            axis.set_ylim(0, 40 * max(1.0, axis.dataLim.ymax))
             axis.minorticks_off()
             axis.set_title(title if many else f"k = {members[0].k}")
             axis.set_xlabel("firing rate")

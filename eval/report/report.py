@@ -148,7 +148,16 @@ def render_report(runs: list[Run]) -> str:
     """
     if not runs:
         raise UserError("a report needs at least one run.")
-    rows = [row for run in runs for row in _rows(run)]
+    rows = []
+    for run in runs:
+        try:
+            rows += _rows(run)
+        except (KeyError, TypeError, IndexError) as error:
+            raise StoreError(
+                f"{run.folder}: config.json, metrics.jsonl, eval.json and examples.json do not fit "
+                f"together ({error!r}). One of them was changed; evaluate the run again: bsc eval "
+                f"{run.folder}"
+            ) from None
     if not rows:
         raise UserError("a report needs at least one coder; every coder of these was left out.")
     rows.sort(key=lambda r: (r.hookpoint, r.site, r.n_latents, r.code, r.k, r.seed, r.run))

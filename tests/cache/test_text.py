@@ -58,6 +58,12 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
         list(read_text(source))
 
 
+def test_rows_without_text_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "words"}\n{"text": ""}\n')
+    source = TextSource(**parse_text([str(tmp_path / "a.jsonl")]))
+    assert [d.text for d in read_text(source)] == ["words"]
+
+
 def test_damaged_files_give_one_message(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 this is not parquet")
     with pytest.raises(UserError, match="cannot be read"):

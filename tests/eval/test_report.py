@@ -104,6 +104,23 @@ def test_text_of_the_corpus_and_of_configs_is_escaped(evaluated: Run, tmp_path: 
     assert page.open == []
 
 
+def test_changed_files_get_one_message(evaluated: Run, tmp_path: Path) -> None:
+    copy = Run(Path(shutil.copytree(evaluated.folder, tmp_path / "changed")))
+    copy.metrics_path.write_text('{"odd": 1}\n')
+    with pytest.raises(StoreError, match=r"do not fit together \(KeyError\('step'\)\)"):
+        render_report([copy])
+
+
+def test_coders_without_a_living_latent_have_a_page(evaluated: Run, tmp_path: Path) -> None:
+    copy = Run(Path(shutil.copytree(evaluated.folder, tmp_path / "dead")))
+    found = copy.evaluation()
+    for figures in found["coders"].values():
+        histogram = figures["log10_rate_histogram"]
+        histogram["counts"] = [0] * len(histogram["counts"])
+    copy.eval_path.write_text(json.dumps(found))
+    assert Page(render_report([copy])).open == []
+
+
 def test_several_runs_share_a_page(evaluated: Run, tmp_path: Path) -> None:
     other = Run(Path(shutil.copytree(evaluated.folder, tmp_path / "other")))
     out = write_report([evaluated, other], tmp_path / "both.html")
