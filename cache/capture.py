@@ -348,6 +348,12 @@ def _write(
             f"they fill no shard of {train.grid.shard_rows:,} rows. Ask for what there is: "
             f"--tokens {seen}"
         )
+    held_out = writer.splits.get("held_out")
+    if held_out is not None and held_out.rows == 0:
+        console.print(
+            "no held-out rows: too few documents are held out to fill a shard, and `bsc eval` "
+            "needs some. More text or a larger --held-out gives them."
+        )
     if seen < wanted:
         console.print(
             f"the text ended after {seen:,} training tokens of {wanted:,} that were asked for"

@@ -226,4 +226,6 @@ def _stream(source: TextSource) -> Iterator[str]:
         raise
     except Exception as error:  # datasets raises many kinds for a damaged file and for no network
         first_line = (str(error).strip().splitlines() or [repr(error)])[0]
+        if type(error) is StopIteration:  # what the JSON reader raises on an empty file
+            first_line = "there is nothing in it"
         raise UserError(f"{what}: cannot be read: {first_line}") from error

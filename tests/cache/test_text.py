@@ -64,6 +64,12 @@ def test_rows_without_text_are_passed_over(tmp_path: Path) -> None:
     assert [d.text for d in read_text(source)] == ["words"]
 
 
+def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(UserError, match="there is nothing in it"):
+        list(read_text(TextSource(**parse_text([str(tmp_path / "a.jsonl")]))))
+
+
 def test_damaged_files_give_one_message(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 this is not parquet")
     with pytest.raises(UserError, match="cannot be read"):
