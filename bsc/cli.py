@@ -81,6 +81,16 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except RuntimeError as error:
+        words = str(error)
+        if debug or not ("allocate memory" in words or "out of memory" in words):
+            raise
+        typer.echo(
+            f"error: not enough memory ({words.splitlines()[0].split('] ')[-1][:200]}). Fewer "
+            f"coders or latents at a time, or smaller batches, need less.",
+            err=True,
+        )
+        sys.exit(2)
     except OSError as error:
         if debug or error.strerror is None:
             raise

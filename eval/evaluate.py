@@ -14,7 +14,7 @@ from safetensors.torch import save
 from bsc.cache.models import LanguageModel, load_model
 from bsc.cache.store import ActivationStore
 from bsc.devices import pick_device
-from bsc.errors import StoreError
+from bsc.errors import StoreError, UserError
 from bsc.eval.examples import collect_examples
 from bsc.eval.fidelity import measure
 from bsc.eval.loss import context_losses, contexts_of, paired_difference
@@ -107,6 +107,8 @@ def evaluate(
     Raises:
         UserError: the store, its held-out rows or the model are not there or not the same.
     """
+    if ce_tokens < 1:
+        raise UserError(f"--ce-tokens {ce_tokens}: at least 1 is needed.")
     opened = _open_store(run, store)
     split = opened.held_out
     on = pick_device(device)

@@ -79,12 +79,17 @@ def train(
     Flags marked with several values may be repeated: --code binary --code continuous --k 8 --k 16.
     """
     from bsc.config import parse_config, read_toml
+    from bsc.errors import ConfigError
     from bsc.files import canonical_json
     from bsc.train.sweep import TrainConfig
     from bsc.train.table import summary_table
     from bsc.train.trainer import train as train_sweep
 
-    values: dict[str, Any] = {"name": sweep.stem} | read_toml(sweep) if sweep else {}
+    values: dict[str, Any] = read_toml(sweep) if sweep else {}
+    if sweep and not values:
+        raise ConfigError(f"{sweep}: the file is empty. The README shows a sweep.")
+    if sweep:
+        values.setdefault("name", sweep.stem)
     where = str(sweep) if sweep else "bsc train"
     run_flags = {
         "store": store, "name": name, "runs": runs, "tokens": tokens, "batch_rows": batch_rows,

@@ -204,6 +204,8 @@ def train(config: TrainConfig, where: str = "bsc train") -> tuple[Run, list[Code
     planned = plan_coders(expand(config.coders, where), store)
     run = Run(config.folder)
     check_new_folder(run.folder, "run")
+    if not store.complete:
+        console.print(f"{store.root}: the capture of this store has not ended")
     device = pick_device(config.device)
     banks = _banks(planned, store, config, device)
     names = tuple(dict.fromkeys(n for b in banks for n in (b.x_name, b.y_name)))
@@ -220,8 +222,6 @@ def train(config: TrainConfig, where: str = "bsc train") -> tuple[Run, list[Code
         f"{run.folder}: {len(planned)} coders in {len(banks)} bank(s), {steps:,} steps of "
         f"{config.batch_rows:,} rows, {steps * config.batch_rows / store.train.rows:.2f} passes"
     )
-    if not store.complete:
-        console.print(f"{store.root}: the capture of this store has not ended")
     started = time.perf_counter()
     summaries = _loop(run, config, banks, loader, names, steps)
     about = {"store_id": store.store_id, "model": store.attributes["model"],

@@ -201,6 +201,8 @@ def write_report(runs: list[Run], out: Path | None = None) -> Path:
         UserError: a run is not evaluated, or the file cannot be written.
     """
     path = out or runs[0].report_path
+    if not path.name or path.is_dir():
+        raise UserError(f"--out {path}: name a file, for example {path / 'report.html'}.")
     page = render_report(runs)
     try:
         write_atomically(path, page)
