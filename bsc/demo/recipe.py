@@ -118,8 +118,8 @@ def train(
             model(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1), ids[:, 1:].flatten()
         )
 
-    # The loss is inside the compiled graph: apart, its softmax over 4,096 words took a quarter of
-    # the step (2 cores, torch 2.13: 0.93 s a step against 0.78).
+    # The loss is inside the compiled graph: its softmax is fused there (2 cores, torch 2.13:
+    # forward and backward 0.86 s against 0.93 to 1.00 with the loss apart).
     compiled_loss = torch.compile(loss_of)
     started = time.perf_counter()
     with log.open("w") as lines:
