@@ -6,7 +6,6 @@ Importing this module imports neither torch nor zarr: `bsc --help` answers at on
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -49,7 +48,7 @@ def options(
 
 
 def info(
-    path: Annotated[Path, typer.Argument(help="Folder of a store or a run.")],
+    path: Annotated[str, typer.Argument(help="Folder of a store or a run, or s3://bucket/path.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Say what a store or a run is."""

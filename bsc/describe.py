@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bsc.cache.layout import DATA
-from bsc.cache.store import ActivationStore
+from bsc.cache.shuffle import check_shuffle
+from bsc.cache.store import ActivationStore, StoreSplit
 from bsc.errors import StoreError
 from bsc.progress import format_bytes
 from bsc.train.run import Run
@@ -14,14 +15,15 @@ from bsc.train.run import Run
 __all__ = ["describe", "render"]
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: str | Path) -> dict[str, Any]:
     """Facts about a store or a run.
 
     Raises:
         StoreError: the folder is neither.
     """
-    if (path / DATA).exists():
+    if "://" in str(path) or (Path(path) / DATA).exists():
         return _store(ActivationStore(path))
+    path = Path(path)
     if (path / "config.json").exists() and (path / "coders").exists():
         return _run(Run.open(path))
     raise StoreError(
@@ -31,38 +33,65 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _store(store: ActivationStore) -> dict[str, Any]:
-    return {
+    provenance = store.provenance()
+    capture = provenance.get("capture", {})
+    facts: dict[str, Any] = {
         "kind": "store",
         "store_id": store.store_id,
+        "format_version": store.attributes["version"],
         "complete": store.complete,
         "model": store.attributes["model"],
-        "text": store.provenance().get("capture", {}).get("text", {}),
+        "text": capture.get("text", {}),
         "context": store.context,
+        "packing": store.packing,
+        "codec": store.codec,
+        "seed": capture.get("seed"),
+        "window": capture.get("window"),
+        "writers": store.writers,
         "bytes": store.bytes,
-        "splits": {
-            name: {
-                "rows": split.rows,
-                "shards": split.shards,
-                "shard_rows": split.grid.shard_rows,
-                "non_finite_values": split.non_finite,
-            }
-            for name, split in store.splits.items()
-        },
+        "splits": {name: _split(split) for name, split in store.splits.items()},
         "hookpoints": {
-            h.name: {
-                "d_in": h.d_in,
-                "d_out": h.d_out,
-                **{
-                    f"{side}_rms": (
-                        store.train.moments(f"{h.name}/{side}").total_variance / width
-                    ) ** 0.5
-                    for side, width in (("input", h.d_in), ("output", h.d_out))
-                    if store.train.rows and not store.train.non_finite
-                },
-            }
+            h.name: {"d_in": h.d_in, "d_out": h.d_out}
+            | {side: _side(store, f"{h.name}/{side}") for side in ("input", "output")}
             for h in store.hookpoints
         },
-    }  # fmt: skip
+    }
+    if store.ring is not None:
+        facts["ring"] = store.ring
+    elif store.train.rows:
+        facts["shuffle"] = check_shuffle(store, batches=16).line()
+    facts |= {k: provenance[k] for k in ("completed", "device", "started_at", "versions")
+              if k in provenance}  # fmt: skip
+    first = store.train.specs[f"{store.hookpoints[0].name}/input"].path
+    array = f"{store.folder.address}/{DATA}/{first}"
+    facts["open_elsewhere"] = [
+        f"tensorstore.open({{'driver': 'zarr3', 'kvstore': 'file://{array}/'}}).result()",
+        f"import bsc; zarr.open_array('{array}', mode='r')",
+        f"README.md in {store.folder} has xarray, torch and numpy",
+    ]
+    return facts
+
+
+def _split(split: StoreSplit) -> dict[str, Any]:
+    return {
+        "rows": split.rows,
+        "shards": split.shards,
+        "shard_rows": split.grid.shard_rows,
+        "non_finite_values": split.non_finite,
+    }
+
+
+def _side(store: ActivationStore, name: str) -> dict[str, float]:
+    """Of the training rows: length of the mean row, and root mean square distance from it."""
+    if not store.train.rows:
+        return {}
+    moments = store.train.moments(name)
+    return {
+        "mean_norm": float(moments.mean.norm()),
+        "deviation": moments.total_variance**0.5,
+        "rms": float((moments.mean.square().sum() + moments.variance.sum()) / len(moments.mean))
+        ** 0.5,
+    }
 
 
 def _run(run: Run) -> dict[str, Any]:

@@ -1,12 +1,14 @@
-"""Choosing where to compute."""
+"""Choosing where to compute, and which of several processes this is."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
 from bsc.errors import UserError
 
-__all__ = ["pick_device"]
+__all__ = ["pick_device", "rank_and_world"]
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -15,8 +17,11 @@ def pick_device(name: str | None) -> torch.device:
     Raises:
         UserError: there is no such device here.
     """
+    if name is None and torch.cuda.is_available():
+        # torchrun says which of the GPUs of a machine is this process's.
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -29,3 +34,18 @@ def pick_device(name: str | None) -> torch.device:
             f"a GPU."
         ) from None
     return device
+
+
+def rank_and_world(rank: int | None, world: int | None) -> tuple[int, int]:
+    """Rank and number of processes: from flags, else from torchrun's environment, else 0 of 1.
+
+    Raises:
+        UserError: one flag is given without the other.
+    """
+    if (rank is None) != (world is None):
+        raise UserError("--rank and --world belong together: give both, or start with torchrun.")
+    if rank is not None and world is not None:
+        return rank, world
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, 1

@@ -54,9 +54,9 @@ class _Rate(ProgressColumn):
 class Stage:
     """Handle of a running stage."""
 
-    def __init__(self, progress: Progress, label: str, total: int) -> None:
+    def __init__(self, progress: Progress, label: str, total: int, done: int) -> None:
         self._progress = progress
-        self._task = progress.add_task(label, total=total, note="")
+        self._task = progress.add_task(label, total=total, completed=done, note="")
 
     def advance(self, n: int, note: str = "") -> None:
         """`n` more units are done; `note` is shown beside the rate."""
@@ -64,13 +64,14 @@ class Stage:
 
 
 @contextmanager
-def stage(label: str, total: int, unit: str) -> Iterator[Stage]:
+def stage(label: str, total: int, unit: str, *, done: int = 0) -> Iterator[Stage]:
     """Show a bar while the block runs; afterwards one line with the time and the mean rate.
 
     Args:
         label: what is being done.
         total: units in all.
         unit: name of a unit, plural.
+        done: units that were done before.
     """
     progress = Progress(
         TextColumn("{task.description}"),
@@ -85,10 +86,10 @@ def stage(label: str, total: int, unit: str) -> Iterator[Stage]:
     )
     started = time.perf_counter()
     with progress:
-        handle = Stage(progress, label, total)
+        handle = Stage(progress, label, total, done)
         yield handle
-        done = progress.tasks[0].completed
+        now = progress.tasks[0].completed - done
     seconds = time.perf_counter() - started
-    rate = done / max(seconds, 1e-9)
+    rate = now / max(seconds, 1e-9)
     shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-    console.print(f"{label}: {done:,.0f} {unit} in {seconds:.1f} s ({shown} {unit}/s)")
+    console.print(f"{label}: {now:,.0f} {unit} in {seconds:.1f} s ({shown} {unit}/s)")

@@ -2,385 +2,392 @@
 
 from __future__ import annotations
 
-import math
-import resource
-import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from bsc.cache.hookpoints import RowTap, match_hookpoints
+from bsc.cache.commit import advance, check_same, complete, create, split_start
+from bsc.cache.folder import StoreFolder, open_folder
 from bsc.cache.layout import (
+    CODECS,
     FORMAT_VERSION,
-    ArraySpec,
-    Grid,
-    Hookpoint,
+    PROVENANCE,
     Split,
-    array_specs,
+    array_key,
     store_attributes,
     store_id_of,
 )
-from bsc.cache.models import LanguageModel, load_model, resolve_model
-from bsc.cache.store import ActivationStore
-from bsc.cache.text import TextSource, fingerprint, read_text
-from bsc.cache.tokens import ContextBatch, context_batches
-from bsc.cache.writer import StoreWriter
-from bsc.devices import pick_device
-from bsc.errors import StoreError, UserError
-from bsc.files import check_new_folder, make_folder
+from bsc.cache.manifest import PartEnd, TextPoint, read_end, write_end
+from bsc.cache.plan import CapturePlan, check_disk, check_open_files, plan_capture
+from bsc.cache.prefetch import prefetched
+from bsc.cache.ring import RingWriter
+from bsc.cache.source import CaptureConfig, Source, default_hookpoints, open_source
+from bsc.cache.staging import Staging
+from bsc.cache.text import fingerprint, read_text
+from bsc.cache.tokens import PACKINGS, ContextBatch, context_batches
+from bsc.cache.writer import SplitWriter
+from bsc.errors import UserError
 from bsc.progress import console, format_bytes, stage
 from bsc.versions import versions
 
 __all__ = ["CaptureConfig", "CaptureResult", "capture", "default_hookpoints"]
 
-WINDOW = 64
-"""Shards that the training rows are scattered over at a time."""
-MIN_SHARDS = 16
-"""Of the training split: a scatter over fewer shuffles little."""
-MAX_HELD_OUT_ROWS = 1 << 20
-MAX_DEFAULT_CONTEXT = 2048
-HELD_OUT_SHARDS = 64
-BATCH_TOKENS = {"cpu": 8_192, "cuda": 65_536}
-PAPER_LAYERS = (0.0, 0.3, 0.6, 0.9)
-"""Depths of the MLPs that the paper takes: layers 0, 9, 18 and 27 of 30, or 0, 7, 14, 21 of 24."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptureConfig:
-    """What to capture and where to put it."""
-
-    model: str
-    """``"demo"``, a short name, a folder, or a hub id."""
-    store: Path
-    """Folder of the new store."""
-    text: TextSource
-    """Where the text comes from."""
-    hookpoints: tuple[str, ...] = ()
-    """Patterns of module names; empty: the MLPs at the paper's depths."""
-    tokens: int = 10_000_000
-    """Training rows to capture; at most 1 % fewer are."""
-    held_out_tokens: int | None = None
-    """Rows of held-out documents to capture; None: the held-out share of `tokens`, at most 2^20."""
-    context: int | None = None
-    """Tokens in a context; None: the model's longest, at most 2,048."""
-    batch_tokens: int | None = None
-    """Tokens in a forward pass; None: 8,192 on a CPU, 65,536 on a GPU."""
-    revision: str | None = None
-    """Of the model on the hub."""
-    dtype: str = "auto"
-    """Of the model's arithmetic; rows are stored as bfloat16 whatever it is."""
-    device: str | None = None
-    """``"cpu"``, ``"cuda"``, ``"cuda:1"``; None: a GPU where there is one."""
-    seed: int = 0
-    """Of the order of documents and of the scatter."""
-    window: int = WINDOW
-    """Shards that the rows are scattered over at a time."""
+_READ_AHEAD = 4
+"""Batches that are tokenised before the model asks for them."""
 
 
 class CaptureResult(NamedTuple):
-    """What a capture wrote."""
+    """What a store holds after a capture, over all its writers so far."""
 
-    store: Path
+    store: str
     store_id: str
     rows: int
     held_out_rows: int
     bytes: int
+    """Written by this process."""
     seconds: float
     dropped: int
-    """Rows at the end of the text that filled no shard."""
+    """Rows of this process at the end of the text that filled no shard."""
+    complete: bool
+    """Whether every writer's part is finished."""
 
 
-def default_hookpoints(base: torch.nn.Module) -> tuple[str, ...]:
-    """The MLPs at the paper's depths: layers 0, 9, 18 and 27 of a model with 30.
-
-    Raises:
-        UserError: the model has no modules called ``layers.*.mlp``.
-    """
-    names = match_hookpoints(base, ["layers.*.mlp"])
-    return tuple(dict.fromkeys(names[int(len(names) * depth)] for depth in PAPER_LAYERS))
-
-
-@dataclass
-class _Plan:
-    """What a capture comes to, known before anything is written."""
-
-    hookpoints: tuple[Hookpoint, ...]
-    grids: dict[Split, Grid] = field(default_factory=dict)
-
-    def bytes(self) -> int:
-        specs: list[tuple[ArraySpec, Grid]] = [
-            (spec, grid)
-            for split, grid in self.grids.items()
-            for spec in array_specs(self.hookpoints, split).values()
-        ]
-        return sum(g.shards * s.shard_bytes(g) for s, g in specs)
-
-    def open_files(self, window: int) -> int:
-        """Files that are written to at a time, at most: one per array and open shard."""
-        arrays = len(array_specs(self.hookpoints, "train"))
-        return arrays * (min(window, self.grids["train"].shards) + len(self.grids) - 1)
-
-
-def _make_plan(config: CaptureConfig, tap: RowTap, device: torch.device) -> _Plan:
-    """Widths from a forward pass of a few tokens, and the grids."""
-    rows = tap.rows(torch.zeros((1, 8), dtype=torch.int64, device=device))
-    hooks = tuple(
-        Hookpoint(n, rows[f"{n}/input"].shape[1], rows[f"{n}/output"].shape[1]) for n in tap.names
-    )
-    plan = _Plan(hooks, {"train": Grid.for_rows(config.tokens, min_shards=MIN_SHARDS)})
-    held_out = config.held_out_tokens
-    if held_out is None:
-        held_out = min(math.ceil(config.tokens * config.text.held_out), MAX_HELD_OUT_ROWS)
-    if held_out and config.text.held_out:
-        plan.grids["held_out"] = Grid.for_rows(held_out, min_shards=HELD_OUT_SHARDS)
-    return plan
-
-
-def _check_disk(config: CaptureConfig, plan: _Plan) -> None:
-    parent = config.store.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    free, needed = shutil.disk_usage(parent).free, plan.bytes()
-    if needed < 0.98 * free:
-        return
-    fitting = int(config.tokens * 0.95 * free / needed)
-    raise UserError(
-        f"--store {config.store}: the store needs {format_bytes(needed)}, and the disk has "
-        f"{format_bytes(free)} free. What would fit: --tokens {max(1, fitting)}, fewer "
-        f"--hookpoints ({len(plan.hookpoints)} now), or a --store on a larger disk."
-    )
-
-
-def _check_open_files(config: CaptureConfig, plan: _Plan) -> None:
-    """Allow this process as many open files as the scatter needs.
-
-    Raises:
-        UserError: the system does not.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = plan.open_files(config.window) + 128  # libraries have some open, too
-    if needed <= soft:
-        return
-    if hard != resource.RLIM_INFINITY and needed > hard:
-        window = config.window * max(0, hard - 256) // needed
-        raise UserError(
-            f"--hookpoints: scattering the rows of {len(plan.hookpoints)} hookpoints over "
-            f"{config.window} shards needs {needed:,} open files, and this system allows {hard:,}. "
-            f"--window {max(1, window)} would fit; so would fewer hookpoints at a time, or a "
-            f"higher limit (ulimit -n)."
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def _blocks(
-    batches: Iterator[ContextBatch], tap: RowTap, device: torch.device
-) -> Iterator[tuple[Split, dict[str, torch.Tensor]]]:
-    """Rows of each batch with their token arrays, on the device of the model."""
-    for batch in batches:
-        block = tap.rows(torch.from_numpy(batch.token_id).to(device))
-        for name in ("token_id", "doc_id", "position"):
-            values = torch.from_numpy(getattr(batch, name).reshape(-1).copy())
-            block[f"tokens/{name}"] = values
-        yield batch.split, block
-
-
-def _check_numbers(config: CaptureConfig) -> None:
+def _check(config: CaptureConfig) -> None:
     for flag, value in (
         ("tokens", config.tokens),
         ("context", config.context),
         ("batch-tokens", config.batch_tokens),
         ("window", config.window),
+        ("world", config.world),
     ):
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value}: at least 1 is needed.")
+    if not 0 <= config.rank < config.world:
+        raise UserError(f"--rank {config.rank}: a number from 0 to --world - 1 is needed.")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"--seed {config.seed}: a number from 0 to 2^63 - 1 is needed.")
     if not 0 <= config.text.held_out < 1:
         raise UserError(f"--held-out {config.text.held_out}: a share from 0 to below 1 is needed.")
     if config.held_out_tokens and not config.text.held_out:
         raise UserError("--held-out 0 holds out no document, so --held-out-tokens has none.")
+    if config.ring is not None and "://" in str(config.store):
+        raise UserError("--ring: needs a file system; object storage has no bound to keep within.")
+    for flag, word, known in (
+        ("packing", config.packing, PACKINGS),
+        ("codec", config.codec, CODECS),
+    ):
+        if word not in known:
+            raise UserError(f"--{flag} {word}: expected {', '.join(known)}.")
 
 
 def capture(config: CaptureConfig) -> CaptureResult:
-    """Run the model over the text and write the store.
+    """Run the model over the text and write the store, or go on with one that is there.
 
-    Shards appear as they are committed; an interrupted capture leaves a store of those that were.
+    Rows appear window by window. A capture that was killed goes on with the same config and gives
+    the store that it would have given, file for file but for times in provenance.json.
 
     Raises:
         UserError: the request cannot be carried out, or the text fails on the way. Where nothing
             was committed nothing is left behind; else the store keeps what was.
     """
-    _check_numbers(config)
-    check_new_folder(config.store, "store")
-    resolve_model(config.model)
-    device = pick_device(config.device)
-    lm = load_model(config.model, revision=config.revision, dtype=config.dtype, device=device)
-    patterns = list(config.hookpoints) or list(default_hookpoints(lm.base))
-    tap = RowTap(lm.base, match_hookpoints(lm.base, patterns))
-    context = config.context or min(lm.context, MAX_DEFAULT_CONTEXT)
-    if not 1 < context <= lm.context:
-        raise UserError(
-            f"--context {context}: the model takes contexts of 2 to {lm.context} tokens."
-        )
-    plan = _make_plan(config, tap, device)
-    _check_disk(config, plan)
-    _check_open_files(config, plan)
-    console.print(
-        f"{config.store}: {plan.grids['train'].rows:,} rows of {len(plan.hookpoints)} hookpoints "
-        f"({', '.join(h.name for h in plan.hookpoints)}), {format_bytes(plan.bytes())} in "
-        f"{plan.grids['train'].shards} shards"
-    )
-    batch_tokens = config.batch_tokens or BATCH_TOKENS.get(device.type, 8_192)
-    batch = max(1, batch_tokens // context)
-    batches = context_batches(
-        read_text(config.text),
-        lm.tokenizer,
-        context=context,
-        batch=batch,
-        wanted={split: grid.rows for split, grid in plan.grids.items()},
-    )
-    identity = _identity(config, lm, plan, context, batch, device)
-    store_id = store_id_of(identity)
-    started = time.perf_counter()
-    existed = config.store.exists()
-    make_folder(config.store, "store")
-    try:
-        with StoreWriter(
-            config.store,
-            plan.hookpoints,
-            plan.grids,
-            window=config.window,
-            seed=config.seed,
-            attributes=store_attributes(identity),
-            provenance={
-                "store_id": store_id,
+    _check(config)
+    folder = open_folder(config.store)
+    if not folder.exists(PROVENANCE):
+        folder.check_new()
+    source = open_source(config)
+    plan = plan_capture(
+        source.hookpoints, tokens=config.tokens, held_out=config.text.held_out,
+        held_out_tokens=config.held_out_tokens, context=source.context,
+        batch_rows=source.batch * source.context, codec=config.codec, window=config.window,
+        writers=config.world, ring=config.ring,
+    )  # fmt: skip
+    identity = _identity(config, source, plan)
+    check_open_files(plan)
+    if folder.exists(PROVENANCE):
+        check_same(folder, identity)
+    else:
+        check_disk(str(folder), plan, folder.free_bytes())
+        scales = _channel_scales(config, source) if config.codec == "int8" else {}
+        create(
+            folder, plan.arrays, store_attributes(identity),
+            {
+                "store_id": store_id_of(identity),
                 "capture": identity,
                 "versions": versions(),
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                "device": _device_name(source.lm.model.device),
                 "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             },
-        ) as writer:
-            dropped = _write(writer, _blocks(batches, tap, device), plan)
-            train, held_out = writer.splits["train"], writer.splits.get("held_out")
-            result = CaptureResult(
-                store=config.store,
-                store_id=store_id,
-                rows=train.rows,
-                held_out_rows=held_out.rows if held_out else 0,
-                bytes=sum(s.bytes for s in writer.splits.values()),
-                seconds=time.perf_counter() - started,
-                dropped=dropped,
-            )
-            writer.complete(
-                {
-                    "rows": result.rows,
-                    "held_out_rows": result.held_out_rows,
-                    "dropped_rows": dropped,
-                    "at": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "seconds": round(result.seconds, 1),
-                }
-            )
-    except UserError as error:
-        kept = _committed(config.store)
-        if kept == 0:
-            _remove(config.store, existed)
+            {name: {"channel_scale": scale.tolist()} for name, scale in scales.items()},
+        )  # fmt: skip
+    if read_end(folder, config.rank) is None:
+        claim = folder.claim(config.rank)
+        try:
+            # Another process may have made the store meanwhile; what it says is what holds.
+            made = check_same(folder, identity)
+            if made["versions"] != versions():
+                console.print(
+                    f"{folder}: begun with {made['versions']}, going on with {versions()}; rows "
+                    f"may differ in their last bits from those of one version"
+                )
+            scales = {
+                name: np.array(own["channel_scale"], np.float32)
+                for name, own in made["array_attributes"].items()
+            }
+            result = _write(config, folder, source, plan, scales, store_id_of(identity))
+        except KeyboardInterrupt:
+            claim.release(remove=False)
+            console.print(f"{folder}: interrupted; the same command goes on with what is committed")
             raise
-        raise UserError(
-            f"{error} {config.store} keeps the {kept:,} rows that were committed before."
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"{config.store}: writing the store failed ({error.strerror or error}). The "
-            f"{_committed(config.store):,} rows that were committed before are whole; `bsc verify` "
-            f"checks them."
-        ) from error
-    return result
+        except BaseException:
+            claim.release(remove=False)
+            raise
+        claim.release(remove=True)
+        return result
+    console.print(f"{folder}: part {config.rank} is finished already")
+    return _result(config, folder, plan, store_id_of(identity), time.perf_counter())
 
 
-def _committed(store: Path) -> int:
-    """Committed training rows of a store that is being written."""
-    try:
-        return ActivationStore(store).train.rows
-    except StoreError:
-        return 0
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _remove(store: Path, existed: bool) -> None:
-    """Take back a store that came to nothing."""
-    shutil.rmtree(store)
-    if existed:
-        store.mkdir()
+def _channel_scales(config: CaptureConfig, source: Source) -> dict[str, NDArray[np.float32]]:
+    """Root mean square of each channel over the first training batch of the text.
+
+    The same for every writer, whichever of them begins.
+    """
+    batches = context_batches(
+        read_text(config.text), source.lm.tokenizer, context=source.context, batch=source.batch,
+        wanted={"train": source.batch * source.context}, packing=config.packing,
+    )  # fmt: skip
+    scales = {}
+    for batch in batches:
+        for name, rows in source.rows(batch).items():
+            values = rows.float()
+            values = values[values.isfinite().all(dim=1)]
+            rms = values.square().mean(dim=0).sqrt()
+            rms[~(rms > 0)] = 1.0
+            scales[name] = rms.cpu().numpy().astype(np.float32)
+        return scales
+    raise UserError(_NO_TEXT)
+
+
+_NO_TEXT = (
+    "the text gives not one whole context of training tokens. Give more text, or a shorter "
+    "--context."
+)
 
 
 def _write(
-    writer: StoreWriter, blocks: Iterator[tuple[Split, dict[str, torch.Tensor]]], plan: _Plan
-) -> int:
-    train = writer.splits["train"]
-    wanted = plan.grids["train"].rows
-    with stage("capture", wanted, "tokens") as progress:
-        try:
-            for split, block in blocks:
-                target = writer.splits.get(split)
-                if target is not None and not target.full:
-                    taken = target.append(block)
-                    if split == "train":
-                        written = sum(s.bytes for s in writer.splits.values())
-                        progress.advance(taken, format_bytes(written))
-        except UserError:  # the text failed: what it gave until then is good
-            for split_writer in writer.splits.values():
-                split_writer.finish()
-            raise
-        seen = train.rows
-        if seen == 0:
-            raise UserError(
-                "the text gives not one whole context of training tokens. Give more text, or a "
-                "shorter --context."
-            )
-        dropped = sum(s.finish() for s in writer.splits.values())
-    if train.committed == 0:
-        raise UserError(
-            f"the text ended after {seen:,} training tokens of {wanted:,} that were asked for, and "
-            f"they fill no shard of {train.grid.shard_rows:,} rows. Ask for what there is: "
-            f"--tokens {seen}"
+    config: CaptureConfig,
+    folder: StoreFolder,
+    source: Source,
+    plan: CapturePlan,
+    scales: Mapping[str, NDArray[np.float32]],
+    store_id: str,
+) -> CaptureResult:
+    """Write this process's part of the store."""
+    started = time.perf_counter()
+    folder.drop_leftovers(config.rank, _metadata(plan))
+    starts = {
+        split: split_start(
+            folder, split, grid, config.rank, config.world, plan.window if split == "train" else 1
         )
-    held_out = writer.splits.get("held_out")
-    if held_out is not None and held_out.rows == 0:
+        for split, grid in plan.grids.items()
+    }
+    done = {split: start.shards * plan.grids[split].shard_rows for split, start in starts.items()}
+    first = config.world == 1
+    console.print(
+        f"{folder}: {plan.grids['train'].rows:,} rows of {len(plan.hookpoints)} hookpoints "
+        f"({', '.join(h.name for h in plan.hookpoints)}), {format_bytes(plan.bytes)} in "
+        f"{plan.grids['train'].shards} shards"
+        + ("" if first else f"; part {config.rank} of {config.world}")
+        + (f"; going on after {done['train']:,} rows" if done["train"] else "")
+    )
+    with ExitStack() as stack:
+        staging = Staging(len(plan.specs("train")), source.lm.model.device)
+        ring = (
+            RingWriter(folder, plan.specs("train"), plan.grids["train"], plan.ring)
+            if plan.ring is not None
+            else None
+        )
+        writers: dict[Split, SplitWriter] = {}
+        for split, (specs, grid) in plan.arrays.items():
+            window = plan.window if split == "train" else 1
+            writers[split] = SplitWriter(
+                folder, split, specs, grid, staging, rank=config.rank, writers=config.world,
+                window=window, seed=config.seed, channel_scales=scales, start=starts[split],
+                on_commit=partial(
+                    advance, folder, split, specs, grid, writers=config.world, window=window
+                ),
+                before_window=ring.wait_for_room if ring and split == "train" else None,
+            )  # fmt: skip
+            stack.callback(writers[split].abort)
+        stack.callback(staging.close)  # first: nothing may write while shards are dropped
+        batches = prefetched(
+            context_batches(
+                read_text(config.text, config.rank, config.world), source.lm.tokenizer,
+                context=source.context, batch=source.batch, packing=config.packing,
+                wanted={split: writer.owned_rows for split, writer in writers.items()},
+                starts={split: start.point for split, start in starts.items()},
+            ),
+            _READ_AHEAD,
+        )  # fmt: skip
+        stack.callback(batches.close)
+        try:
+            dropped = _pump(config, batches, source, writers)
+        except UserError as error:
+            kept = writers["train"].committed_rows
+            if kept == 0 and config.world == 1:
+                stack.close()
+                folder.remove()
+                raise
+            raise UserError(
+                f"{error} {folder} keeps the {kept:,} rows that were committed before; the same "
+                f"command goes on from there."
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"{folder}: writing the store failed ({error.strerror or error}). The "
+                f"{writers['train'].committed_rows:,} rows that were committed before are whole; "
+                f"the same command goes on from there once the cause is gone."
+            ) from error
+    train = writers["train"]
+    write_end(
+        folder,
+        PartEnd(
+            rank=config.rank,
+            rows={split: writer.committed_rows for split, writer in writers.items()},
+            dropped=dropped,
+            text_ended=train.committed_rows < train.owned_rows,
+        ),
+    )
+    written = sum(writer.bytes for writer in writers.values())
+    return _result(config, folder, plan, store_id, started, written, sum(dropped.values()))
+
+
+def _metadata(plan: CapturePlan) -> list[str]:
+    """Keys of the files that are replaced while a store grows."""
+    specs = [spec for specs, _ in plan.arrays.values() for spec in specs.values()]
+    return [PROVENANCE, *(array_key(spec) for spec in specs)]
+
+
+def _result(
+    config: CaptureConfig, folder: StoreFolder, plan: CapturePlan, store_id: str,
+    started: float, written: int = 0, dropped: int = 0,
+) -> CaptureResult:  # fmt: skip
+    """Finish the store if this was the last part, and say what it holds."""
+    committed = {
+        split: advance(
+            folder, split, specs, grid, writers=config.world,
+            window=plan.window if split == "train" else 1,
+        )
+        for split, (specs, grid) in plan.arrays.items()
+    }  # fmt: skip
+    finished = complete(folder, plan.arrays, committed, writers=config.world)
+    rows = {split: n * plan.grids[split].shard_rows for split, n in committed.items()}
+    if finished and rows.get("held_out") == 0:
         console.print(
             "no held-out rows: too few documents are held out to fill a shard, and `bsc eval` "
             "needs some. More text or a larger --held-out gives them."
         )
-    if seen < wanted:
+    if not finished:
+        console.print(f"{folder}: other parts are still to be written")
+    return CaptureResult(
+        store=str(folder),
+        store_id=store_id,
+        rows=rows["train"],
+        held_out_rows=rows.get("held_out", 0),
+        bytes=written,
+        seconds=time.perf_counter() - started,
+        dropped=dropped,
+        complete=finished,
+    )
+
+
+def _pump(
+    config: CaptureConfig,
+    batches: Iterator[ContextBatch],
+    source: Source,
+    writers: dict[Split, SplitWriter],
+) -> dict[str, int]:
+    """Take every batch through the model to its writer; rows dropped at the end, by split."""
+    train = writers["train"]
+    before = train.rows
+    with stage("capture", train.owned_rows, "tokens", done=before) as progress:
+        last = -1
+        for batch in batches:
+            writer = writers[batch.split]
+            last = max(last, int(batch.doc_id.max()))
+            if writer.full:
+                continue
+            taken = writer.append(source.block(batch), batch.point)
+            _check_finite(config, writers)
+            if batch.split == "train":
+                progress.advance(taken, format_bytes(sum(w.bytes for w in writers.values())))
+        seen = train.rows
+        if seen == 0:
+            raise UserError(_NO_TEXT)
+        end = TextPoint(last + 1, 0, 0)
+        dropped: dict[str, int] = {s: writer.finish(end) for s, writer in writers.items()}
+        _check_finite(config, writers)
+    if train.committed_rows == 0:
+        raise UserError(
+            f"the text ended after {seen:,} training tokens of {train.owned_rows:,} that were "
+            f"asked for, and they fill no shard of {train.grid.shard_rows:,} rows. Ask for what "
+            f"there is: --tokens {seen}"
+        )
+    if seen < train.owned_rows:
         console.print(
-            f"the text ended after {seen:,} training tokens of {wanted:,} that were asked for"
+            f"the text ended after {seen:,} training tokens of {train.owned_rows:,} that were "
+            f"asked for"
         )
     return dropped
 
 
-def _identity(
-    config: CaptureConfig,
-    lm: LanguageModel,
-    plan: _Plan,
-    context: int,
-    batch: int,
-    device: torch.device,
-) -> dict[str, Any]:
+def _check_finite(config: CaptureConfig, writers: Mapping[Split, SplitWriter]) -> None:
+    """Stop a capture whose model overflows.
+
+    Raises:
+        UserError: more rows than are tolerated hold values that are not finite.
+    """
+    for writer in writers.values():
+        tolerated = config.max_non_finite * writer.owned_rows
+        for name, bad in writer.bad_rows.items():
+            if bad > tolerated:
+                raise UserError(
+                    f"{name}: {bad:,} of {writer.rows:,} rows hold values that are not finite "
+                    f"(NaN or inf); at most {config.max_non_finite:g} of the rows are tolerated. "
+                    f"A model that overflows needs --dtype float32; --max-non-finite 1 keeps such "
+                    f"rows, marked in the store, and training passes over them."
+                )
+
+
+def _identity(config: CaptureConfig, source: Source, plan: CapturePlan) -> dict[str, Any]:
     """Everything that decides the bytes of the store, but for library versions."""
     return {
         "format_version": FORMAT_VERSION,
-        "model": lm.identity(),
+        "model": source.lm.identity(),
         "text": config.text.to_json() | {"fingerprint": fingerprint(config.text)},
         "hookpoints": [asdict(h) for h in plan.hookpoints],
         "grids": {split: asdict(grid) for split, grid in plan.grids.items()},
-        "context": context,
+        "codec": config.codec,
+        "packing": config.packing,
+        "context": source.context,
         "tokens": config.tokens,
         "held_out_tokens": config.held_out_tokens,
         "seed": config.seed,
-        "window": config.window,
-        "batch_contexts": batch,
-        "device": device.type,
+        "window": plan.window,
+        "writers": config.world,
+        "ring": config.ring,
+        "batch_contexts": source.batch,
+        "device": source.lm.model.device.type,
     }

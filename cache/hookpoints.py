@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import inspect
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from bsc.errors import UserError, nearest
 
-__all__ = ["RowTap", "expand_braces", "match_hookpoints"]
+__all__ = ["RowTap", "expand_braces", "match_hookpoints", "modules_of"]
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -34,24 +35,61 @@ def match_hookpoints(base: torch.nn.Module, patterns: list[str]) -> list[str]:
     Args:
         base: the model without its head; names are relative to it.
         patterns: names with ``*``, ``?``, ``[...]`` and ``{a,b}``. A star does not cross a dot:
-            ``layers.*.mlp`` is every layer's MLP and nothing inside one.
+            ``layers.*.mlp`` is every layer's MLP and nothing inside one. ``a@b`` takes the input
+            of a and the output of b, for an MLP that is two modules, as BERT's is.
 
     Raises:
         UserError: a pattern matches no module; the message names the nearest ones.
     """
     names = [n for n, _ in base.named_modules() if n]
+    place = {name: i for i, name in enumerate(names)}
     wanted: set[str] = set()
     for pattern in patterns:
-        for one in expand_braces(pattern):
-            found = [n for n in names if _matches(n, one)]
-            if not found:
+        for source, target in _pairs(pattern):
+            inputs = _matching(names, source, pattern)
+            if target is None:
+                wanted.update(inputs)
+                continue
+            outputs = _matching(names, target, pattern)
+            if len(inputs) != len(outputs):
                 raise UserError(
-                    f"--hookpoints {pattern}: {one!r} matches no module of the model"
-                    f"{nearest(one, names)}. Its modules begin with "
-                    f"{', '.join(_examples(names))}."
+                    f"--hookpoints {pattern}: {len(inputs)} modules before the @ and "
+                    f"{len(outputs)} after it; each input needs its output."
                 )
-            wanted.update(found)
-    return [n for n in names if n in wanted]
+            wanted.update(f"{a}@{b}" for a, b in zip(inputs, outputs, strict=True))
+    return sorted(wanted, key=lambda n: [place[m] for m in modules_of(n)])
+
+
+def modules_of(hookpoint: str) -> tuple[str, str]:
+    """The module whose input and the module whose output a hookpoint takes.
+
+    >>> modules_of("layers.3.mlp")
+    ('layers.3.mlp', 'layers.3.mlp')
+    """
+    source, _, target = hookpoint.partition("@")
+    return source, target or source
+
+
+def _pairs(pattern: str) -> list[tuple[str, str | None]]:
+    """Alternatives of a pattern; of a pair the n-th before the @ goes with the n-th after it."""
+    source, at, target = pattern.partition("@")
+    sources = expand_braces(source)
+    if not at:
+        return [(one, None) for one in sources]
+    targets = expand_braces(target)
+    if len(targets) != len(sources):
+        raise UserError(f"--hookpoints {pattern}: different numbers of alternatives in braces.")
+    return list(zip(sources, targets, strict=True))
+
+
+def _matching(names: list[str], one: str, pattern: str) -> list[str]:
+    found = [n for n in names if _matches(n, one)]
+    if not found:
+        raise UserError(
+            f"--hookpoints {pattern}: {one!r} matches no module of the model"
+            f"{nearest(one, names)}. Its modules begin with {', '.join(_examples(names))}."
+        )
+    return found
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -86,38 +124,52 @@ class RowTap:
     def __init__(self, base: torch.nn.Module, names: list[str]) -> None:
         """Prepare to tap the modules called `names` of `base`."""
         self.base, self.names = base, names
+        # Causal models would keep keys and values for generation; encoders know no such thing.
+        takes = inspect.signature(base.forward).parameters
+        keeps = any(p in takes for p in ("use_cache", "past_key_values", "kwargs"))
+        self._options = {"use_cache": False} if keeps else {}
 
     @contextmanager
     def _hooks(self, taken: dict[str, torch.Tensor]) -> Iterator[None]:
         handles = []
 
-        def tap(name: str) -> Any:
-            def hook(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                source = args or tuple(kwargs.values())
-                for side, value in (("input", source), ("output", output)):
-                    rows = first_tensor(value, name)
-                    # A copy: some models add to a module's output in place later on.
-                    taken[f"{name}/{side}"] = rows.to(torch.bfloat16, copy=True)
-                if len(taken) == 2 * len(self.names):
-                    raise _Enough
+        def take(key: str, value: Any) -> None:
+            # A copy: some models add to a module's output in place later on.
+            taken[key] = first_tensor(value, key).to(torch.bfloat16, copy=True)
+            if len(taken) == 2 * len(self.names):
+                raise _Enough
+
+        def before(key: str) -> Any:
+            def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+                take(key, args or tuple(kwargs.values()))
+
+            return hook
+
+        def after(key: str) -> Any:
+            def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+                take(key, output)
 
             return hook
 
         try:
             for name in self.names:
-                module = self.base.get_submodule(name)
-                handles.append(module.register_forward_hook(tap(name), with_kwargs=True))
+                source, target = (self.base.get_submodule(m) for m in modules_of(name))
+                handles += [
+                    source.register_forward_pre_hook(before(f"{name}/input"), with_kwargs=True),
+                    target.register_forward_hook(after(f"{name}/output")),
+                ]
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
     @torch.inference_mode()
-    def rows(self, token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def rows(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rows of one batch of contexts.
 
         Args:
-            token_ids: (contexts, length) integers, on the model's device, no padding.
+            inputs: arguments of the forward pass (cache/attention.py), on the model's device;
+                ``input_ids`` is (contexts, length).
 
         Returns:
             ``"<hookpoint>/input"`` and ``"<hookpoint>/output"``, each (contexts * length, width)
@@ -128,16 +180,18 @@ class RowTap:
         """
         taken: dict[str, torch.Tensor] = {}
         with self._hooks(taken), contextlib.suppress(_Enough):
-            self.base(input_ids=token_ids, use_cache=False)
-        if missing := [n for n in self.names if f"{n}/output" not in taken]:
+            self.base(**inputs, **self._options)
+        sides = [f"{n}/{side}" for n in self.names for side in ("input", "output")]
+        if missing := [key for key in sides if key not in taken]:
             raise UserError(
                 f"--hookpoints: {', '.join(missing)} did not run in the model's forward pass."
             )
-        rows = token_ids.numel()
+        shape = inputs["input_ids"].shape
+        rows = shape.numel()
         for name, value in taken.items():
-            if value.shape[:-1] not in (token_ids.shape, (rows,)):
+            if value.shape[:-1] not in (shape, (rows,)):
                 raise UserError(
                     f"--hookpoints: {name} has shape {tuple(value.shape)}, not one row for each "
-                    f"of the {tuple(token_ids.shape)} tokens."
+                    f"of the {tuple(shape)} tokens."
                 )
         return {n: v.reshape(rows, v.shape[-1]) for n, v in taken.items()}

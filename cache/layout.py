@@ -6,8 +6,10 @@ Pure functions from a description of the store to paths and JSON; nothing here r
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import ml_dtypes
@@ -18,29 +20,38 @@ from bsc.files import canonical_json
 __all__ = [
     "DATA",
     "FORMAT_VERSION",
-    "MANIFEST",
+    "CODECS",
     "PROVENANCE",
+    "README",
     "SPLITS",
     "TOKEN_ARRAYS",
     "ArraySpec",
+    "Codec",
     "Grid",
     "Hookpoint",
     "Split",
+    "array_key",
     "array_specs",
+    "end_key",
     "group_json",
-    "shard_path",
+    "group_keys",
+    "shard_key",
     "store_attributes",
     "store_id_of",
+    "window_key",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DATA = "data.zarr"
-MANIFEST = "manifest.jsonl"
+MANIFEST = "manifest"
 PROVENANCE = "provenance.json"
+README = "README.md"
 TOKEN_ARRAYS = ("token_id", "doc_id", "position")
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
+Codec = Literal["raw", "lz4", "int8"]
+CODECS: tuple[Codec, ...] = ("raw", "lz4", "int8")
 
 MAX_SHARD_ROWS = 262_144
 CHUNK_ROWS = 4_096
@@ -81,11 +92,11 @@ class Grid:
         return self.shard_rows // self.chunk_rows
 
     @classmethod
-    def for_rows(cls, rows: int, *, min_shards: int = 1) -> Grid:
+    def for_rows(cls, rows: int, *, min_shards: int = 1, multiple: int = 1) -> Grid:
         """The largest shards that leave out at most 1 % of `rows`.
 
         At least `min_shards` shards where that many are possible: a scatter over few shards
-        shuffles little.
+        shuffles little. A shard holds a multiple of `multiple` rows.
 
         >>> Grid.for_rows(10_000_000_000)
         Grid(shard_rows=262144, chunk_rows=4096, shards=38146)
@@ -93,39 +104,55 @@ class Grid:
         Grid(shard_rows=55296, chunk_rows=2048, shards=18)
         >>> Grid.for_rows(5_000, min_shards=16)
         Grid(shard_rows=312, chunk_rows=312, shards=16)
+        >>> Grid.for_rows(5_000, min_shards=16, multiple=100)
+        Grid(shard_rows=200, chunk_rows=200, shards=25)
         """
         assert rows >= 1
-        largest = max(1, min(MAX_SHARD_ROWS, rows // min_shards))
-        for shard in range(largest // PAGE_ROWS * PAGE_ROWS, 0, -PAGE_ROWS):
-            if rows % shard <= MAX_DROPPED * rows:
-                chunk = CHUNK_ROWS if shard % CHUNK_ROWS == 0 else PAGE_ROWS
-                return cls(shard, chunk, rows // shard)
-        while rows % largest > MAX_DROPPED * rows:
-            largest -= 1
-        return cls(largest, largest, rows // largest)
+        rows = max(rows, multiple)
+        largest = max(multiple, min(MAX_SHARD_ROWS, rows // min_shards))
+        for page, tolerated in ((PAGE_ROWS, MAX_DROPPED), (1, MAX_DROPPED), (1, 1.0)):
+            step = math.lcm(page, multiple)
+            for shard in range(largest // step * step, 0, -step):
+                if rows % shard <= tolerated * rows:
+                    chunk = next((c for c in (CHUNK_ROWS, PAGE_ROWS) if shard % c == 0), shard)
+                    return cls(shard, chunk, rows // shard)
+        raise AssertionError("one shard of all rows always fits")
+
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int8": np.dtype(np.int8),
+    "float32": np.dtype(np.float32),
+    "uint32": np.dtype(np.uint32),
+}
+# A lost shard reads as NaN, not as plausible zeros. Integers have no such value: the largest uint32
+# is no token, no document and no position, and -128 is no quantised value.
+_FILL: dict[str, Any] = {"bfloat16": "NaN", "float32": "NaN", "uint32": 2**32 - 1, "int8": -128}
 
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array of one split: path inside data.zarr, type, and width (None: one value a row)."""
+    """One array of one split: path inside data.zarr, type, width (None: one value a row), codec."""
 
     path: str
-    dtype: Literal["bfloat16", "uint32"]
+    dtype: Literal["bfloat16", "int8", "float32", "uint32"]
     width: int | None
     dimension_names: tuple[str, ...]
+    lz4: bool = False
+    """Whether chunks are compressed; their sizes then differ and shards cannot be mapped."""
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
         """Type of the values in memory."""
-        return np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else np.uint32)
+        return _DTYPES[self.dtype]
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row on disk."""
+        """Bytes of one row, uncompressed."""
         return self.numpy_dtype.itemsize * (self.width or 1)
 
     def shard_bytes(self, grid: Grid) -> int:
-        """Size of a shard's file: rows, index, checksum."""
+        """Size of a shard's file, uncompressed: rows, index, checksum."""
         return grid.shard_rows * self.row_bytes + 16 * grid.chunks + 4
 
     def row_shape(self, rows: int) -> tuple[int, ...]:
@@ -135,6 +162,14 @@ class ArraySpec:
     def zarr_json(self, rows: int, grid: Grid, attributes: dict[str, Any]) -> dict[str, Any]:
         """Zarr v3 metadata of the array with `rows` committed rows."""
         little = {"name": "bytes", "configuration": {"endian": "little"}}
+        # The bytes codec of one-byte types has no byte order.
+        chunk_codecs: list[dict[str, Any]] = [{"name": "bytes"} if self.dtype == "int8" else little]
+        if self.lz4:
+            blosc = {
+                "typesize": self.numpy_dtype.itemsize, "cname": "lz4", "clevel": 5,
+                "shuffle": "bitshuffle", "blocksize": 0,
+            }  # fmt: skip
+            chunk_codecs.append({"name": "blosc", "configuration": blosc})
         return {
             "zarr_format": 3,
             "node_type": "array",
@@ -145,16 +180,14 @@ class ArraySpec:
                 "configuration": {"chunk_shape": list(self.row_shape(grid.shard_rows))},
             },
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            # A lost shard reads as NaN, not as plausible zeros. Integers have no such value: the
-            # largest one is no token, no document and no position.
-            "fill_value": "NaN" if self.dtype == "bfloat16" else 2**32 - 1,
+            "fill_value": _FILL[self.dtype],
             "dimension_names": list(self.dimension_names),
             "codecs": [
                 {
                     "name": "sharding_indexed",
                     "configuration": {
                         "chunk_shape": list(self.row_shape(grid.chunk_rows)),
-                        "codecs": [little],
+                        "codecs": chunk_codecs,
                         "index_codecs": [little, {"name": "crc32c"}],
                         "index_location": "end",
                     },
@@ -164,17 +197,30 @@ class ArraySpec:
         }
 
 
-def array_specs(hookpoints: tuple[Hookpoint, ...], split: Split) -> dict[str, ArraySpec]:
+ROW_SCALE = "_row_scale"
+"""What the array of row scales is called after its array of int8 values."""
+
+
+def array_specs(
+    hookpoints: tuple[Hookpoint, ...], split: Split, codec: Codec = "raw"
+) -> dict[str, ArraySpec]:
     """Every array of a split by its short name, for example ``"layers.3.mlp/input"``.
 
-    The training split lies at the root of data.zarr, the held-out one in a group of its own.
+    The training split lies at the root of data.zarr, the held-out one in a group of its own. With
+    codec int8 an array of activations is two: the values, and ``"layers.3.mlp/input_row_scale"``.
     """
     prefix = "" if split == "train" else f"{split}/"
     specs = {}
     for hook in hookpoints:
         for side, width in (("input", hook.d_in), ("output", hook.d_out)):
             name = f"{hook.name}/{side}"
-            specs[name] = ArraySpec(prefix + name, "bfloat16", width, ("row", "channel"))
+            names = ("row", f"{side}_channel")
+            if codec == "int8":
+                specs[name] = ArraySpec(prefix + name, "int8", width, names)
+                scale = name + ROW_SCALE
+                specs[scale] = ArraySpec(prefix + scale, "float32", None, ("row",))
+            else:
+                specs[name] = ArraySpec(prefix + name, "bfloat16", width, names, codec == "lz4")
     for token_array in TOKEN_ARRAYS:
         name = f"tokens/{token_array}"
         specs[name] = ArraySpec(prefix + name, "uint32", None, ("row",))
@@ -203,12 +249,37 @@ def store_attributes(identity: dict[str, Any]) -> dict[str, Any]:
         "model": identity["model"],
         "hookpoints": identity["hookpoints"],
         "splits": sorted(identity["grids"], key=SPLITS.index),
+        "codec": identity["codec"],
         "context": identity["context"],
+        "packing": identity["packing"],
+        "writers": identity["writers"],
+        "ring": identity["ring"],
         "scatter": {"seed": identity["seed"], "window": identity["window"]},
     }
 
 
-def shard_path(root: Path, spec: ArraySpec, shard: int) -> Path:
-    """File of one shard: the row coordinate, then 0 for the channel where there is one."""
-    folder = root / DATA / spec.path / "c"
-    return folder / str(shard) if spec.width is None else folder / str(shard) / "0"
+def array_key(spec: ArraySpec) -> str:
+    """Metadata of an array."""
+    return f"{DATA}/{spec.path}/zarr.json"
+
+
+def group_keys(specs: Iterable[ArraySpec]) -> list[str]:
+    """Metadata of the groups between the root of data.zarr and arrays."""
+    parents = {p for spec in specs for p in list(PurePosixPath(spec.path).parents)[:-1]}
+    return [f"{DATA}/{p}/zarr.json" for p in sorted(parents)]
+
+
+def shard_key(spec: ArraySpec, shard: int) -> str:
+    """One shard: the row coordinate, then 0 for the channel where there is one."""
+    key = f"{DATA}/{spec.path}/c/{shard}"
+    return key if spec.width is None else f"{key}/0"
+
+
+def window_key(split: Split, rank: int, window: int) -> str:
+    """Manifest of one committed window of one writer."""
+    return f"{MANIFEST}/{split}/{rank}-{window:06d}.jsonl"
+
+
+def end_key(rank: int) -> str:
+    """What a writer says when its part is finished."""
+    return f"{MANIFEST}/end-{rank}.json"

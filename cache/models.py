@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 import bsc.demo
 from bsc.errors import UserError, nearest
 
-__all__ = ["SHORT_NAMES", "LanguageModel", "load_model", "resolve_model"]
+__all__ = ["SHORT_NAMES", "LanguageModel", "load_architecture", "load_model", "resolve_model"]
 
 SHORT_NAMES = {
     "SmolLM2-135M": "HuggingFaceTB/SmolLM2-135M",
@@ -186,6 +186,30 @@ def load_model(
         model=model,
         tokenizer=tokenizer,
     )
+
+
+def load_architecture(name: str, *, revision: str | None = None) -> tuple[torch.nn.Module, int]:
+    """The base model without weights, for its module names and widths, and its longest context.
+
+    Raises:
+        UserError: there is no such model, or its config cannot be read.
+    """
+    import transformers
+
+    source = resolve_model(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first_line = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise UserError(
+            f"--model {name}: the config of {source} cannot be read: {first_line}"
+        ) from error
+    longest = int(getattr(config, "max_position_embeddings", 0) or 2048)
+    return model.base_model.eval(), longest
 
 
 class _quiet_loading:

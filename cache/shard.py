@@ -1,92 +1,133 @@
-"""One shard file: a plain C-order array with a Zarr `sharding_indexed` index at its end.
+"""One shard file: chunks of rows with a Zarr `sharding_indexed` index at the end.
 
     chunk 0 | chunk 1 | ... | chunk n-1 | n * (uint64 offset, uint64 bytes) | crc32c of the index
 
-Everything little-endian. Chunks are uncompressed, in order and without gaps, so the first
+Everything little-endian. Chunks are in order and without gaps. Uncompressed, the first
 `shard_rows * row_bytes` bytes are the rows of the shard, and a mapped shard is one tensor without a
 copy. The footer has 16 n + 4 bytes. docs/format.md is normative.
 
-A shard is written under a temporary name, made durable, then renamed: it exists whole or not at
+A shard is staged under a temporary name, made durable, then published: it exists whole or not at
 all, and is never changed afterwards.
 """
 
 from __future__ import annotations
 
-import errno
+import mmap
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from bsc.cache.layout import ArraySpec, Grid
+from bsc.cache.codec import compress, decompress
+from bsc.cache.folder import StoreFolder
+from bsc.cache.layout import ArraySpec, Grid, shard_key
 from bsc.errors import StoreError
-from bsc.files import fsync_folder, make_durable_folder
 
-__all__ = ["PARTIAL", "ChannelSums", "ShardRecord", "ShardWriter", "map_shard", "read_index"]
+__all__ = [
+    "ChannelSums", "MappedRows", "ShardRecord", "ShardWriter", "decode_shard", "map_shard",
+    "piece_bytes", "read_index",
+]  # fmt: skip
 
-PARTIAL = ".partial"
 _CRC_BYTES = 4
+_WRITE_BYTES = 1 << 18
+"""Rows are written in pieces of about this size, if segments that come are smaller."""
+_SUM_ROWS = 256
+"""Rows that are summed in float32 before they enter the float64 sums: exact to about 1e-7."""
 
 
 @dataclass
 class ChannelSums:
     """Sums over rows for each channel, from which means and variances follow without a pass.
 
-    Values that are not finite are counted and left out of the sums.
+    Rows with values that are not finite are counted and left out of the sums.
     """
 
     width: int
     sum: NDArray[np.float64] = field(init=False)
     sum_sq: NDArray[np.float64] = field(init=False)
     non_finite: int = 0
+    """Values that are not finite."""
+    non_finite_rows: int = 0
+    """Rows that hold such a value."""
+    sum_sq_error: NDArray[np.float64] | None = None
+    """Of lossy codecs: squared difference of stored and captured values."""
 
     def __post_init__(self) -> None:
         self.sum = np.zeros(self.width)
         self.sum_sq = np.zeros(self.width)
 
-    def add(self, rows: NDArray[Any]) -> None:
-        """Add bfloat16 rows, (n, width)."""
-        with np.errstate(invalid="ignore"):  # NaN is counted below, not a surprise
-            values = rows.astype(np.float64)
-        finite = np.isfinite(values)
-        if not finite.all():
-            self.non_finite += int(finite.size - finite.sum())
-            values[~finite] = 0.0
-        self.sum += values.sum(axis=0)
-        self.sum_sq += np.square(values).sum(axis=0)
+    def add(self, rows: NDArray[Any], stored: NDArray[Any] | None = None) -> None:
+        """Add bfloat16 rows, (n, width), and what is stored of them where that differs."""
+        for start in range(0, len(rows), _SUM_ROWS):
+            block = rows[start : start + _SUM_ROWS]
+            # bfloat16 is the upper half of a float32.
+            values = (block.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+            with np.errstate(invalid="ignore", over="ignore"):
+                squares = np.einsum("ij,ij->j", values, values)
+            good: NDArray[np.bool_] | slice = slice(None)
+            if not np.isfinite(squares).all():
+                finite = np.isfinite(values)
+                good = np.asarray(finite.all(axis=1))
+                self.non_finite += int(finite.size - finite.sum())
+                self.non_finite_rows += int(good.size - good.sum())
+                # Finite rows can still be too large for the squares of float32.
+                values = values[good].astype(np.float64)
+                squares = np.einsum("ij,ij->j", values, values)
+            self.sum += values.sum(axis=0)
+            self.sum_sq += squares
+            if stored is not None:
+                part = stored[start : start + _SUM_ROWS][good].astype(np.float32)
+                if self.sum_sq_error is None:
+                    self.sum_sq_error = np.zeros(self.width)
+                self.sum_sq_error += np.square(part - values).sum(axis=0, dtype=np.float64)
 
     def merge(self, other: ChannelSums) -> None:
         """Add the sums of other rows."""
         self.sum += other.sum
         self.sum_sq += other.sum_sq
         self.non_finite += other.non_finite
+        self.non_finite_rows += other.non_finite_rows
+        if other.sum_sq_error is not None:
+            mine = np.zeros(self.width) if self.sum_sq_error is None else self.sum_sq_error
+            self.sum_sq_error = mine + other.sum_sq_error
 
     def to_json(self) -> dict[str, Any]:
         """The sums as they stand in the manifest and in the attributes of an array."""
-        return {
+        value: dict[str, Any] = {
             "channel_sum": self.sum.tolist(),
             "channel_sum_sq": self.sum_sq.tolist(),
             "non_finite": self.non_finite,
+            "non_finite_rows": self.non_finite_rows,
         }
+        if self.sum_sq_error is not None:
+            value["channel_sum_sq_error"] = self.sum_sq_error.tolist()
+        return value
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ChannelSums:
-        """Read what `to_json` wrote."""
+        """Read what `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: the value is of another form.
+        """
         sums = cls(len(value["channel_sum"]))
         sums.sum += value["channel_sum"]
         sums.sum_sq += value["channel_sum_sq"]
         sums.non_finite = int(value["non_finite"])
+        sums.non_finite_rows = int(value["non_finite_rows"])
+        if "channel_sum_sq_error" in value:
+            sums.sum_sq_error = np.zeros(sums.width) + value["channel_sum_sq_error"]
         return sums
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest says of one shard of one array; one line of manifest.jsonl."""
+    """What the manifest says of one shard of one array; one line of it."""
 
     array: str
     """Path of the array inside data.zarr."""
@@ -135,11 +176,11 @@ class ShardRecord:
         )
 
 
-def index_bytes(chunks: int, chunk_bytes: int) -> bytes:
-    """The footer of a dense shard: offset and length of every chunk, then their crc32c."""
-    index = np.empty((chunks, 2), dtype="<u8")
-    index[:, 0] = np.arange(chunks, dtype="<u8") * np.uint64(chunk_bytes)
-    index[:, 1] = chunk_bytes
+def index_bytes(lengths: list[int]) -> bytes:
+    """The footer of a shard: offset and length of every chunk, then their crc32c."""
+    index = np.empty((len(lengths), 2), dtype="<u8")
+    index[:, 1] = lengths
+    index[:, 0] = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     raw = index.tobytes()
     crc: int = google_crc32c.value(raw)
     return raw + crc.to_bytes(_CRC_BYTES, "little")
@@ -167,8 +208,15 @@ def read_index(path: Path, chunks: int) -> NDArray[np.uint64]:
     return np.frombuffer(raw[:-_CRC_BYTES], dtype="<u8").reshape(chunks, 2)
 
 
-def map_shard(path: Path, spec: ArraySpec, grid: Grid) -> NDArray[Any]:
-    """The rows of a shard, mapped: (shard_rows, width) or (shard_rows,), no copy.
+class MappedRows(NamedTuple):
+    """The rows of an uncompressed shard with the mapping that they lie in."""
+
+    rows: NDArray[Any]
+    mapping: mmap.mmap
+
+
+def map_shard(path: Path, spec: ArraySpec, grid: Grid) -> MappedRows:
+    """The rows of an uncompressed shard, mapped: (shard_rows, width) or (shard_rows,), no copy.
 
     Private and writable pages, so that torch takes the array without a warning; writing to it
     changes neither the file nor what others see.
@@ -176,47 +224,66 @@ def map_shard(path: Path, spec: ArraySpec, grid: Grid) -> NDArray[Any]:
     Raises:
         StoreError: the file is missing, of another size, or its index is not the dense one.
     """
-    chunk_bytes = grid.chunk_rows * spec.row_bytes
     index = read_index(path, grid.chunks)
-    expected = np.frombuffer(index_bytes(grid.chunks, chunk_bytes)[:-_CRC_BYTES], dtype="<u8")
-    if not np.array_equal(index.ravel(), expected):
+    expected = index_bytes([grid.chunk_rows * spec.row_bytes] * grid.chunks)
+    if index.tobytes() != expected[:-_CRC_BYTES]:
         raise StoreError(
             f"{path}: the chunks of this shard are not in order and without gaps, so it cannot be "
             f"mapped. Another program rewrote it; docs/format.md says what bsc reads."
         )
-    raw = np.memmap(path, dtype=np.uint8, mode="c")
-    if raw.size != grid.chunks * chunk_bytes + index.nbytes + _CRC_BYTES:
-        raise StoreError(f"{path}: {raw.size:,} bytes are not the size of a shard of this store.")
-    data = raw[: grid.chunks * chunk_bytes].view(spec.numpy_dtype)
-    return data.reshape(spec.row_shape(grid.shard_rows))
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != spec.shard_bytes(grid):
+            raise StoreError(f"{path}: {size:,} bytes are not the size of a shard of this store.")
+        mapping = mmap.mmap(
+            file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+        )
+    data = np.frombuffer(mapping, np.uint8, grid.shard_rows * spec.row_bytes)
+    return MappedRows(data.view(spec.numpy_dtype).reshape(spec.row_shape(grid.shard_rows)), mapping)
+
+
+def decode_shard(path: Path, spec: ArraySpec, grid: Grid) -> NDArray[Any]:
+    """The rows of a compressed shard in fresh memory.
+
+    Raises:
+        StoreError: the file is missing or damaged.
+    """
+    index = read_index(path, grid.chunks)
+    raw = memoryview(path.read_bytes())
+    end = len(raw) - index.nbytes - _CRC_BYTES
+    rows = np.empty(spec.row_shape(grid.shard_rows), spec.numpy_dtype)
+    for chunk, (offset, length) in enumerate(index.tolist()):
+        if offset + length > end:
+            raise StoreError(f"{path}: chunk {chunk} does not lie in the file.")
+        start = chunk * grid.chunk_rows
+        try:
+            decompress(raw[offset : offset + length], rows[start : start + grid.chunk_rows])
+        except StoreError as error:
+            raise StoreError(f"{path}: chunk {chunk}: {error}") from None
+    return rows
 
 
 class ShardWriter:
-    """Appends rows to one shard through a buffer of one chunk, hashing and summing on the way."""
+    """Appends rows to one shard, hashing on the way."""
 
-    def __init__(self, path: Path, spec: ArraySpec, grid: Grid) -> None:
-        """Open `path` under its temporary name; nothing appears under `path` before `commit`.
+    def __init__(self, folder: StoreFolder, spec: ArraySpec, grid: Grid, shard: int) -> None:
+        """Start a staged file; nothing appears under the shard's name before `commit`.
 
         Raises:
             OSError: the disk is full or the folder cannot be written.
         """
-        self.path, self.spec, self.grid = path, spec, grid
+        self.folder, self.spec, self.grid, self.shard = folder, spec, grid, shard
+        self.key = shard_key(spec, shard)
         self.rows = 0
-        self.sums = ChannelSums(spec.width) if spec.width is not None else None
-        self._chunk = np.empty(spec.row_shape(grid.chunk_rows), dtype=spec.numpy_dtype)
+        self._piece_rows = _piece_rows(spec, grid)
+        self._piece: NDArray[Any] | None = None
         self._file_hash = xxhash.xxh3_128()
+        self._chunk_hash = xxhash.xxh3_64()
         self._chunk_hashes: list[str] = []
-        make_durable_folder(path.parent)
-        self._partial = path.with_name(path.name + PARTIAL)
-        self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(self._fd, 0, spec.shard_bytes(grid))
-        except OSError as error:
-            # Some file systems cannot reserve space; a full one must say so now.
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                self.abort()
-                raise
+        self._chunk_bytes: list[int] = []
+        self._staging = folder.staging(self.key)
+        # What a killed capture left under this name is written over.
+        self._fd = os.open(self._staging, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
 
     @property
     def free_rows(self) -> int:
@@ -224,24 +291,39 @@ class ShardWriter:
         return self.grid.shard_rows - self.rows
 
     def append(self, rows: NDArray[Any]) -> None:
-        """Add rows of the array's type, (n, width) or (n,), at most `free_rows`."""
+        """Add rows of the array's type, (n, width) or (n,), at most `free_rows`; contiguous."""
         assert len(rows) <= self.free_rows and rows.dtype == self.spec.numpy_dtype
+        size = self._piece_rows
         done = 0
         while done < len(rows):
-            at = self.rows % self.grid.chunk_rows
-            n = min(len(rows) - done, self.grid.chunk_rows - at)
-            self._chunk[at : at + n] = rows[done : done + n]
-            self.rows += n
+            at = self.rows % size
+            left = len(rows) - done
+            if at == 0 and left >= size and not self.spec.lz4:
+                # Whole pieces go out of the caller's memory, to the end of the chunk at most.
+                n = min(left, self.grid.chunk_rows - self.rows % self.grid.chunk_rows)
+                n = n // size * size
+                self.rows += n
+                self._write_rows(rows[done : done + n])
+            else:
+                if self._piece is None:
+                    self._piece = np.empty(self.spec.row_shape(size), self.spec.numpy_dtype)
+                n = min(left, size - at)
+                self._piece[at : at + n] = rows[done : done + n]
+                self.rows += n
+                if self.rows % size == 0:
+                    self._write_rows(self._piece)
             done += n
-            if self.rows % self.grid.chunk_rows == 0:
-                self._flush()
 
-    def _flush(self) -> None:
-        raw = self._chunk.view(np.uint8).reshape(-1).data
+    def _write_rows(self, rows: NDArray[Any]) -> None:
+        raw = memoryview(compress(rows) if self.spec.lz4 else rows.view(np.uint8).reshape(-1).data)
         self._write(raw)
-        self._chunk_hashes.append(xxhash.xxh3_64(raw).hexdigest())
-        if self.sums is not None:
-            self.sums.add(self._chunk)
+        self._chunk_hash.update(raw)
+        if self.rows % self.grid.chunk_rows == 0:
+            self._chunk_hashes.append(self._chunk_hash.hexdigest())
+            self._chunk_hash.reset()
+            self._chunk_bytes.append(
+                len(raw) if self.spec.lz4 else self.grid.chunk_rows * self.spec.row_bytes
+            )
 
     def _write(self, raw: memoryview | bytes) -> None:
         self._file_hash.update(raw)
@@ -251,39 +333,48 @@ class ShardWriter:
 
     def rows_so_far(self) -> NDArray[Any]:
         """A copy of the rows appended until now, for moving them to another shard."""
-        n = self.grid.chunk_rows
-        whole = self.rows // n * n
         out = np.empty(self.spec.row_shape(self.rows), dtype=self.spec.numpy_dtype)
-        for start in range(0, whole, n):  # one read returns 2 GiB at most
-            raw = os.pread(self._fd, n * self.spec.row_bytes, start * self.spec.row_bytes)
-            chunk = np.frombuffer(raw, self.spec.numpy_dtype)
-            out[start : start + n] = chunk.reshape(self.spec.row_shape(n))
-        out[whole:] = self._chunk[: self.rows - whole]
+        whole = self.rows // self._piece_rows * self._piece_rows
+        if self.spec.lz4:
+            offset = 0
+            for i, length in enumerate(self._chunk_bytes):
+                start = i * self.grid.chunk_rows
+                frame = memoryview(os.pread(self._fd, length, offset))
+                decompress(frame, out[start : start + self.grid.chunk_rows])
+                offset += length
+        else:
+            view = out[:whole].view(np.uint8).reshape(-1).data
+            at = 0
+            while at < len(view):  # one read returns 2 GiB at most
+                at += os.preadv(self._fd, [view[at:]], at)
+        if whole < self.rows:
+            assert self._piece is not None
+            out[whole:] = self._piece[: self.rows - whole]
         return out
 
-    def commit(self, shard: int, window: int) -> ShardRecord:
+    def commit(self, window: int, sums: ChannelSums | None) -> ShardRecord:
         """Write the index, make the file durable and give it its name.
 
         Raises:
             OSError: the disk is full or fails.
         """
         assert self.free_rows == 0
-        self._write(index_bytes(self.grid.chunks, self.grid.chunk_rows * self.spec.row_bytes))
+        self._write(index_bytes(self._chunk_bytes))
         size = os.lseek(self._fd, 0, os.SEEK_CUR)
         os.fsync(self._fd)
         os.close(self._fd)
         self._fd = -1
-        self._partial.rename(self.path)
-        fsync_folder(self.path.parent)
+        self._piece = None
+        self.folder.publish(self.key)
         return ShardRecord(
             array=self.spec.path,
-            shard=shard,
+            shard=self.shard,
             rows=self.rows,
             bytes=size,
             xxh3_128=self._file_hash.hexdigest(),
             chunk_xxh3_64=tuple(self._chunk_hashes),
             window=window,
-            sums=self.sums,
+            sums=sums,
         )
 
     def abort(self) -> None:
@@ -291,4 +382,18 @@ class ShardWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            self._partial.unlink(missing_ok=True)
+            self._staging.unlink(missing_ok=True)
+
+
+def piece_bytes(spec: ArraySpec, grid: Grid) -> int:
+    """Memory that an open shard of an array needs."""
+    return _piece_rows(spec, grid) * spec.row_bytes
+
+
+def _piece_rows(spec: ArraySpec, grid: Grid) -> int:
+    """Rows that are buffered before they are written: a chunk, or a fair part of one."""
+    if spec.lz4 or grid.chunk_rows * spec.row_bytes <= _WRITE_BYTES:
+        return grid.chunk_rows
+    fair = max(1, _WRITE_BYTES // spec.row_bytes)
+    divisor = max(n for n in range(1, fair + 1) if grid.chunk_rows % n == 0)
+    return divisor if 4 * divisor >= fair else grid.chunk_rows

@@ -17,23 +17,32 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bsc.cache.folder import StoreFolder, open_folder
 from bsc.cache.layout import (
+    CODECS,
     DATA,
     FORMAT_VERSION,
-    MANIFEST,
     PROVENANCE,
+    ROW_SCALE,
     SPLITS,
     ArraySpec,
+    Codec,
     Grid,
     Hookpoint,
     Split,
+    array_key,
     array_specs,
-    shard_path,
+    shard_key,
 )
-from bsc.cache.shard import ChannelSums, ShardRecord, map_shard
+from bsc.cache.manifest import windows
+from bsc.cache.rows import MappedTensor, QuantisedRows, ShardRows
+from bsc.cache.shard import ChannelSums, ShardRecord, decode_shard, map_shard
 from bsc.errors import StoreError, nearest
 
 __all__ = ["ActivationStore", "Moments", "StoreSplit"]
+
+_MAPPED = 64
+"""Shards that stay mapped for repeated reading."""
 
 
 @dataclass(frozen=True)
@@ -52,36 +61,48 @@ class Moments:
         return float(self.variance.sum())
 
 
-def _read_json(path: Path, what: str) -> dict[str, Any]:
+def _read_json(folder: StoreFolder, key: str, what: str) -> dict[str, Any]:
+    where = f"{folder}/{key}"
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(folder.read(key))
     except FileNotFoundError:
-        raise StoreError(f"{path.parent}: no {what} here ({path.name} is missing).") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise StoreError(f"{path}: cannot be read as JSON ({error}).") from None
+        raise StoreError(f"{folder}: no {what} here ({key} is missing).") from None
+    except (OSError, ValueError) as error:  # not UTF-8 and not JSON are ValueErrors
+        raise StoreError(f"{where}: cannot be read as JSON ({error}).") from None
     if not isinstance(value, dict):
-        raise StoreError(f"{path}: expected a JSON object, found {type(value).__name__}.")
+        raise StoreError(f"{where}: expected a JSON object, found {type(value).__name__}.")
     return value
 
 
 class StoreSplit:
     """The committed rows of one split."""
 
-    def __init__(self, root: Path, split: Split, hookpoints: tuple[Hookpoint, ...]) -> None:
+    def __init__(
+        self, folder: StoreFolder, split: Split, hookpoints: tuple[Hookpoint, ...], codec: Codec
+    ) -> None:
         """Read the metadata of every array.
 
         Raises:
             StoreError: the metadata is missing, damaged, or not that of a store of this version.
         """
-        self.root, self.split = root, split
-        self.specs = array_specs(hookpoints, split)
+        self.folder, self.split, self.codec = folder, split, codec
+        self.specs = array_specs(hookpoints, split, codec)
+        self._map = lru_cache(maxsize=_MAPPED)(self._map_uncached)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read again how many rows are committed, while a capture writes the store.
+
+        Raises:
+            StoreError: as at opening.
+        """
         self._attributes: dict[str, dict[str, Any]] = {}
         self._rows: dict[str, int] = {}
         """Rows by array: between two commits they may be one shard apart."""
         grids = set()
         for name, spec in self.specs.items():
-            path = root / DATA / spec.path / "zarr.json"
-            meta = _read_json(path, "array")
+            key = array_key(spec)
+            meta = _read_json(self.folder, key, "array")
             try:
                 shard = int(meta["chunk_grid"]["configuration"]["chunk_shape"][0])
                 chunk = int(meta["codecs"][0]["configuration"]["chunk_shape"][0])
@@ -93,26 +114,46 @@ class StoreSplit:
                     wrong = [k for k in expected if meta.get(k) != expected[k]]
                     raise ValueError(f"unexpected {', '.join(wrong) or 'extra keys'}")
                 if spec.width is not None:
-                    ChannelSums.from_json(meta["attributes"])
+                    sums = ChannelSums.from_json(meta["attributes"])
+                    if sums.width != spec.width:
+                        raise ValueError(f"{sums.width} channel sums")
+                if spec.dtype == "int8" and len(meta["attributes"]["channel_scale"]) != spec.width:
+                    raise ValueError("channel_scale of another width")
             except (
                 KeyError, IndexError, TypeError, ValueError, AssertionError, ZeroDivisionError,
             ) as error:  # fmt: skip
                 raise StoreError(
-                    f"{path}: not the metadata of an array of a bsc store ({error!r})."
+                    f"{self.folder}/{key}: not the metadata of an array of a bsc store ({error!r})."
                 ) from None
             grids.add((shard, chunk))
             self._rows[name] = n_rows
         if len(grids) != 1:
-            raise StoreError(f"{root}: the arrays of split {split!r} have different shard sizes.")
+            raise StoreError(
+                f"{self.folder}: the arrays of split {self.split!r} have different shard sizes."
+            )
         ((shard, chunk),) = grids
         self.shards = min(self._rows.values()) // shard
         self.grid = Grid(shard, chunk, max(1, self.shards))
         self.rows = self.shards * shard
-        self._map = lru_cache(maxsize=256)(self._map_uncached)
+
+    @property
+    def where(self) -> str:
+        """The store, for messages."""
+        return str(self.folder)
 
     def _map_uncached(self, name: str, shard: int) -> NDArray[Any]:
-        spec = self.spec(name)
-        return map_shard(shard_path(self.root, spec, shard), spec, self.grid)
+        return self._read(self.spec(name), shard).rows
+
+    def _read(self, spec: ArraySpec, shard: int) -> MappedTensor:
+        """Rows of one shard as they are stored, mapped where that is possible."""
+        key = shard_key(spec, shard)
+        try:
+            path = self.folder.local(key)
+        except FileNotFoundError:
+            raise StoreError(f"{self.folder}/{key}: this committed shard is missing.") from None
+        if spec.lz4:
+            return MappedTensor(decode_shard(path, spec, self.grid), None, path)
+        return MappedTensor(*map_shard(path, spec, self.grid), path)
 
     def spec(self, name: str) -> ArraySpec:
         """Description of an array by its short name, for example ``"layers.3.mlp/input"``.
@@ -122,24 +163,47 @@ class StoreSplit:
         """
         if name not in self.specs:
             raise StoreError(
-                f"{self.root}: no array {name!r} in split {self.split!r}"
+                f"{self.folder}: no array {name!r} in split {self.split!r}"
                 f"{nearest(name, self.specs)}. It has {', '.join(self.specs)}."
             )
         return self.specs[name]
 
+    def _check_shard(self, shard: int) -> None:
+        if not 0 <= shard < self.shards:
+            raise StoreError(f"{self.folder}: no shard {shard} in split {self.split!r}.")
+
     def shard(self, name: str, shard: int) -> NDArray[Any]:
-        """Rows of one shard, mapped: bfloat16 (shard_rows, width) or uint32 (shard_rows,).
+        """Rows of one shard as they are stored: (shard_rows, width) or (shard_rows,).
+
+        bfloat16 or int8 for activations, uint32 for tokens, float32 for row scales. Mapped, but for
+        activations of codec lz4, which are decoded at each call.
 
         Raises:
             StoreError: there is no such array, or the file is missing or damaged.
         """
-        if not 0 <= shard < self.shards:
-            raise StoreError(f"{self.root}: no shard {shard} in split {self.split!r}.")
-        return self._map(name, shard)
+        self._check_shard(shard)
+        return self._map_uncached(name, shard) if self.spec(name).lz4 else self._map(name, shard)
+
+    def shard_rows(self, name: str, shard: int) -> ShardRows:
+        """One shard of activations for reading chosen rows, whatever the codec.
+
+        Raises:
+            StoreError: there is no such array, or the file is missing or damaged.
+        """
+        self._check_shard(shard)
+        values = self._read(self.spec(name), shard)
+        if self.codec != "int8":
+            return values
+        scales = self._read(self.spec(name + ROW_SCALE), shard)
+        channels = torch.tensor(self._attributes[name]["channel_scale"], dtype=torch.float32)
+        return QuantisedRows(values, scales, channels)
 
     def tensor(self, name: str, shard: int) -> torch.Tensor:
-        """One shard of activations, mapped: a bfloat16 tensor (shard_rows, width)."""
-        return torch.from_numpy(self.shard(name, shard).view(np.int16)).view(torch.bfloat16)
+        """One shard of activations: a bfloat16 tensor (shard_rows, width).
+
+        Mapped with codec raw, decoded in memory with the others.
+        """
+        return self.shard_rows(name, shard).part(0, self.grid.shard_rows)
 
     def batches(self, names: tuple[str, ...], rows: int) -> Iterator[tuple[torch.Tensor, ...]]:
         """All rows in the order of the store, `rows` at a time, within shards.
@@ -148,9 +212,10 @@ class StoreSplit:
             One bfloat16 tensor (n, width) per name, views of mapped shards, n <= rows.
         """
         for shard in range(self.shards):
-            parts = [self.tensor(name, shard) for name in names]
+            parts = [self.shard_rows(name, shard) for name in names]
             for start in range(0, self.grid.shard_rows, rows):
-                yield tuple(p[start : start + rows] for p in parts)
+                stop = min(start + rows, self.grid.shard_rows)
+                yield tuple(part.part(start, stop) for part in parts)
 
     def tokens(self, name: str) -> NDArray[np.uint32]:
         """A whole token array, for example ``"token_id"``: 4 bytes a row in memory."""
@@ -175,13 +240,13 @@ class StoreSplit:
         """
         sums = self.sums(name)
         if self.rows == 0:
-            raise StoreError(f"{self.root}: split {self.split!r} has no committed rows yet.")
-        if sums.non_finite:
+            raise StoreError(f"{self.folder}: split {self.split!r} has no committed rows yet.")
+        rows = self.summed_rows(name) - sums.non_finite_rows
+        if rows < 1:
             raise StoreError(
-                f"{self.root}: {name} holds {sums.non_finite:,} values that are not finite. The "
-                f"model overflowed: capture again with --dtype float32."
+                f"{self.folder}: {name} holds no row whose values are all finite. The model "
+                f"overflowed: capture again with --dtype float32."
             )
-        rows = self.summed_rows(name)
         mean = sums.sum / rows
         variance = np.maximum(sums.sum_sq / rows - mean**2, 0.0)
         return Moments(rows, torch.from_numpy(mean), torch.from_numpy(variance))
@@ -190,6 +255,10 @@ class StoreSplit:
     def non_finite(self) -> int:
         """Values of all arrays that are not finite."""
         return sum(int(a.get("non_finite", 0)) for a in self._attributes.values())
+
+    def non_finite_rows(self, name: str) -> int:
+        """Rows of an array with a value that is not finite."""
+        return self.sums(name).non_finite_rows
 
 
 class ActivationStore:
@@ -205,15 +274,15 @@ class ActivationStore:
         Raises:
             StoreError: there is no store, or it is one that this version of bsc cannot read.
         """
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise StoreError(f"{self.root}: no such folder. Make a store with `bsc cache` first.")
-        if not (self.root / DATA / "zarr.json").exists():
+        self.folder = open_folder(root)
+        if self.folder.missing():
+            raise StoreError(f"{self.folder}: no such folder. Make a store with `bsc cache` first.")
+        if not self.folder.exists(f"{DATA}/zarr.json"):
             raise StoreError(
-                f"{self.root}: not an activation store ({DATA}/zarr.json is missing). Name the "
+                f"{self.folder}: not an activation store ({DATA}/zarr.json is missing). Name the "
                 f"folder that `bsc cache --store` wrote."
             )
-        group = _read_json(self.root / DATA / "zarr.json", "store")
+        group = _read_json(self.folder, f"{DATA}/zarr.json", "store")
         try:
             self.attributes: dict[str, Any] = dict(group["attributes"]["activation_store"])
             version = int(self.attributes["version"])
@@ -223,25 +292,32 @@ class ActivationStore:
             )
             self.store_id = str(self.attributes["store_id"])
             self.context = int(self.attributes["context"])
+            self.codec: Codec = self.attributes["codec"]
+            self.packing = str(self.attributes["packing"])
+            self.writers = int(self.attributes["writers"])
+            ring = self.attributes["ring"]
+            self.ring: int | None = None if ring is None else int(ring)
+            if self.codec not in CODECS or not self.hookpoints:
+                raise ValueError(f"codec {self.codec!r}, {len(self.hookpoints)} hookpoints")
             splits = tuple(s for s in SPLITS if s in self.attributes["splits"])
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(
-                f"{self.root / DATA / 'zarr.json'}: a Zarr group, but not that of an activation "
+                f"{self.folder}/{DATA}/zarr.json: a Zarr group, but not that of an activation "
                 f"store ({error!r})."
             ) from None
         if version != FORMAT_VERSION:
             raise StoreError(
-                f"{self.root}: the store has format version {version}, this bsc reads version "
+                f"{self.folder}: the store has format version {version}, this bsc reads version "
                 f"{FORMAT_VERSION}. CHANGELOG.md says which release reads it."
             )
         for hook in self.hookpoints:
-            if hook.name.startswith(("/", ".")) or "/" in hook.name:
-                raise StoreError(f"{self.root}: {hook.name!r} is no name of a hookpoint.")
+            if hook.name.startswith(("/", ".")) or "/" in hook.name or "\\" in hook.name:
+                raise StoreError(f"{self.folder}: {hook.name!r} is no name of a hookpoint.")
         self.splits: dict[Split, StoreSplit] = {
-            s: StoreSplit(self.root, s, self.hookpoints) for s in splits
+            s: StoreSplit(self.folder, s, self.hookpoints, self.codec) for s in splits
         }
         if "train" not in self.splits:
-            raise StoreError(f"{self.root}: the store has no training rows.")
+            raise StoreError(f"{self.folder}: the store has no training rows.")
 
     @property
     def train(self) -> StoreSplit:
@@ -257,10 +333,23 @@ class ActivationStore:
         """
         if "held_out" not in self.splits or self.splits["held_out"].rows == 0:
             raise StoreError(
-                f"{self.root}: the store has no held-out rows, which evaluation needs. Capture "
+                f"{self.folder}: the store has no held-out rows, which evaluation needs. Capture "
                 f"with --held-out above 0, or more text."
             )
         return self.splits["held_out"]
+
+    @property
+    def planned_rows(self) -> int:
+        """Training rows that the capture was asked for, committed or not.
+
+        Raises:
+            StoreError: provenance.json is missing or damaged.
+        """
+        try:
+            grid = self.provenance()["capture"]["grids"]["train"]
+            return int(grid["shards"]) * int(grid["shard_rows"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{self.folder}/{PROVENANCE}: damaged ({error!r}).") from None
 
     def hookpoint(self, name: str) -> Hookpoint:
         """The hookpoint called `name`.
@@ -273,7 +362,7 @@ class ActivationStore:
                 return hook
         names = [h.name for h in self.hookpoints]
         raise StoreError(
-            f"{self.root}: no hookpoint {name!r}{nearest(name, names)}. The store has "
+            f"{self.folder}: no hookpoint {name!r}{nearest(name, names)}. The store has "
             f"{', '.join(names)}."
         )
 
@@ -283,35 +372,26 @@ class ActivationStore:
         Raises:
             StoreError: provenance.json is missing or damaged.
         """
-        return _read_json(self.root / PROVENANCE, "provenance")
+        return _read_json(self.folder, PROVENANCE, "provenance")
 
     @property
     def complete(self) -> bool:
         """Whether the capture that writes the store has ended."""
         return "completed" in self.provenance()
 
-    def records(self) -> Iterator[ShardRecord]:
-        """The lines of the manifest.
+    def records(self, split: Split) -> Iterator[ShardRecord]:
+        """The lines of the manifest of a split, writer by writer.
 
         Raises:
-            StoreError: the manifest is missing or a line is damaged.
+            StoreError: a file of the manifest is damaged.
         """
-        path = self.root / MANIFEST
-        try:
-            with path.open() as lines:
-                for number, line in enumerate(lines, 1):
-                    try:
-                        yield ShardRecord.from_json(json.loads(line))
-                    except (KeyError, TypeError, ValueError) as error:
-                        raise StoreError(
-                            f"{path}, line {number}: not a line of a manifest ({error!r})."
-                        ) from None
-        except (FileNotFoundError, UnicodeDecodeError) as error:
-            raise StoreError(f"{path}: cannot be read ({error}).") from None
+        for rank in range(self.writers):
+            for window in windows(self.folder, split, rank):
+                yield from window.shards
 
     @property
     def bytes(self) -> int:
-        """Bytes of all committed shards."""
+        """Bytes of all committed shards; lz4 counted as if uncompressed."""
         return sum(
             s.shards * spec.shard_bytes(s.grid)
             for s in self.splits.values()

@@ -47,7 +47,7 @@ class TextDocument(NamedTuple):
     """A document with its place in the stream."""
 
     number: int
-    """Counts the documents of the stream from 0."""
+    """Of the document: rank, rank + writers, ... in the order of the stream."""
     text: str
     held_out: bool
 
@@ -159,8 +159,8 @@ def resolve_dataset(dataset: str, revision: str | None) -> str | None:
         return revision
 
 
-def read_text(source: TextSource) -> Iterator[TextDocument]:
-    """The documents of a source, in the order that its seed gives.
+def read_text(source: TextSource, rank: int = 0, writers: int = 1) -> Iterator[TextDocument]:
+    """The documents of a source, or the share of one of several writers, in its seed's order.
 
     Embedded corpora are permuted exactly; streams by a buffer of 10,000 documents over shuffled
     files. Embedded documents are held out by name, others by the hash of their text, so that exact
@@ -172,18 +172,19 @@ def read_text(source: TextSource) -> Iterator[TextDocument]:
     if source.corpus is not None:
         found = sorted(documents(source.corpus))
         order = np.random.Generator(np.random.Philox(key=source.seed)).permutation(len(found))
-        for number, i in enumerate(order):
-            document = found[i]
+        for number in range(rank, len(order), writers):
+            document = found[order[number]]
             held_out = is_held_out(document.name, source.held_out)
             yield TextDocument(number, document.text, held_out)
         return
-    for number, text in enumerate(_stream(source)):
+    for i, text in enumerate(_stream(source, rank, writers)):
         name = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-        yield TextDocument(number, text, is_held_out(name, source.held_out))
+        yield TextDocument(i * writers + rank, text, is_held_out(name, source.held_out))
 
 
-def _stream(source: TextSource) -> Iterator[str]:
+def _stream(source: TextSource, rank: int, writers: int) -> Iterator[str]:
     import datasets
+    from datasets.distributed import split_dataset_by_node
     from datasets.exceptions import DatasetNotFoundError
 
     what = f"--dataset {source.dataset}" if source.dataset else f"--text {source.files[0]}"
@@ -205,6 +206,8 @@ def _stream(source: TextSource) -> Iterator[str]:
                 builder, data_files=list(source.files), split="train", **options
             )
         stream = stream.shuffle(seed=source.seed, buffer_size=SHUFFLE_BUFFER)
+        if writers > 1:  # whole files each where they can be divided, else every n-th document
+            stream = split_dataset_by_node(stream, rank, writers)
         for row in stream:
             if source.column not in row:
                 raise UserError(

@@ -1,68 +1,136 @@
-"""Documents to token contexts of one length, ready for the model.
+"""Documents to batches of token contexts, ready for the model.
 
-The documents of a split are joined, each after a begin-of-text token (the tokenizer's BOS, else its
-EOS, else nothing), and cut into contexts of exactly `context` tokens: no padding, every row real.
-What a last context lacks is dropped.
+Three ways to fill contexts (`packing`):
+
+* masked: documents are joined and cut into contexts of one length; every document attends to itself
+  alone and its positions begin at 0. No padding, every row real.
+* joined: the same, but attention and positions run across documents, as most models were trained
+  and most tools of the field capture.
+* none: a context is one document, or a piece of a longer one. Short ones are padded for the model;
+  padding is never stored.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bsc.cache.layout import Split
+from bsc.cache.manifest import TextPoint
 from bsc.cache.text import TextDocument
 
-__all__ = ["ContextBatch", "context_batches"]
+__all__ = ["PACKINGS", "ContextBatch", "Packing", "context_batches"]
+
+Packing = Literal["masked", "joined", "none"]
+PACKINGS: tuple[Packing, ...] = ("masked", "joined", "none")
 
 _DOCUMENTS_AT_ONCE = 128
-_MAX_CHARACTERS = 8_000_000
-"""Text tokenised at once at most, whatever the length of documents."""
+_MAX_CHARACTERS = 250_000
+"""Text that is enough to be tokenised at once: the model waits for the first of it."""
 
 
 class ContextBatch(NamedTuple):
-    """Contexts of one split, all of one length. Arrays are (contexts, length)."""
+    """Contexts of one split. Arrays are (contexts, length)."""
 
     split: Split
     token_id: NDArray[np.int64]
     doc_id: NDArray[np.int64]
     position: NDArray[np.int64]
-    """Of the token in its context, from 0."""
+    """Of the token in its context, from 0; with packing masked in its document's part of it."""
+    real: NDArray[np.bool_] | None
+    """Which tokens are not padding; None: all."""
+    point: TextPoint
+    """Where in the text the batch begins."""
+
+    def rows(self) -> dict[str, NDArray[np.int64]]:
+        """The token arrays of its rows, (rows,) each: what is stored."""
+        arrays = {n: getattr(self, n) for n in ("token_id", "doc_id", "position")}
+        return {n: a.reshape(-1) if self.real is None else a[self.real] for n, a in arrays.items()}
 
 
 class _Packer:
-    """Joins the documents of one split and gives whole contexts."""
+    """Collects the documents of one split and gives batches of contexts."""
 
-    def __init__(self, split: Split, context: int) -> None:
-        self.split, self.context = split, context
-        self._ids: list[NDArray[np.int64]] = []
-        self._docs: list[NDArray[np.int64]] = []
-        self.length = 0
-        """Tokens that wait for their context to fill."""
-        self.added = 0
+    def __init__(
+        self, split: Split, context: int, batch: int, packing: Packing, start: TextPoint
+    ) -> None:
+        self.split, self.context, self.batch, self.packing = split, context, batch, packing
+        self.start = start
+        self._pieces: deque[tuple[NDArray[np.int64], int, int]] = deque()
+        """Tokens that wait: ids, document, place of the first one in the document."""
+        self.waiting = 0
+        """Tokens that wait; with packing none, contexts."""
+        self.rows = start.rows
+        """Rows given so far."""
+        self.added = start.rows - start.offset
         """Tokens of all documents so far."""
 
     def add(self, ids: NDArray[np.int64], document: int) -> None:
-        self._ids.append(ids)
-        self._docs.append(np.full(len(ids), document))
-        self.length += len(ids)
         self.added += len(ids)
+        offset = self.start.offset if document == self.start.document else 0
+        ids = ids[offset:]
+        if self.packing == "none":
+            for at in range(0, len(ids), self.context):
+                self._pieces.append((ids[at : at + self.context], document, offset + at))
+                self.waiting += 1
+        elif len(ids):
+            self._pieces.append((ids, document, offset))
+            self.waiting += len(ids)
 
-    def take(self, n_contexts: int) -> ContextBatch:
-        ids, docs = np.concatenate(self._ids), np.concatenate(self._docs)
-        n = n_contexts * self.context
-        self._ids, self._docs = [ids[n:]], [docs[n:]]
-        self.length -= n
-        shape = (n_contexts, self.context)
-        return ContextBatch(
-            self.split,
-            ids[:n].reshape(shape),
-            docs[:n].reshape(shape),
-            np.broadcast_to(np.arange(self.context), shape),
-        )
+    def full_batches(self) -> Iterator[ContextBatch]:
+        size = self.batch if self.packing == "none" else self.batch * self.context
+        while self.waiting >= size:
+            yield self._take(self.batch)
+
+    def last_batch(self) -> Iterator[ContextBatch]:
+        contexts = self.waiting if self.packing == "none" else self.waiting // self.context
+        if contexts:
+            yield self._take(contexts)
+
+    def _take(self, contexts: int) -> ContextBatch:
+        _, document, offset = self._pieces[0]
+        # Going on, rows of the first batch are committed already.
+        skip = self.start.skip if self.rows == self.start.rows else 0
+        point = TextPoint(document, offset, self.rows, skip)
+        batch = self._take_padded(contexts) if self.packing == "none" else self._take_full(contexts)
+        token_id, doc_id, position, real = batch
+        self.rows += token_id.size if real is None else int(real.sum())
+        return ContextBatch(self.split, token_id, doc_id, position, real, point)
+
+    def _take_full(self, contexts: int) -> tuple[Any, Any, Any, None]:
+        wanted = contexts * self.context
+        self.waiting -= wanted
+        ids, docs = np.empty(wanted, np.int64), np.empty(wanted, np.int64)
+        starts = np.zeros(wanted, bool)
+        at = 0
+        while at < wanted:
+            piece, document, offset = self._pieces.popleft()
+            n = min(len(piece), wanted - at)
+            ids[at : at + n], docs[at : at + n] = piece[:n], document
+            starts[at] = True
+            if n < len(piece):
+                self._pieces.appendleft((piece[n:], document, offset + n))
+            at += n
+        shape = (contexts, self.context)
+        position = np.broadcast_to(np.arange(self.context), shape)
+        if self.packing == "masked":
+            first = np.where(starts.reshape(shape), position, 0)
+            position = position - np.maximum.accumulate(first, axis=1)
+        return ids.reshape(shape), docs.reshape(shape), position, None
+
+    def _take_padded(self, contexts: int) -> tuple[Any, Any, Any, NDArray[np.bool_]]:
+        self.waiting -= contexts
+        pieces = [self._pieces.popleft() for _ in range(contexts)]
+        shape = (contexts, max(len(ids) for ids, _, _ in pieces))
+        token_id, doc_id = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        real = np.zeros(shape, bool)
+        for i, (ids, document, _) in enumerate(pieces):
+            token_id[i, : len(ids)], doc_id[i], real[i, : len(ids)] = ids, document, True
+        return token_id, doc_id, np.broadcast_to(np.arange(shape[1]), shape), real
 
 
 def _document_groups(source: Iterable[TextDocument]) -> Iterator[list[TextDocument]]:
@@ -79,6 +147,24 @@ def _document_groups(source: Iterable[TextDocument]) -> Iterator[list[TextDocume
         yield group
 
 
+def _tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of documents, with the special tokens that the tokenizer itself adds.
+
+    One that adds none gets its BOS, else its EOS, before each document: a separator that models of
+    this kind were trained with. The tokenizer works on all cores.
+    """
+    own = bool(tokenizer("", verbose=False)["input_ids"])
+    encoded: list[list[int]] = tokenizer(
+        texts, add_special_tokens=own, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    if own:
+        return encoded
+    begin = tokenizer.bos_token_id
+    if begin is None:
+        begin = tokenizer.eos_token_id
+    return encoded if begin is None else [[begin, *ids] for ids in encoded]
+
+
 def context_batches(
     source: Iterable[TextDocument],
     tokenizer: Any,
@@ -86,45 +172,44 @@ def context_batches(
     context: int,
     batch: int,
     wanted: Mapping[Split, int],
+    packing: Packing = "masked",
+    starts: Mapping[Split, TextPoint] | None = None,
 ) -> Iterator[ContextBatch]:
-    """Tokenise documents and pack them, training and held-out ones apart.
+    """Tokenise documents and fill contexts, training and held-out ones apart.
 
     Args:
         source: documents in the order in which they are to be captured.
         tokenizer: of the model, a transformers tokenizer.
-        context: tokens in a context.
+        context: tokens in a context, at most.
         batch: contexts in a batch; the last batch of a split has fewer.
-        wanted: tokens that each split is to get. Documents of a split that has them are skipped,
+        wanted: rows that each split is to get. Documents of a split that has them are skipped,
             and the source is read until every split has, or ends.
+        packing: how contexts are filled.
+        starts: where to go on, by split: the batches are those that follow there in a run from the
+            beginning. Documents before are read but not tokenised.
 
     Yields:
-        Batches in the order in which they fill; in all at least the tokens wanted of a split, up
-        to a batch more, where the text has them.
+        Batches in the order in which they fill; in all at least the rows wanted of a split, up to
+        a batch more, where the text has them.
     """
-    begin = tokenizer.bos_token_id
-    if begin is None:
-        begin = tokenizer.eos_token_id
-    prefix = [] if begin is None else [begin]
-    packers: dict[Split, _Packer] = {split: _Packer(split, context) for split in wanted}
+    packers: dict[Split, _Packer] = {
+        split: _Packer(split, context, batch, packing, (starts or {}).get(split, TextPoint()))
+        for split in wanted
+    }
 
     def open_packer(document: TextDocument) -> _Packer | None:
         packer = packers.get("held_out" if document.held_out else "train")
-        return packer if packer and packer.added < wanted[packer.split] + context else None
+        if packer is None or document.number < packer.start.document:
+            return None
+        return packer if packer.added < wanted[packer.split] + context else None
 
     for group in _document_groups(d for d in source if open_packer(d)):
-        encoded = tokenizer(
-            [d.text for d in group],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
+        encoded = _tokenise(tokenizer, [d.text for d in group])
         for document, ids in zip(group, encoded, strict=True):
             if packer := open_packer(document):
-                packer.add(np.array([*prefix, *ids], dtype=np.int64), document.number)
-                while packer.length >= batch * context:
-                    yield packer.take(batch)
+                packer.add(np.array(ids, dtype=np.int64), document.number)
+                yield from packer.full_batches()
         if all(p.added >= wanted[s] + context for s, p in packers.items()):
             break
     for packer in packers.values():
-        if packer.length >= context:
-            yield packer.take(packer.length // context)
+        yield from packer.last_batch()

@@ -1,56 +1,51 @@
-"""Writing a store: rows are scattered over open shards, shards committed in order, never changed.
+"""Writing the rows of a store: scattered over open shards, committed by window, never changed.
 
-Commit of shard k, all arrays of a split together: every file under its final name and durable,
-then the manifest lines (append, fsync), then `shape` in the metadata of every array, with the
-channel sums so far in its attributes. `shape` is the commit pointer: a reader that takes the
-smallest one of a split never meets a row that is not there.
+Commit of a window: every shard of every array under its name and durable, then the manifest of the
+window, then `shape` in the metadata of every array (cache/commit.py). A window is committed or it
+is not; a killed capture goes on at the first one that is not.
 
 Scatter: a window is a set of up to W shards that are open at once. Each block of rows is permuted
-by a counter-based generator, keyed by (seed, window) and counted by block, and dealt to the shards
-of the window in turn, so that they fill at the same pace and the same block always lands in the
-same place. Every array gets the same permutation.
+by a counter-based generator, keyed by seed, writer and window and counted by block, and dealt to
+the shards of the window in turn, so that they fill at the same pace and the same block always lands
+in the same place. Every array gets the same permutation.
+
+Several writers share a store without talking to each other: writer r of R owns the shards
+r, r + R, r + 2R, ... of each split.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
-from pathlib import Path
-from types import TracebackType
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bsc.cache.layout import (
-    DATA,
-    MANIFEST,
-    PROVENANCE,
-    SPLITS,
-    ArraySpec,
-    Grid,
-    Hookpoint,
-    Split,
-    array_specs,
-    group_json,
-    shard_path,
-)
-from bsc.cache.readme import STORE_README
-from bsc.cache.shard import ChannelSums, ShardWriter
-from bsc.files import (
-    canonical_json,
-    fsync_folder,
-    make_durable_folder,
-    write_atomically,
-    write_json,
-)
+from bsc.cache.codec import dequantised, quantise
+from bsc.cache.folder import StoreFolder
+from bsc.cache.layout import ROW_SCALE, ArraySpec, Grid, Split
+from bsc.cache.manifest import TextPoint, WindowRecord, write_window
+from bsc.cache.shard import ChannelSums, ShardRecord, ShardWriter
+from bsc.cache.staging import Slot, Staging
 
-__all__ = ["SplitWriter", "StoreWriter", "deal", "window_sizes"]
+__all__ = ["SplitStart", "SplitWriter", "deal", "owned_shards", "window_sizes"]
 
 Block = Mapping[str, torch.Tensor]
 """Rows by array name, ``"layers.3.mlp/input"``: (n, width) bfloat16 or (n,) integers."""
+
+
+def owned_shards(shards: int, rank: int, writers: int) -> range:
+    """The shards of a split that one of several writers writes.
+
+    >>> list(owned_shards(7, 1, 3))
+    [1, 4]
+    """
+    return range(rank, shards, writers)
 
 
 def window_sizes(shards: int, window: int) -> list[int]:
@@ -64,7 +59,7 @@ def window_sizes(shards: int, window: int) -> list[int]:
 
 
 def deal(
-    rows: int, shards: int, first: int, *, seed: int, window: int, block: int
+    rows: int, shards: int, first: int, *, seed: int, rank: int, window: int, block: int
 ) -> list[NDArray[np.int64]]:
     """Which rows of a block go to which open shard: a permutation, dealt in turn.
 
@@ -73,75 +68,222 @@ def deal(
         shards: open shards.
         first: shard that gets the first permuted row.
         seed: of the store.
-        window: number of the window.
+        rank: of the writer.
+        window: number of the writer's window.
         block: number of the block within the window.
 
     Returns:
         For each open shard the indices of its rows, in the order in which they are appended.
 
-    >>> dealt = deal(5, 2, 1, seed=0, window=0, block=0)
+    >>> dealt = deal(5, 2, 1, seed=0, rank=0, window=0, block=0)
     >>> [len(d) for d in dealt], sorted(int(i) for d in dealt for i in d)
     ([2, 3], [0, 1, 2, 3, 4])
     """
-    philox = np.random.Philox(key=[seed, window], counter=[0, 0, 0, block])
+    philox = np.random.Philox(key=[seed, (rank << 32) + window], counter=[0, 0, 0, block])
     order = np.random.Generator(philox).permutation(rows)
     return [order[(s - first) % shards :: shards] for s in range(shards)]
 
 
+class _OpenShard:
+    """One shard of one array: its file, or with int8 the files of values and row scales."""
+
+    def __init__(self, folder: StoreFolder, specs: list[ArraySpec], grid: Grid, shard: int) -> None:
+        self.files: list[ShardWriter] = []
+        for spec in specs:
+            self.files.append(ShardWriter(folder, spec, grid, shard))
+        width = specs[0].width
+        self.sums = ChannelSums(width) if width is not None else None
+
+    @property
+    def rows(self) -> int:
+        return self.files[0].rows
+
+    @property
+    def free_rows(self) -> int:
+        return self.files[0].free_rows
+
+    def append(self, parts: list[NDArray[Any]]) -> None:
+        for file, rows in zip(self.files, parts, strict=True):
+            file.append(rows)
+
+    def commit(self, window: int) -> list[ShardRecord]:
+        first, *others = self.files
+        return [first.commit(window, self.sums), *(f.commit(window, None) for f in others)]
+
+
+class _ArrayWriter:
+    """One array of a split. Every method runs on one thread, in the order of the calls."""
+
+    def __init__(
+        self, folder: StoreFolder, specs: list[ArraySpec], grid: Grid,
+        channel_scale: NDArray[np.float32] | None,
+    ) -> None:  # fmt: skip
+        self.folder, self.specs, self.grid = folder, specs, grid
+        self.channel_scale = channel_scale
+        self.shards: list[_OpenShard] = []
+        self.bad_rows = 0
+        """Rows with values that are not finite, in this process."""
+
+    def open(self, shards: list[int]) -> None:
+        for shard in shards:
+            self.shards.append(_OpenShard(self.folder, self.specs, self.grid, shard))
+
+    def append(self, slot: Slot, rows: torch.Tensor, bounds: NDArray[np.int64]) -> None:
+        """Write rows that are sorted by shard: those of shard i lie between bounds i and i + 1."""
+        slot.wait()
+        if rows.dtype == torch.bfloat16:
+            raw = rows.view(torch.int16).numpy().view("bfloat16")
+        else:
+            raw = rows.numpy().view(np.uint32)
+        for shard, start, stop in zip(self.shards, bounds[:-1], bounds[1:], strict=True):
+            if stop > start:
+                self._append_to(shard, raw[start:stop])
+
+    def _append_to(self, shard: _OpenShard, rows: NDArray[Any]) -> None:
+        parts, stored = [rows], None
+        if self.channel_scale is not None:
+            q, scale = quantise(rows, self.channel_scale)
+            parts, stored = [q, scale], dequantised(q, scale, self.channel_scale)
+        shard.append(parts)
+        if shard.sums is not None:
+            before = shard.sums.non_finite_rows
+            shard.sums.add(rows, stored)
+            self.bad_rows += shard.sums.non_finite_rows - before
+
+    def complete(self, full: int) -> None:
+        """Fill the first `full` shards with the rows of the others.
+
+        The rows of a window are dealt at random, so those of the last shards can complete the
+        first ones and the result is as well mixed as a full window. What is moved is moved as it is
+        stored.
+        """
+        to_fill = self.shards[:full]
+        for donor in self.shards[full:] if full else []:
+            parts = [file.rows_so_far() for file in donor.files]
+            while len(parts[0]) and to_fill:
+                n = min(len(parts[0]), to_fill[0].free_rows)
+                moved = [part[:n] for part in parts]
+                to_fill[0].append(moved)
+                if to_fill[0].sums is not None:
+                    rows = moved[0]
+                    if self.channel_scale is not None:
+                        rows = dequantised(moved[0], moved[1], self.channel_scale)
+                    to_fill[0].sums.add(rows)
+                parts = [part[n:] for part in parts]
+                if to_fill[0].free_rows == 0:
+                    to_fill.pop(0)
+
+    def commit(self, full: int, window: int) -> list[ShardRecord]:
+        records = [record for shard in self.shards[:full] for record in shard.commit(window)]
+        self.shards = self.shards[full:]
+        self.abort()
+        return records
+
+    def abort(self) -> None:
+        for shard in self.shards:
+            for file in shard.files:
+                file.abort()
+        self.shards = []
+
+
+@dataclass(frozen=True)
+class SplitStart:
+    """What one writer has committed of a split."""
+
+    windows: int = 0
+    shards: int = 0
+    point: TextPoint = field(default_factory=TextPoint)
+    """Where in the text the next window begins."""
+
+
 class SplitWriter:
-    """The shards of one split. Rows go in as blocks; committed shards come out in order."""
+    """The shards of one split that one writer owns. Blocks go in, committed windows come out."""
 
     def __init__(
         self,
-        root: Path,
+        folder: StoreFolder,
         split: Split,
-        hookpoints: tuple[Hookpoint, ...],
+        specs: Mapping[str, ArraySpec],
         grid: Grid,
+        staging: Staging,
         *,
+        rank: int = 0,
+        writers: int = 1,
         window: int,
         seed: int,
+        channel_scales: Mapping[str, NDArray[np.float32]] | None = None,
+        start: SplitStart | None = None,
+        on_commit: Callable[[], object] = lambda: None,
+        before_window: Callable[[int], None] | None = None,
     ) -> None:
-        """Start a split with no rows.
+        """Go on with a split after its committed windows.
 
         Args:
-            root: the store's folder.
+            folder: the store.
             split: which split.
-            hookpoints: what it holds.
-            grid: its division into shards.
+            specs: its arrays.
+            grid: its division into shards, over all writers.
+            staging: buffers and threads, shared by the splits of a store.
+            rank: of this writer.
+            writers: in all.
             window: number of shards to scatter over; 1 keeps the order of the rows.
             seed: of the scatter.
+            channel_scales: by array name, for codec int8.
+            start: what is committed already; None: nothing.
+            on_commit: called after a window's manifest is there.
+            before_window: called with the last shard of a window before it is opened; may wait.
         """
-        self.root, self.grid, self.seed, self.scatter = root, grid, seed, window > 1
-        self.specs = array_specs(hookpoints, split)
-        self.rows = 0
+        self.folder, self.split, self.grid, self.staging = folder, split, grid, staging
+        self.seed, self.rank, self.scatter = seed, rank, window > 1
+        owned = owned_shards(grid.shards, rank, writers)
+        sizes = window_sizes(len(owned), window) if len(owned) else []
+        ends = np.cumsum([0, *sizes])
+        self._windows = [list(owned[a:b]) for a, b in pairwise(ends)]
+        start = start or SplitStart()
+        self.window = start.windows
+        self.committed_rows = start.shards * grid.shard_rows
+        self.owned_rows = len(owned) * grid.shard_rows
+        """Rows of this writer once every shard is there."""
+        self.rows = self.committed_rows
         """Rows taken, committed or not."""
-        self.committed = 0
-        """Committed shards."""
         self.bytes = 0
-        """Bytes of committed shards."""
-        self._windows = window_sizes(grid.shards, window)
-        self._window = 0
+        """Bytes of the shards that this process committed."""
+        self._on_commit, self._before_window = on_commit, before_window
+        scales = channel_scales or {}
+        self._arrays = {
+            name: _ArrayWriter(
+                folder,
+                [spec, *(specs[n] for n in (name + ROW_SCALE,) if n in specs)],
+                grid,
+                scales.get(name),
+            )
+            for name, spec in specs.items()
+            if not name.endswith(ROW_SCALE)
+        }
+        self._open = 0
+        self._in_window = 0
         self._block = 0
-        self._open: list[dict[str, ShardWriter]] = []
-        self._sums = {n: ChannelSums(s.width) for n, s in self.specs.items() if s.width is not None}
-        for name in self.specs:
-            self._write_metadata(name)
+        self._pending: tuple[int, TextPoint, list[Future[list[ShardRecord]]]] | None = None
 
     @property
     def full(self) -> bool:
-        """Whether every row that the grid has room for is there."""
-        return self.rows == self.grid.rows
+        """Whether every row that this writer has room for is there."""
+        return self.rows == self.owned_rows
 
-    def _write_metadata(self, name: str) -> None:
-        spec: ArraySpec = self.specs[name]
-        folder = self.root / DATA / spec.path
-        make_durable_folder(folder)
-        attributes = self._sums[name].to_json() if name in self._sums else {}
-        rows = self.committed * self.grid.shard_rows
-        write_json(folder / "zarr.json", spec.zarr_json(rows, self.grid, attributes))
+    @property
+    def bad_rows(self) -> dict[str, int]:
+        """By array: rows with values that are not finite that this process has seen."""
+        return {name: array.bad_rows for name, array in self._arrays.items()}
 
-    def append(self, block: Block) -> int:
+    def _on_arrays(self, work: Callable[[_ArrayWriter], Any]) -> list[Future[Any]]:
+        return self.staging.submit([partial(work, array) for array in self._arrays.values()])
+
+    def append(self, block: Block, point: TextPoint) -> int:
         """Take the rows of a block; all arrays of the split, the same number of rows each.
+
+        Args:
+            block: the rows of one batch of the model.
+            point: where the batch begins; its first `point.skip` rows are left out.
 
         Returns:
             Rows taken: fewer than were given only when the split is full.
@@ -149,174 +291,105 @@ class SplitWriter:
         Raises:
             OSError: the disk is full or fails. What is committed stays.
         """
-        assert set(block) == set(self.specs)
+        assert set(block) == set(self._arrays)
+        self.finalise(wait=False)
         given = len(next(iter(block.values())))
-        taken = 0
-        while taken < given and not self.full:
+        done = point.skip
+        while done < given and not self.full:
             if not self._open:
                 self._open_window()
-            left = sum(shard["tokens/token_id"].free_rows for shard in self._open)
-            n = min(given - taken, left)
-            self._append_to_window({k: v[taken : taken + n] for k, v in block.items()}, n)
-            taken += n
+            left = self._open * self.grid.shard_rows - self._in_window
+            n = min(given - done, left)
+            self._append_to_window({k: v[done : done + n] for k, v in block.items()}, n)
+            done += n
             self.rows += n
+            self._in_window += n
             if n == left:
-                self._commit_window(len(self._open))
-        return taken
+                self._commit_window(
+                    self._open, TextPoint(point.document, point.offset, point.rows, done)
+                )
+        return done - point.skip
 
     def _open_window(self) -> None:
-        for shard in range(self.committed, self.committed + self._windows[self._window]):
-            writers: dict[str, ShardWriter] = {}
-            self._open.append(writers)  # first, so that a failure leaves none behind
-            for name, spec in self.specs.items():
-                writers[name] = ShardWriter(shard_path(self.root, spec, shard), spec, self.grid)
-        self._block = 0
+        shards = self._windows[self.window]
+        if self._before_window is not None:
+            # What it waits for are readers, who may wait for the window before this one.
+            self.finalise(wait=True)
+            self._before_window(shards[-1])
+        self._on_arrays(lambda array: array.open(shards))
+        self._open = len(shards)
+        self._in_window = self._block = 0
 
     def _append_to_window(self, block: Block, rows: int) -> None:
-        n_open = len(self._open)
         if self.scatter:
-            first = sum(shard["tokens/token_id"].rows for shard in self._open) % n_open
+            first = self._in_window % self._open
             dealt = deal(
-                rows, n_open, first, seed=self.seed, window=self._window, block=self._block
-            )
+                rows, self._open, first,
+                seed=self.seed, rank=self.rank, window=self.window, block=self._block,
+            )  # fmt: skip
             order = torch.from_numpy(np.concatenate(dealt))
             bounds = np.cumsum([0, *(len(d) for d in dealt)])
         else:
             order, bounds = None, np.array([0, rows])
         self._block += 1
-        for name, values in block.items():
-            spec = self.specs[name]
-            # One gather and one copy to the host per array: its segments are then contiguous.
-            ordered = values if order is None else values.index_select(0, order.to(values.device))
-            host = ordered.cpu().contiguous()
-            raw = host.view(torch.int16) if spec.dtype == "bfloat16" else host.to(torch.int32)
-            array = raw.numpy().view(spec.numpy_dtype)
-            for shard, start, stop in zip(self._open, bounds[:-1], bounds[1:], strict=True):
-                shard[name].append(array[start:stop])
+        slot = self.staging.slot()
+        filled = {name: slot.fill(name, values, order) for name, values in block.items()}
+        slot.filled()
+        writes = [partial(a.append, slot, filled[n], bounds) for n, a in self._arrays.items()]
+        self.staging.submit(writes, slot)
 
-    def _commit_window(self, full_shards: int) -> None:
-        for shard in self._open[:full_shards]:
-            number = self.committed
-            records = {n: w.commit(number, self._window) for n, w in shard.items()}
-            with (self.root / MANIFEST).open("a") as manifest:
-                for record in records.values():
-                    manifest.write(canonical_json(record.to_json(), indent=None))
-                manifest.flush()
-                os.fsync(manifest.fileno())
-            self.committed += 1
-            for name, record in records.items():
-                self.bytes += record.bytes
-                if record.sums is not None:
-                    self._sums[name].merge(record.sums)
-                self._write_metadata(name)
-        for shard in self._open[full_shards:]:
-            for writer in shard.values():
-                writer.abort()
-        self._open = []
-        self._window += 1
+    def _commit_window(self, full: int, point: TextPoint) -> None:
+        """Queue the commit; its manifest follows when every array is through."""
+        self.finalise(wait=True)  # one window at a time
+        window = self.window
+        futures = self._on_arrays(lambda array: array.commit(full, window))
+        self._pending = (full, point, futures)
+        self.window += 1
+        self._open = 0
 
-    def finish(self) -> int:
+    def finalise(self, *, wait: bool) -> None:
+        """Write the manifest of a window whose shards are all published.
+
+        Args:
+            wait: until they are; otherwise nothing is done before.
+        """
+        self.staging.check()
+        if self._pending is None:
+            return
+        full, point, futures = self._pending
+        if not wait and not all(future.done() for future in futures):
+            return
+        records = [record for future in futures for record in future.result()]
+        self._pending = None
+        if full:
+            window = self.window - 1
+            write_window(
+                self.folder, WindowRecord(self.split, self.rank, window, point, tuple(records))
+            )
+            self.committed_rows += full * self.grid.shard_rows
+            self.bytes += sum(record.bytes for record in records)
+            self._on_commit()
+
+    def finish(self, point: TextPoint) -> int:
         """Commit what an ended text left in open shards, as far as it fills whole ones.
 
-        The rows of a window are dealt at random, so those of the last shards can complete the
-        first ones and the result is as well mixed as a full window.
+        Args:
+            point: the end of the text.
 
         Returns:
             Rows that filled no shard and were dropped, fewer than one shard.
         """
-        if not self._open:
-            return 0
-        held = sum(shard["tokens/token_id"].rows for shard in self._open)
-        full_shards = held // self.grid.shard_rows
-        for name in self.specs:
-            writers = [shard[name] for shard in self._open]
-            to_fill = writers[:full_shards]
-            for donor in writers[full_shards:] if full_shards else []:
-                rows = donor.rows_so_far()
-                while len(rows) and to_fill:
-                    n = min(len(rows), to_fill[0].free_rows)
-                    to_fill[0].append(rows[:n])
-                    rows = rows[n:]
-                    if to_fill[0].free_rows == 0:
-                        to_fill.pop(0)
-        dropped = held - full_shards * self.grid.shard_rows
-        self.rows -= dropped
-        self._commit_window(full_shards)
+        self.finalise(wait=True)
+        dropped = 0
+        if self._open:
+            full, dropped = divmod(self._in_window, self.grid.shard_rows)
+            self._on_arrays(lambda array: array.complete(full))
+            self._commit_window(full, point)
+            self.finalise(wait=True)
+            self.rows -= dropped
         return dropped
 
     def abort(self) -> None:
-        """Drop the open shards; what is committed stays."""
-        for shard in self._open:
-            for writer in shard.values():
-                writer.abort()
-        self._open = []
-
-
-class StoreWriter:
-    """A store that is being written: its folder, its metadata and its two splits."""
-
-    def __init__(
-        self,
-        root: Path,
-        hookpoints: tuple[Hookpoint, ...],
-        grids: Mapping[Split, Grid],
-        *,
-        window: int,
-        seed: int,
-        attributes: Mapping[str, Any],
-        provenance: Mapping[str, Any],
-    ) -> None:
-        """Lay out an empty store in `root`, a folder that is there and empty.
-
-        Args:
-            root: the store's folder.
-            hookpoints: what the store holds.
-            grids: the division of each split into shards; no entry, no such split.
-            window: shards that the training split is scattered over at a time.
-            seed: of the scatter.
-            attributes: what readers need, for the root group of data.zarr.
-            provenance: how the store was made, for provenance.json.
-        """
-        self.root = root
-        data = root / DATA
-        data.mkdir(parents=True)
-        (root / MANIFEST).touch()
-        write_json(root / PROVENANCE, dict(provenance))
-        write_atomically(root / "README.md", STORE_README)
-        write_json(data / "zarr.json", group_json({"activation_store": dict(attributes)}))
-        self.splits: dict[Split, SplitWriter] = {}
-        for split in SPLITS:
-            if split not in grids:
-                continue
-            for spec in array_specs(hookpoints, split).values():
-                for parent in list(Path(spec.path).parents)[:-1]:
-                    folder = data / parent
-                    make_durable_folder(folder)
-                    if not (folder / "zarr.json").exists():
-                        write_json(folder / "zarr.json", group_json({}))
-            self.splits[split] = SplitWriter(
-                root,
-                split,
-                hookpoints,
-                grids[split],
-                window=window if split == "train" else 1,
-                seed=seed,
-            )
-        fsync_folder(root)
-
-    def __enter__(self) -> StoreWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for split in self.splits.values():
-            split.abort()
-
-    def complete(self, facts: Mapping[str, Any]) -> None:
-        """Add the end of the story to provenance.json: the store is finished."""
-        path = self.root / PROVENANCE
-        write_json(path, json.loads(path.read_text()) | {"completed": dict(facts)})
+        """Drop the open shards, once the threads have ended; what is committed stays."""
+        for array in self._arrays.values():
+            array.abort()

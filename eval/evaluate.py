@@ -11,13 +11,15 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
 
+from bsc.cache.attention import Separation, document_separation
+from bsc.cache.hookpoints import RowTap
 from bsc.cache.models import LanguageModel, load_model
 from bsc.cache.store import ActivationStore
 from bsc.devices import pick_device
 from bsc.errors import StoreError, UserError
 from bsc.eval.examples import collect_examples
 from bsc.eval.fidelity import measure
-from bsc.eval.loss import context_losses, contexts_of, paired_difference
+from bsc.eval.loss import Contexts, context_losses, contexts_of, paired_difference
 from bsc.eval.splice import coder_replacement, mean_replacement, zero_replacement
 from bsc.files import write_atomically, write_json
 from bsc.progress import console, stage
@@ -46,7 +48,7 @@ def _matching_model(
     for key in ("revision", "weights_sha256"):
         if found[key] != saved[key]:
             raise StoreError(
-                f"{store.root}: captured from {saved['name']} with {key} {saved[key]}, but that "
+                f"{store.folder}: captured from {saved['name']} with {key} {saved[key]}, but that "
                 f"model now has {found[key]}. Name the model of the capture with --model."
             )
     return lm
@@ -54,7 +56,7 @@ def _matching_model(
 
 def _open_store(run: Run, store: Path | None) -> ActivationStore:
     config = run.config()
-    if store is None and not Path(config["store"]).exists():
+    if store is None and "://" not in config["store"] and not Path(config["store"]).exists():
         raise StoreError(
             f"{run.folder}: trained on store {config['store']}, which is not there any more. Say "
             f"where it is now with --store."
@@ -62,23 +64,24 @@ def _open_store(run: Run, store: Path | None) -> ActivationStore:
     opened = ActivationStore(store or config["store"])
     if opened.store_id != config["store_id"]:
         raise StoreError(
-            f"{opened.root}: this is store {opened.store_id}, but run {run.folder} was trained on "
-            f"store {config['store_id']}. Name that one with --store."
+            f"{opened.folder}: this is store {opened.store_id}, but run {run.folder} was trained "
+            f"on store {config['store_id']}. Name that one with --store."
         )
     return opened
 
 
 def _losses(
-    lm: LanguageModel, ids: NDArray[np.int64], hookpoints: list[str], store: ActivationStore
+    lm: LanguageModel, contexts: Contexts, hookpoints: list[str], store: ActivationStore
 ) -> tuple[NDArray[np.float64], dict[str, Any]]:
     """Losses of the model as it is, and what ablating each hookpoint adds."""
-    clean = context_losses(lm, ids, {})
+    clean = context_losses(lm, contexts, {})
     ablations = {}
     for hook in hookpoints:
         mean = store.train.moments(f"{hook}/output").mean.to(lm.model.device)
         figures = {}
         for name, replace in (("zero", zero_replacement), ("mean", mean_replacement(mean))):
-            delta, interval = paired_difference(context_losses(lm, ids, {hook: replace}), clean)
+            ablated = context_losses(lm, contexts, {hook: replace})
+            delta, interval = paired_difference(ablated, clean, contexts.counts)
             figures[name] = {"delta_ce": delta, "interval": list(interval)}
         ablations[hook] = figures
     return clean, ablations
@@ -113,15 +116,25 @@ def evaluate(
     split = opened.held_out
     on = pick_device(device)
     lm = _matching_model(opened, model, on)
-    ids = contexts_of(split, opened.context, ce_tokens)
     names = run.coder_names()
     hooks = list(dict.fromkeys(str(c["hookpoint"]) for c in run.config()["coders"]))
+    separation: Separation = "positions"
+    if opened.packing == "masked":
+        separation = document_separation(
+            RowTap(lm.base, hooks).rows, dtype=lm.model.dtype, device=on,
+            vocabulary=int(lm.model.get_input_embeddings().weight.shape[0]),
+        )  # fmt: skip
+    left_out_tokens = ()
+    if run.config().get("without_special_tokens"):
+        left_out_tokens = tuple(opened.attributes["model"]["special_token_ids"])
+    contexts = contexts_of(opened, ce_tokens, separation)
+    predicted = int(contexts.counts.sum())
     figures: dict[str, Any] = {}
     examples: dict[str, Any] = {}
     counts: dict[str, torch.Tensor] = {}
     left_out: list[str] = []
     with stage("evaluate", len(names) + len(hooks), "coders and baselines") as progress:
-        clean, ablations = _losses(lm, ids, hooks, opened)
+        clean, ablations = _losses(lm, contexts, hooks, opened)
         progress.advance(len(hooks))
         for name in names:
             coder = run.coder(name).to(on)
@@ -134,12 +147,12 @@ def evaluate(
                 )
                 progress.advance(1)
                 continue
-            fidelity = measure(coder, split, hook)
-            spliced = context_losses(lm, ids, {hook: coder_replacement(coder)})
-            delta, interval = paired_difference(spliced, clean)
+            fidelity = measure(coder, split, hook, without_tokens=left_out_tokens)
+            spliced = context_losses(lm, contexts, {hook: coder_replacement(coder)})
+            delta, interval = paired_difference(spliced, clean, contexts.counts)
             ablated = ablations[hook]["mean"]["delta_ce"]
             figures[name] = fidelity.to_json() | {
-                "ce_spliced": float(spliced.mean()),
+                "ce_spliced": float(spliced.sum() / predicted),
                 "delta_ce": delta,
                 "delta_ce_interval": list(interval),
                 "loss_recovered_from_mean": 1 - delta / ablated if ablated else None,
@@ -152,9 +165,10 @@ def evaluate(
         "store_id": opened.store_id,
         "model": opened.attributes["model"],
         "held_out_rows": split.rows,
-        "contexts": len(ids),
+        "contexts": len(contexts.token_id),
+        "predicted_tokens": predicted,
         "context": opened.context,
-        "ce_clean": float(clean.mean()),
+        "ce_clean": float(clean.sum() / predicted),
         "ablations": ablations,
         "coders": figures,
         "left_out": left_out,

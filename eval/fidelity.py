@@ -9,10 +9,11 @@ number. Definitions: docs/coders.md, Figures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,16 +86,36 @@ def site_arrays(coder: SparseCoder, hookpoint: str) -> tuple[str, str]:
 
 
 def _device_batches(
-    split: StoreSplit, names: tuple[str, str], rows: int, coder: SparseCoder
+    split: StoreSplit,
+    names: tuple[str, str],
+    rows: int,
+    coder: SparseCoder,
+    without_tokens: Collection[int],
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of both sides, but for those of left-out tokens and those that are not finite."""
     device = coder.W_enc.device
+    left_out = np.isin(split.tokens("token_id"), np.array(sorted(without_tokens), np.uint32))
+    damaged = any(split.non_finite_rows(name) for name in names)
+    at = 0
     for x, y in split.batches(names, rows):
-        yield x.to(device, coder.dtype), y.to(device, coder.dtype)
+        kept = torch.from_numpy(~left_out[at : at + len(x)])
+        at += len(x)
+        if damaged:
+            kept &= x.isfinite().all(dim=1) & y.isfinite().all(dim=1)
+        if not kept.all():
+            x, y = x[kept], y[kept]
+        if len(x):
+            yield x.to(device, coder.dtype), y.to(device, coder.dtype)
 
 
 @torch.inference_mode()
 def measure(
-    coder: SparseCoder, split: StoreSplit, hookpoint: str, *, batch_rows: int = 8192
+    coder: SparseCoder,
+    split: StoreSplit,
+    hookpoint: str,
+    *,
+    batch_rows: int = 8192,
+    without_tokens: Collection[int] = (),
 ) -> Fidelity:
     """Reconstruct every row of a split and add up.
 
@@ -103,6 +124,7 @@ def measure(
         split: rows to evaluate on, normally the held-out ones.
         hookpoint: module whose rows they are.
         batch_rows: rows at a time; the result does not depend on it but for rounding.
+        without_tokens: token ids whose rows are left out, as they were in training.
     """
     names = site_arrays(coder, hookpoint)
     mean = split.moments(names[1]).mean.to(coder.W_enc.device)
@@ -110,7 +132,7 @@ def measure(
     residual, skip_residual = torch.zeros_like(total), torch.zeros_like(total)
     counts = torch.zeros(coder.config.n_latents, dtype=torch.int64, device=mean.device)
     rows = 0
-    for x, y in _device_batches(split, names, batch_rows, coder):
+    for x, y in _device_batches(split, names, batch_rows, coder, without_tokens):
         code = coder.encode(x)
         residual += (y - coder.decode(code, x)).double().square().sum(0)
         skip_residual += (y - coder.skip(x)).double().square().sum(0)

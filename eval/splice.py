@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bsc.cache.hookpoints import modules_of
 from bsc.train.coders.coder import SparseCoder
 
 __all__ = ["Replacement", "coder_replacement", "mean_replacement", "splice", "zero_replacement"]
@@ -40,14 +41,21 @@ def splice(base: torch.nn.Module, replacements: dict[str, Replacement]) -> Itera
 
     Args:
         base: the model without its head; module names are relative to it.
-        replacements: by module name. A module that returns a tuple has its first element replaced.
+        replacements: by hookpoint. A module that returns a tuple has its first element replaced.
             The new rows take the dtype of the old ones.
     """
     handles = []
+    inputs: dict[str, Tensor] = {}
 
-    def hook_of(replace: Replacement) -> Any:
-        def hook(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            x = (args or tuple(kwargs.values()))[0]
+    def before(name: str) -> Any:
+        def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            inputs[name] = (args or tuple(kwargs.values()))[0]
+
+        return hook
+
+    def after(name: str, replace: Replacement) -> Any:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> Any:
+            x = inputs.pop(name)
             several = isinstance(output, (tuple, list))
             y = output[0] if several else output
             rows = replace(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
@@ -58,8 +66,11 @@ def splice(base: torch.nn.Module, replacements: dict[str, Replacement]) -> Itera
 
     try:
         for name, replace in replacements.items():
-            module = base.get_submodule(name)
-            handles.append(module.register_forward_hook(hook_of(replace), with_kwargs=True))
+            source, target = (base.get_submodule(m) for m in modules_of(name))
+            handles += [
+                source.register_forward_pre_hook(before(name), with_kwargs=True),
+                target.register_forward_hook(after(name, replace)),
+            ]
         yield
     finally:
         for handle in handles:

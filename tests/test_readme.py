@@ -131,27 +131,33 @@ def test_the_output_in_the_readme_is_that_of_the_demo(demo: Demo) -> None:
 
 
 @pytest.mark.slow
-def test_the_python_snippet_of_the_readme_runs(demo: Demo) -> None:
-    (block,) = blocks("python")
-    code = block + "\nassert rows.shape[1] == 192 and reconstruction.shape == (8, 192)\n"
-    code += "assert code.value.shape == (8, 32)\n"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=demo.folder, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_python_snippets_of_the_readme_run(demo: Demo) -> None:
+    first, second = blocks("python")
+    first += "\nassert rows.shape[1] == 192 and reconstruction.shape == (8, 192)\n"
+    first += "assert code.value.shape == (8, 32)\n"
+    second += """
+rows = [by_tensorstore, by_zarr, by_xarray]
+assert all((r.view("u2") == rows[0].view("u2")).all() and r.shape == (5, 192) for r in rows)
+assert (by_torch.view(torch.int16).numpy().view("u2") == rows[0].view("u2")).all()
+"""
+    for code in (first, second):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=demo.folder, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 def test_the_snippets_in_a_store_open_it_without_bsc(demo: Demo) -> None:
     store = demo.folder / "bsc-demo/acts"
     snippets = re.findall(r"```python\n(.*?)```", (store / "README.md").read_text(), flags=re.S)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     head = "import numpy as np, torch\n"
     tail = "\nprint(np.asarray(torch.as_tensor(rows).float() if isinstance(rows, torch.Tensor)"
     tail += " else rows).astype('<f4')[:5, :3].tolist())"
     printed = set()
     for i, snippet in enumerate(snippets):
-        before = snippets[2] if i == 3 else ""  # the last one takes S and d from the one before
+        before = snippets[3] if i == 4 else ""  # the last one takes S and d from the one before
         done = subprocess.run(
             [sys.executable, "-c", head + before + snippet + tail],
             cwd=store, capture_output=True, text=True,

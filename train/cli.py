@@ -17,7 +17,8 @@ def train(
         Path | None, typer.Argument(help="TOML file of a sweep; flags go before what it says.")
     ] = None,
     store: Annotated[
-        Path | None, typer.Option(help="Folder of the activation store.  [default: acts]")
+        str | None,
+        typer.Option(help="Folder of the activation store, or s3://bucket/path.  [default: acts]"),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the run.  [default: the file's, or 'run']")
@@ -62,6 +63,12 @@ def train(
     data_seed: Annotated[
         int | None, typer.Option(help="Of the order of the rows.  [default: 0]")
     ] = None,
+    without_special_tokens: Annotated[
+        bool | None,
+        typer.Option(
+            "--without-special-tokens", help="Leave out rows of special tokens, BOS included."
+        ),
+    ] = None,
     dead_after: Annotated[
         int | None,
         typer.Option(
@@ -94,6 +101,7 @@ def train(
     run_flags = {
         "store": store, "name": name, "runs": runs, "tokens": tokens, "batch_rows": batch_rows,
         "seed": data_seed, "dead_after": dead_after, "device": device,
+        "without_special_tokens": without_special_tokens,
     }  # fmt: skip
     coder_flags = {
         "hookpoint": hookpoint, "site": site, "code": code, "k": k, "n_latents": n_latents,

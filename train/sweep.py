@@ -74,8 +74,8 @@ class SweepPoint(Config):
 class TrainConfig(Config):
     """A training run: the settings that all its coders share, and the coders."""
 
-    store: Path = Path("acts")
-    """Folder of the activation store."""
+    store: str | Path = "acts"
+    """Folder of the activation store, or its address in object storage."""
     runs: Path = Path("runs")
     """Folder that holds runs."""
     name: str = "run"
@@ -84,6 +84,8 @@ class TrainConfig(Config):
     """Rows to train on; None: every training row of the store once. More rows are more passes."""
     batch_rows: int = Field(default=2048, ge=1)
     """Rows per step."""
+    without_special_tokens: bool = False
+    """Leave out the rows of the tokenizer's special tokens, the begin-of-text token included."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the order of the rows, the same for all coders."""
     normalise: Literal["rms", "none"] = "rms"

@@ -6,7 +6,8 @@ Coders that share hookpoint, site and number of latents form a bank; every bank 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bsc.cache.loader import Loader
+from bsc.cache.loader import SHARDS_AT_ONCE, Loader
+from bsc.cache.ring import RingReader, reading
 from bsc.cache.store import ActivationStore, Moments
 from bsc.devices import pick_device
 from bsc.errors import ConfigError, UserError
@@ -112,10 +114,10 @@ class _BankTrainer:
 
     def step(self, batch: dict[str, Tensor], step: int, steps: int) -> None:
         """Train every coder that is still finite on one batch."""
-        y = batch[self.y_name].to(self.device, torch.float32).div_(self.scale.y)
-        x = y if self.x_name == self.y_name else (
-            batch[self.x_name].to(self.device, torch.float32).div_(self.scale.x)
-        )  # fmt: skip
+        y = batch[self.y_name].to(self.device, non_blocking=True).float().div_(self.scale.y)
+        x = y
+        if self.x_name != self.y_name:
+            x = batch[self.x_name].to(self.device, non_blocking=True).float().div_(self.scale.x)
         result = self.bank.step(x, y)
         self._count(result, len(x))
         finite = self._finite(result.loss)
@@ -204,26 +206,71 @@ def train(config: TrainConfig, where: str = "bsc train") -> tuple[Run, list[Code
     planned = plan_coders(expand(config.coders, where), store)
     run = Run(config.folder)
     check_new_folder(run.folder, "run")
-    if not store.complete:
-        console.print(f"{store.root}: the capture of this store has not ended")
+    if not store.complete and store.ring is None:
+        console.print(f"{store.folder}: the capture of this store has not ended")
     device = pick_device(config.device)
+    with ExitStack() as stack:
+        ring = None
+        if store.ring is not None:
+            ring = stack.enter_context(reading(_join_ring(store, config)))
+        return _train(config, store, planned, run, device, ring)
+
+
+def _join_ring(store: ActivationStore, config: TrainConfig) -> RingReader:
+    """A place in the ring of a store, once enough rows are there to begin with.
+
+    Raises:
+        UserError: rows are to be read more often than they pass.
+    """
+    rows = store.planned_rows
+    if config.tokens is not None and config.tokens > rows:
+        raise UserError(
+            f"--tokens {config.tokens}: {store.folder} is a ring, through which {rows:,} rows pass "
+            f"once."
+        )
+    split = store.train
+    ring = RingReader(store.folder, split.specs, split.grid, config.name)
+    console.print(f"{store.folder}: reading the ring from shard {ring.next_shard} on")
+    while split.rows < config.batch_rows and not store.complete:
+        time.sleep(0.1)
+        split.refresh()
+    return ring
+
+
+def _ended(store: ActivationStore) -> Callable[[], bool]:
+    return lambda: store.complete
+
+
+def _train(
+    config: TrainConfig, store: ActivationStore, planned: list[PlannedCoder], run: Run,
+    device: torch.device, ring: RingReader | None,
+) -> tuple[Run, list[CoderSummary]]:  # fmt: skip
     banks = _banks(planned, store, config, device)
     names = tuple(dict.fromkeys(n for b in banks for n in (b.x_name, b.y_name)))
-    loader = Loader(store.train, names, batch_rows=config.batch_rows, seed=config.seed)
-    steps = (config.tokens or store.train.rows) // config.batch_rows
+    special = store.attributes["model"]["special_token_ids"]
+    loader = Loader(
+        store.train, names, batch_rows=config.batch_rows, seed=config.seed,
+        without_tokens=special if config.without_special_tokens else (),
+        # A ring must hold a group of shards and a window of the writer at the same time.
+        shards_at_once=min(SHARDS_AT_ONCE, max(1, (store.ring or 64) // 2)),
+        pinned=device.type == "cuda", ahead=2 if device.type == "cuda" else 0,
+    )  # fmt: skip
+    rows = store.train.rows if ring is None else store.planned_rows
+    steps = (config.tokens or rows) // config.batch_rows
     if steps < 1:
         raise UserError(
             f"--tokens {config.tokens}: fewer than one batch of {config.batch_rows:,} rows."
         )
-    record = _resolved(config, planned, store, steps, device)
+    record = _resolved(config, planned, store, rows, steps, device)
     make_folder(run.folder, "run")
     write_json(run.config_path, record)
     console.print(
         f"{run.folder}: {len(planned)} coders in {len(banks)} bank(s), {steps:,} steps of "
-        f"{config.batch_rows:,} rows, {steps * config.batch_rows / store.train.rows:.2f} passes"
+        f"{config.batch_rows:,} rows, {steps * config.batch_rows / rows:.2f} passes"
     )
     started = time.perf_counter()
-    summaries = _loop(run, config, banks, loader, names, steps)
+    source = loader.batches() if ring is None else loader.ring_batches(ring, _ended(store))
+    done, summaries = _loop(run, config, banks, source, names, steps)
     about = {"store_id": store.store_id, "model": store.attributes["model"],
              "bsc": versions()["bsc"]}  # fmt: skip
     for bank in banks:
@@ -232,7 +279,7 @@ def train(config: TrainConfig, where: str = "bsc train") -> tuple[Run, list[Code
     completed = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - started, 1),
-        "rows": steps * config.batch_rows,
+        "rows": done * config.batch_rows,
     }
     write_json(run.config_path, record | {"completed": completed})
     order = {p.name: i for i, p in enumerate(planned)}
@@ -240,10 +287,12 @@ def train(config: TrainConfig, where: str = "bsc train") -> tuple[Run, list[Code
 
 
 def _loop(
-    run: Run, config: TrainConfig, banks: list[_BankTrainer], loader: Loader,
-    names: tuple[str, ...], steps: int,
-) -> list[CoderSummary]:  # fmt: skip
+    run: Run, config: TrainConfig, banks: list[_BankTrainer],
+    batches: Iterator[tuple[Tensor, ...]], names: tuple[str, ...], steps: int,
+) -> tuple[int, list[CoderSummary]]:  # fmt: skip
+    """Train on up to `steps` batches; steps taken, and the last figures of every coder."""
     waited = 0.0
+    step = -1
     last: dict[str, dict[str, Any]] = {}
     started = time.perf_counter()
     label = f"train {sum(len(b.coders) for b in banks)} coders"
@@ -251,9 +300,8 @@ def _loop(
         run.metrics_path.open("w") as lines,
         stage(label, steps * config.batch_rows, "rows") as progress,
     ):
-        source: Iterable[tuple[Tensor, ...]] = islice(loader.batches(), steps)
         before = time.perf_counter()
-        for step, tensors in enumerate(source):
+        for step, tensors in enumerate(islice(batches, steps)):
             waited += time.perf_counter() - before
             batch = dict(zip(names, tensors, strict=True))
             for bank in banks:
@@ -282,25 +330,26 @@ def _loop(
         for coder, frozen in zip(bank.coders, bank.frozen_at, strict=True):
             m = last.get(coder.name, nothing)
             summaries.append(CoderSummary(coder.name, m["fvu"], m["l0"], m["dead"], frozen))
-    return summaries
+    return step + 1, summaries
 
 
 def _resolved(
-    config: TrainConfig, planned: list[PlannedCoder], store: ActivationStore, steps: int,
-    device: torch.device,
+    config: TrainConfig, planned: list[PlannedCoder], store: ActivationStore, rows: int,
+    steps: int, device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that decides the result, with nothing left to defaults."""
     return {
         "version": RUN_VERSION,
         "name": config.name,
-        "store": str(config.store.absolute()),
+        "store": store.folder.address,
         "store_id": store.store_id,
         "model": store.attributes["model"],
-        "rows": store.train.rows,
+        "rows": rows,
         "steps": steps,
         "batch_rows": config.batch_rows,
         "seed": config.seed,
         "normalise": config.normalise,
+        "without_special_tokens": config.without_special_tokens,
         "dead_after": config.dead_after,
         "log_every": config.log_every,
         "device": device.type,

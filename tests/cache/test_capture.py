@@ -17,6 +17,7 @@ import bsc.cache.capture as capture_module
 from bsc.cache.capture import CaptureConfig, capture
 from bsc.cache.hookpoints import RowTap, expand_braces, match_hookpoints
 from bsc.cache.models import load_model
+from bsc.cache.source import Source
 from bsc.cache.store import ActivationStore
 from bsc.cache.text import TextSource, read_text
 from bsc.cache.tokens import context_batches
@@ -74,15 +75,15 @@ def test_tensorstore_and_zarr_open_every_array_with_the_bits_that_the_capture_sa
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[torch.Tensor]] = {}
-    real = capture_module._blocks
+    real = Source.block
 
-    def record(*args: object) -> object:
-        for split, block in real(*args):  # type: ignore[arg-type]
-            for name, values in block.items():
-                seen.setdefault(f"{split}:{name}", []).append(values.clone())
-            yield split, block
+    def record(self: Any, batch: Any) -> Any:
+        block = real(self, batch)
+        for name, values in block.items():
+            seen.setdefault(f"{batch.split}:{name}", []).append(values.clone())
+        return block
 
-    monkeypatch.setattr(capture_module, "_blocks", record)
+    monkeypatch.setattr(Source, "block", record)
     path = tmp_path / "acts"
     capture(
         CaptureConfig(
@@ -180,7 +181,7 @@ def test_the_forward_pass_stops_after_the_last_hookpoint(tiny_model: Path) -> No
     ran = []
     for i, layer in enumerate(lm.base.layers):  # type: ignore[arg-type]
         layer.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
-    RowTap(lm.base, ["layers.1.mlp"]).rows(torch.zeros((1, 4), dtype=torch.int64))
+    RowTap(lm.base, ["layers.1.mlp"]).rows({"input_ids": torch.zeros((1, 4), dtype=torch.int64)})
     assert ran == [0, 1]
 
 
@@ -201,7 +202,7 @@ def test_two_captures_are_the_same_file_for_file_but_for_times(
         if (tmp_path / "a" / f).read_bytes() != (tmp_path / "b" / f).read_bytes()
     ]
     assert differ in ([], ["provenance.json"])
-    drop = ("started_at", "completed")
+    drop = ("started_at", "completed", "xxh3_128")
     a, b = (json.loads((tmp_path / n / "provenance.json").read_text()) for n in "ab")
     assert {k: v for k, v in a.items() if k not in drop} == {
         k: v for k, v in b.items() if k not in drop
@@ -251,8 +252,8 @@ def test_text_that_fails_on_the_way_keeps_what_was_committed(
 ) -> None:
     real = read_text
 
-    def failing(source: TextSource) -> Any:
-        for i, document in enumerate(real(source)):
+    def failing(source: TextSource, rank: int, writers: int) -> Any:
+        for i, document in enumerate(real(source, rank, writers)):
             if i == 8:
                 raise UserError("--dataset a/b: cannot be read: the connection broke.")
             yield document
@@ -263,7 +264,7 @@ def test_text_that_fails_on_the_way_keeps_what_was_committed(
         capture(
             CaptureConfig(
                 model=str(tiny_model), store=tmp_path / "acts", text=TextSource(corpus="stdlib"),
-                tokens=100_000, context=32, hookpoints=("layers.1.mlp",),
+                tokens=100_000, context=32, hookpoints=("layers.1.mlp",), window=2,
             )
         )  # fmt: skip
     store = ActivationStore(tmp_path / "acts")
@@ -283,7 +284,9 @@ def test_a_module_whose_output_is_changed_in_place_later_is_stored_as_it_was() -
             return self.last(y)  # type: ignore[no-any-return]
 
     block = Block()
-    rows = RowTap(block, ["mlp", "last"]).rows(torch.zeros((2, 3), dtype=torch.int64))
+    rows = RowTap(block, ["mlp", "last"]).rows(
+        {"input_ids": torch.zeros((2, 3), dtype=torch.int64)}
+    )
     assert rows["mlp/output"].abs().max() < 50
     assert rows["last/input"].min() > 50
 
@@ -291,7 +294,7 @@ def test_a_module_whose_output_is_changed_in_place_later_is_stored_as_it_was() -
 def test_modules_without_one_row_per_token_are_refused(tiny_model: Path) -> None:
     lm = load_model(str(tiny_model))
     with pytest.raises(UserError, match=r"not one row for each|not a tensor"):
-        RowTap(lm.base, ["rotary_emb"]).rows(torch.zeros((2, 8), dtype=torch.int64))
+        RowTap(lm.base, ["rotary_emb"]).rows({"input_ids": torch.zeros((2, 8), dtype=torch.int64)})
 
 
 def test_more_open_files_than_the_system_allows_are_refused_with_what_would_fit(
@@ -312,7 +315,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**7))
     with pytest.raises(UserError, match=r"needs .* free\. What would fit: --tokens \d+"):
         capture(
             CaptureConfig(

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from bsc.cache.layout import MANIFEST
 from bsc.cache.verify import verify
 
 
@@ -52,7 +51,7 @@ def test_other_damage_is_found_and_named(store_copy: Path, damage: str) -> None:
         path = path.with_name("notes.txt")
         path.write_text("x")
     elif damage == "line":
-        path = store_copy / MANIFEST
+        path = store_copy / "manifest/train/0-000000.jsonl"
         path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
     elif damage == "sums":
         path = store_copy / "data.zarr/layers.0.mlp/input/zarr.json"
@@ -61,7 +60,7 @@ def test_other_damage_is_found_and_named(store_copy: Path, damage: str) -> None:
         digit = next(i for i in range(at, len(text)) if text[i].isdigit() and text[i] != "9")
         path.write_text(text[:digit] + "9" + text[digit + 1 :])
     elif damage == "torn":
-        path = store_copy / MANIFEST
+        path = store_copy / "manifest/held_out/0-000003.jsonl"
         path.write_text(path.read_text()[:-10])
     elif damage == "readme":
         path = store_copy / "README.md"

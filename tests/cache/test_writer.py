@@ -1,79 +1,48 @@
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tensorstore as ts
 import torch
+import zarr
 
-from bsc.cache.layout import MANIFEST, Grid, Hookpoint, store_attributes
+from bsc.cache.commit import advance
+from bsc.cache.folder import LocalFolder, open_folder
+from bsc.cache.layout import CODECS, Codec, Grid, array_specs
+from bsc.cache.manifest import windows
+from bsc.cache.shard import ShardWriter
+from bsc.cache.staging import Staging
 from bsc.cache.store import ActivationStore
 from bsc.cache.verify import verify
-from bsc.cache.writer import StoreWriter, deal, window_sizes
-from bsc.errors import StoreError
-from bsc.files import write_json
+from bsc.cache.writer import deal, window_sizes
+from bsc.errors import StoreError, UserError
+from tests.cache.synthetic import HOOKS, files_of, make_store, numbers
 
-HOOKS = (Hookpoint("layers.0.mlp", 4, 6),)
-
-
-def blocks(rows: int, size: int) -> list[dict[str, torch.Tensor]]:
-    """Blocks whose every array says which row it is."""
-    made = []
-    for start in range(0, rows, size):
-        number = torch.arange(start, min(start + size, rows))
-        low, high = (number % 128).bfloat16(), (number // 128).bfloat16()
-        x = torch.stack([low, high, low, high], dim=1)
-        made.append(
-            {
-                "layers.0.mlp/input": x,
-                "layers.0.mlp/output": torch.cat([x, -x[:, :2]], dim=1),
-                "tokens/token_id": number,
-                "tokens/doc_id": number // 10,
-                "tokens/position": number % 10,
-            }
-        )
-    return made
+GRID = Grid(96, 24, 10)
 
 
-def make_store(root: Path, rows: int, grid: Grid, *, window: int, size: int = 37) -> int:
-    identity = {
-        "model": {}, "context": 10, "grids": {"train": {}}, "seed": 3, "window": window,
-        "hookpoints": [{"name": h.name, "d_in": h.d_in, "d_out": h.d_out} for h in HOOKS],
-    }  # fmt: skip
-    root.mkdir()
-    with StoreWriter(
-        root, HOOKS, {"train": grid}, window=window, seed=3,
-        attributes=store_attributes(identity), provenance={"capture": identity},
-    ) as writer:  # fmt: skip
-        for block in blocks(rows, size):
-            writer.splits["train"].append(block)
-        dropped = writer.splits["train"].finish()
-        writer.complete({})
-    return dropped
-
-
-def numbers(store: ActivationStore) -> np.ndarray:
-    """Row numbers as the token array has them, checked against every other array."""
-    ids = store.train.tokens("token_id").astype(np.int64)
-    x = torch.cat([store.train.tensor("layers.0.mlp/input", i) for i in range(store.train.shards)])
-    y = torch.cat([store.train.tensor("layers.0.mlp/output", i) for i in range(store.train.shards)])
-    assert np.array_equal((x[:, 0] + 128 * x[:, 1].float()).numpy(), ids)
-    assert np.array_equal((-y[:, 4] - 128 * y[:, 5].float()).numpy(), ids)
-    assert np.array_equal(store.train.tokens("doc_id"), ids // 10)
-    assert np.array_equal(store.train.tokens("position"), ids % 10)
-    return ids
-
-
-def test_every_row_is_written_once_and_is_the_same_row_in_every_array(tmp_path: Path) -> None:
-    make_store(tmp_path / "s", 960, Grid(96, 24, 10), window=4)
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_row_is_written_once_and_is_the_same_row_in_every_array(
+    tmp_path: Path, codec: Codec
+) -> None:
+    make_store(tmp_path / "s", 960, GRID, window=4, codec=codec)
     store = ActivationStore(tmp_path / "s")
-    assert sorted(numbers(store)) == list(range(960))
+    assert sorted(numbers(store, exact=codec != "int8")) == list(range(960))
     assert list(verify(tmp_path / "s")) == []
 
 
 def test_the_scatter_mixes_every_block_over_the_window(tmp_path: Path) -> None:
-    make_store(tmp_path / "s", 960, Grid(96, 24, 10), window=10)
+    make_store(tmp_path / "s", 960, GRID, window=10)
     ids = numbers(ActivationStore(tmp_path / "s")).reshape(10, 96)
     for shard in ids:  # about a tenth of each tenth of the text
         per_tenth = np.bincount(shard // 96, minlength=10)
@@ -81,72 +50,192 @@ def test_the_scatter_mixes_every_block_over_the_window(tmp_path: Path) -> None:
 
 
 def test_one_shard_at_a_time_keeps_the_order(tmp_path: Path) -> None:
-    make_store(tmp_path / "s", 960, Grid(96, 24, 10), window=1)
+    make_store(tmp_path / "s", 960, GRID, window=1)
     assert numbers(ActivationStore(tmp_path / "s")).tolist() == list(range(960))
 
 
-def test_the_same_rows_give_the_same_bytes_whatever_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_same_rows_give_the_same_bytes_whatever_else(tmp_path: Path, codec: Codec) -> None:
     for name in ("a", "b"):
-        make_store(tmp_path / name, 960, Grid(96, 24, 10), window=4)
-    files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
-    assert len(files) > 50
-    for file in files:
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        make_store(tmp_path / name, 960, GRID, window=4, codec=codec)
+    assert len(files_of(tmp_path / "a")) > 50
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
-def test_text_that_ends_early_fills_whole_shards_and_drops_less_than_one(tmp_path: Path) -> None:
-    dropped = make_store(tmp_path / "s", 500, Grid(96, 24, 10), window=10)
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("stop_after", [37, 400, 480, 800])
+def test_an_abandoned_writer_is_gone_on_with_and_gives_the_same_files(
+    tmp_path: Path, codec: Codec, stop_after: int
+) -> None:
+    make_store(tmp_path / "a", 960, GRID, window=4, codec=codec)
+    make_store(tmp_path / "b", 960, GRID, window=4, codec=codec, stop_after=stop_after)
+    assert files_of(tmp_path / "a") != files_of(tmp_path / "b")
+    make_store(tmp_path / "b", 960, GRID, window=4, codec=codec)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_text_that_ends_early_fills_whole_shards_and_drops_less_than_one(
+    tmp_path: Path, codec: Codec
+) -> None:
+    dropped = make_store(tmp_path / "s", 500, GRID, window=10, codec=codec)
     store = ActivationStore(tmp_path / "s")
     assert store.train.shards == 5 and dropped == 20
-    assert len(set(numbers(store))) == 480
+    assert len(set(numbers(store, exact=codec != "int8"))) == 480
     assert list(verify(tmp_path / "s")) == []
     assert not list((tmp_path / "s").rglob("*.partial"))
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_tensorstore_and_zarr_open_every_array_of_every_codec(tmp_path: Path, codec: Codec) -> None:
+    make_store(tmp_path / "s", 960, GRID, window=4, codec=codec)
+    split = ActivationStore(tmp_path / "s").train
+    group: Any = zarr.open_group(tmp_path / "s/data.zarr", mode="r")
+    for name, spec in split.specs.items():
+        where = f"file://{tmp_path}/s/data.zarr/{spec.path}/"
+        by_ts = ts.open({"driver": "zarr3", "kvstore": where}).result().read().result()
+        ours = np.concatenate([split.shard(name, i) for i in range(10)])
+        assert np.asarray(by_ts).tobytes() == ours.tobytes(), name
+        assert np.asarray(group[spec.path][:]).tobytes() == ours.tobytes(), name
+
+
+def test_int8_is_as_good_as_it_says_and_lz4_is_smaller(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    loud = torch.tensor([1.0, 1.0, 1.0, 100.0])
+
+    def real(b: dict[str, torch.Tensor]) -> None:
+        n = len(b["tokens/token_id"])
+        b["layers.0.mlp/input"] = (torch.randn(n, 4) * loud).bfloat16()
+
+    sizes = {}
+    for codec in CODECS:
+        torch.manual_seed(0)
+        make_store(tmp_path / codec, 960, GRID, window=4, codec=codec, edit=real)
+        folder = tmp_path / codec / "data.zarr/layers.0.mlp"
+        sizes[codec] = sum(p.stat().st_size for p in folder.rglob("*") if "/c/" in str(p))
+    exact = ActivationStore(tmp_path / "raw").train.tensor("layers.0.mlp/input", 3).float()
+    stored = ActivationStore(tmp_path / "int8").train.tensor("layers.0.mlp/input", 3).float()
+    error = ((stored - exact).square().sum(0) / exact.square().sum(0)).tolist()
+    said = json.loads((tmp_path / "int8/provenance.json").read_text())["completed"]
+    said = said["fvu_of_stored_rows"]["layers.0.mlp/input"]
+    # The scales of this test are 1, so the loud channel takes the levels and the median shows it.
+    assert 0 < said["total"] < 1e-4 < 1e-2 < said["median_channel"] < 1
+    assert said["median_channel"] == pytest.approx(np.median(error), rel=0.3)
+    lossless = ActivationStore(tmp_path / "lz4").train.tensor("layers.0.mlp/input", 3).float()
+    assert torch.equal(lossless, exact)
+
+
+@pytest.mark.parametrize("writers", [2, 3])
+def test_several_writers_make_one_store_in_any_order(tmp_path: Path, writers: int) -> None:
+    grid = Grid(96, 24, 12)
+    share = 960 * 12 // 10 // writers
+    roots = [tmp_path / name for name in ("a", "b")]
+    for root, order in zip(roots, (range(writers), reversed(range(writers))), strict=True):
+        for i, rank in enumerate(order):
+            make_store(root, share, grid, window=2, rank=rank, writers=writers, first=1000 * rank)
+            store = ActivationStore(root)
+            assert list(verify(root)) == []
+            assert store.complete == (i == writers - 1)
+            # Without a gap there are only the first shards of the writers that come first.
+            assert store.train.shards == 12 if store.complete else store.train.shards <= i + 1
+    expected = sorted(1000 * r + i for r in range(writers) for i in range(share))
+    assert sorted(numbers(ActivationStore(roots[0]))) == expected
+    assert files_of(roots[0]) == files_of(roots[1])
+
+
+def test_one_of_two_writers_is_gone_on_with_alone(tmp_path: Path) -> None:
+    grid = Grid(96, 24, 12)
+    for name in ("a", "b"):
+        make_store(tmp_path / name, 576, grid, window=2, rank=0, writers=2)
+    make_store(tmp_path / "a", 576, grid, window=2, rank=1, writers=2, first=1000)
+    make_store(tmp_path / "b", 576, grid, window=2, rank=1, writers=2, first=1000, stop_after=300)
+    assert 0 < ActivationStore(tmp_path / "b").train.shards < 12
+    make_store(tmp_path / "b", 576, grid, window=2, rank=1, writers=2, first=1000)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+def test_a_writer_whose_text_ends_early_leaves_no_gap_that_a_reader_could_see(
+    tmp_path: Path,
+) -> None:
+    grid = Grid(96, 24, 12)
+    make_store(tmp_path / "s", 200, grid, window=2, rank=1, writers=2, first=1000)
+    make_store(tmp_path / "s", 576, grid, window=2, rank=0, writers=2)
+    store = ActivationStore(tmp_path / "s")
+    assert store.complete and store.train.shards == 5  # 0 1 2 3 4; 5 is the other's third
+    assert list(verify(tmp_path / "s")) == []
+    assert not (tmp_path / "s/data.zarr/tokens/token_id/c/6").exists()
+    completed = json.loads((tmp_path / "s/provenance.json").read_text())["completed"]
+    assert completed["dropped_rows"] == {"train": 8 + 3 * 96}
+
+
 def test_moments_come_from_the_manifest_and_are_those_of_the_rows(tmp_path: Path) -> None:
-    make_store(tmp_path / "s", 960, Grid(96, 24, 10), window=4)
+    make_store(tmp_path / "s", 960, GRID, window=4)
     split = ActivationStore(tmp_path / "s").train
     rows = torch.cat([split.tensor("layers.0.mlp/output", i).double() for i in range(10)])
     moments = split.moments("layers.0.mlp/output")
-    torch.testing.assert_close(moments.mean, rows.mean(0), rtol=1e-12, atol=0)
-    torch.testing.assert_close(moments.variance, rows.var(0, correction=0), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(moments.mean, rows.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(moments.variance, rows.var(0, correction=0), rtol=1e-6, atol=1e-12)
+
+
+def test_rows_that_are_not_finite_are_counted_and_left_out_of_the_moments(tmp_path: Path) -> None:
+    def spoil(b: dict[str, torch.Tensor]) -> None:
+        b["layers.0.mlp/output"][3, 1] = float("nan")
+
+    make_store(tmp_path / "s", 960, GRID, window=4, size=480, edit=spoil)
+    split = ActivationStore(tmp_path / "s").train
+    rows = torch.cat([split.tensor("layers.0.mlp/output", i).double() for i in range(10)])
+    assert split.non_finite == split.non_finite_rows("layers.0.mlp/output") == 2
+    good = rows[rows.isfinite().all(1)]
+    moments = split.moments("layers.0.mlp/output")
+    assert moments.rows == 958
+    torch.testing.assert_close(moments.mean, good.mean(0), rtol=1e-6, atol=0)
 
 
 def test_shape_is_the_commit_pointer(tmp_path: Path) -> None:
-    """A crash between a shard's rename and the last bump of a shape leaves that shard unseen."""
-    make_store(tmp_path / "s", 960, Grid(96, 24, 10), window=4)
+    """A crash between the bumps of two shapes leaves the last window unseen, and is repaired."""
+    make_store(tmp_path / "s", 960, GRID, window=4)
+    before = files_of(tmp_path / "s")
     path = tmp_path / "s/data.zarr/tokens/position/zarr.json"
     whole = ActivationStore(tmp_path / "s").train.moments("layers.0.mlp/input")
     path.write_text(path.read_text().replace("960", "864"))
     split = ActivationStore(tmp_path / "s").train
     assert split.rows == 864
-    # The sums of an array are over its own rows, also while another is a shard behind.
+    # The sums of an array are over its own rows, also while another is behind.
     assert torch.equal(split.moments("layers.0.mlp/input").mean, whole.mean)
+    folder, specs = open_folder(tmp_path / "s"), array_specs(HOOKS, "train")
+    assert advance(folder, "train", specs, GRID, writers=1, window=4) == 10
+    (tmp_path / "s/store.lock").unlink()
+    assert files_of(tmp_path / "s") == before
 
 
 def test_commit_order_is_files_then_manifest_then_shape(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    steps: list[tuple[str, str]] = []
+    publish, write = LocalFolder.publish, LocalFolder.write
 
-    def spy(path: Path, value: dict[str, Any]) -> None:
-        if value.get("shape", [0])[0]:
-            shard = value["shape"][0] // 96 - 1
-            name = path.parent.relative_to(tmp_path / "s/data.zarr").as_posix()
-            lines = (tmp_path / "s" / MANIFEST).read_text().splitlines()
-            in_manifest = any(f'"{name}"' in li and f'"shard": {shard}' in li for li in lines)
-            at = path.parent / "c" / str(shard)
-            files = [at, *at.rglob("*")]
-            seen.append(in_manifest and any(f.is_file() for f in files))
-        write_json(path, value)
+    def spy_publish(self: LocalFolder, key: str) -> None:
+        publish(self, key)
+        assert self.path(key).exists()
+        steps.append(("shard", key))
 
-    monkeypatch.setattr("bsc.cache.writer.write_json", spy)
-    make_store(tmp_path / "s", 960, Grid(96, 24, 10), window=4)
-    assert len(seen) == 10 * 5 and all(seen)
+    def spy_write(self: LocalFolder, key: str, data: bytes) -> None:
+        write(self, key, data)
+        kind = "manifest" if "manifest/train" in key else "shape" if "zarr.json" in key else ""
+        steps.append((kind, key))
+
+    monkeypatch.setattr(LocalFolder, "publish", spy_publish)
+    monkeypatch.setattr(LocalFolder, "write", spy_write)
+    make_store(tmp_path / "s", 960, GRID, window=5)
+    kinds = "".join(kind[:1] for kind, _ in steps if kind)
+    # Two windows of five shards and five arrays: 25 shards, a manifest, five shapes.
+    one = "s" * 25 + "m" + "s" * 5
+    assert kinds == one * 2
+    assert [len(list(windows(open_folder(tmp_path / "s"), "train", 0)))] == [2]
 
 
 def test_a_gap_between_arrays_of_different_grids_is_refused(tmp_path: Path) -> None:
-    make_store(tmp_path / "s", 960, Grid(96, 24, 10), window=4)
+    make_store(tmp_path / "s", 960, GRID, window=4)
     path = tmp_path / "s/data.zarr/tokens/position/zarr.json"
     path.write_text(path.read_text().replace("96", "48"))
     with pytest.raises(StoreError, match=r"shard sizes|metadata"):
@@ -159,12 +248,105 @@ def test_windows_cover_all_shards_and_are_even(shards: int, window: int) -> None
     assert sum(sizes) == shards and max(sizes) <= window and max(sizes) - min(sizes) <= 1
 
 
-def test_dealing_depends_on_seed_window_and_block() -> None:
+def test_dealing_depends_on_seed_writer_window_and_block() -> None:
     def first(**kwargs: int) -> Any:
-        base = {"seed": 0, "window": 0, "block": 0} | kwargs
+        base = {"seed": 0, "rank": 0, "window": 0, "block": 0} | kwargs
         return deal(100, 4, 0, **base)[0].tolist()
 
+    keys = ("seed", "rank", "window", "block")
     assert first() == first()
-    assert (
-        len({tuple(first(**{k: 1})) for k in ("seed", "window", "block")} | {tuple(first())}) == 4
-    )
+    assert len({tuple(first(**{k: 1})) for k in keys} | {tuple(first())}) == 5
+
+
+def test_a_full_disk_stops_the_capture_with_what_is_committed_and_it_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_store(tmp_path / "a", 960, GRID, window=4)
+    append = ShardWriter.append
+
+    def full(self: ShardWriter, rows: Any) -> None:
+        if self.shard >= 6:
+            raise OSError(28, "No space left on device")
+        append(self, rows)
+
+    monkeypatch.setattr(ShardWriter, "append", full)
+    with pytest.raises(OSError, match="No space left"):
+        make_store(tmp_path / "b", 960, GRID, window=4)
+    assert not list((tmp_path / "b").rglob("*.partial"))
+    assert ActivationStore(tmp_path / "b").train.shards == 3
+    monkeypatch.undo()
+    make_store(tmp_path / "b", 960, GRID, window=4)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+def test_the_model_waits_for_the_disk_and_nothing_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = ShardWriter.append
+    inside = threading.Semaphore(0)
+    held: list[int] = []
+    slot = Staging.slot
+
+    def slow(self: ShardWriter, rows: Any) -> None:
+        time.sleep(0.002)
+        append(self, rows)
+
+    def watch(self: Staging) -> Any:
+        got = slot(self)
+        held.append(len(self._free))
+        return got
+
+    monkeypatch.setattr(ShardWriter, "append", slow)
+    monkeypatch.setattr(Staging, "slot", watch)
+    make_store(tmp_path / "s", 960, GRID, window=4)
+    assert sorted(numbers(ActivationStore(tmp_path / "s"))) == list(range(960))
+    assert min(held) == 0 and max(held) <= 1 and not inside.acquire(blocking=False)
+
+
+def test_a_part_has_one_writer(tmp_path: Path) -> None:
+    make_store(tmp_path / "s", 960, GRID, window=4, stop_after=300)
+    folder = open_folder(tmp_path / "s")
+    claim = folder.claim(0)
+    with pytest.raises(UserError, match=r"process \d+ on .* is writing part 0 of this store"):
+        folder.claim(0)
+    folder.claim(1).release(remove=True)
+    claim.release(remove=False)
+    folder.claim(0).release(remove=True)
+
+
+def test_a_slot_is_free_only_when_the_last_of_its_work_is_done() -> None:
+    """Also when the first piece ends before the second is queued."""
+    staging = Staging(2, torch.device("cpu"))
+    slot, other = staging.slot(), staging.slot()
+    gate = threading.Event()
+    first, second = staging.submit([lambda: None, lambda: gate.wait(10)], slot)
+    first.result()
+    assert slot not in staging._free
+    gate.set()
+    second.result()
+    staging.submit([lambda: None, lambda: None], other)
+    assert {id(staging.slot()), id(staging.slot())} == {id(slot), id(other)}
+    staging.close()
+
+
+@pytest.mark.parametrize("codec", ["lz4", "int8"])
+def test_the_snippets_in_a_store_of_another_codec_open_it(tmp_path: Path, codec: Codec) -> None:
+    make_store(tmp_path / "s", 960, GRID, window=4, codec=codec)
+    text = (tmp_path / "s/README.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    assert len(snippets) == {"lz4": 3, "int8": 4}[codec]
+    expected = ActivationStore(tmp_path / "s").train
+    printed = []
+    for snippet in snippets:
+        code = snippet + "\nimport numpy as np; print(np.asarray(rows).astype('<f4')[:3].tolist())"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path / "s", capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent.parent)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        printed.append(json.loads(done.stdout))
+    stored = expected.shard("layers.0.mlp/input", 0)[:3].astype("<f4").tolist()
+    assert printed[:3] == [stored] * 3
+    if codec == "int8":
+        rows = expected.tensor("layers.0.mlp/input", 0)[:3].float().numpy()
+        assert np.allclose(printed[3], rows, rtol=1e-2)

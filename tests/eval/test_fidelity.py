@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,3 +90,21 @@ def test_counts_above_rates_and_dead_latents_are_those_that_were_planted(
     }
     assert sum(figures["log10_rate_histogram"]["counts"]) == 2
     assert figures["share_of_firings_above"]["0.01"] == 1.0
+
+
+def test_rows_of_left_out_tokens_do_not_count(store: ActivationStore, run: Run) -> None:
+    coder = run.coder(run.coder_names()[0])
+    split, hook = store.held_out, "layers.2.mlp"
+    ids = split.tokens("token_id")
+    common = np.bincount(ids).argsort()[-4:].tolist()
+    kept = torch.from_numpy(~np.isin(ids, common))
+    found = measure(coder, split, hook, without_tokens=common)
+    assert found.rows == int(kept.sum()) < split.rows - 100
+    x, y = (
+        torch.cat([split.tensor(f"{hook}/{side}", i) for i in range(split.shards)])[kept].float()
+        for side in (coder.config.side, "output")
+    )
+    mean = split.moments(f"{hook}/output").mean.float()
+    with torch.no_grad():
+        expected = (y - coder(x)).square().sum() / (y - mean).square().sum()
+    assert found.fvu == pytest.approx(float(expected), rel=1e-4)

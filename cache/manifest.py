@@ -1,0 +1,177 @@
+"""The manifest: what is committed, and where a killed capture goes on.
+
+One file per committed window of each writer, written whole and atomically, so that a window is
+committed or not and nothing has to be cut back after a crash. Its lines are the records of the
+window's shards, all arrays; its last line sums the window up, says where in the text the next one
+begins, and carries a hash of everything before it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import xxhash
+
+from bsc.cache.folder import StoreFolder
+from bsc.cache.layout import MANIFEST, Split, end_key, window_key
+from bsc.cache.shard import ShardRecord
+from bsc.errors import StoreError
+from bsc.files import canonical_json
+
+__all__ = ["PartEnd", "TextPoint", "WindowRecord", "read_end", "read_window", "sealed",
+           "write_end", "write_window"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextPoint:
+    """A place in a split's stream of rows at which a batch of the model begins, and rows after it.
+
+    With the text and the settings of a capture it gives the rows that follow, exactly.
+    """
+
+    document: int = 0
+    """First document of the batch."""
+    offset: int = 0
+    """Tokens of that document that came before the batch."""
+    rows: int = 0
+    """Rows of the split before the batch, of this writer."""
+    skip: int = 0
+    """Rows of the batch that belong to what came before."""
+
+
+@dataclass(frozen=True)
+class WindowRecord:
+    """One committed window: its shards, and where the next window begins."""
+
+    split: Split
+    rank: int
+    window: int
+    next: TextPoint
+    shards: tuple[ShardRecord, ...]
+
+    @property
+    def shard_numbers(self) -> list[int]:
+        """Its shards in order, each once."""
+        return sorted({record.shard for record in self.shards})
+
+
+@dataclass(frozen=True)
+class PartEnd:
+    """What one writer says when its part is finished."""
+
+    rank: int
+    rows: dict[str, int]
+    """Committed rows by split."""
+    dropped: dict[str, int]
+    """Rows at the end of the text that filled no shard, by split."""
+    text_ended: bool
+    """Whether the text gave fewer training rows than were asked for."""
+
+
+def _hashed(lines: list[str], last: dict[str, Any]) -> str:
+    text = "".join(lines) + canonical_json(last, indent=None)
+    digest = xxhash.xxh3_128_hexdigest(text.encode())
+    return "".join(lines) + canonical_json(last | {"xxh3_128": digest}, indent=None)
+
+
+def sealed(value: dict[str, Any]) -> bytes:
+    """Canonical JSON of an object with a hash of itself, so that any change of it shows."""
+    rest = {k: v for k, v in value.items() if k != "xxh3_128"}
+    digest = xxhash.xxh3_128_hexdigest(canonical_json(rest).encode())
+    return canonical_json(rest | {"xxh3_128": digest}).encode()
+
+
+def _checked(text: str, where: str) -> list[dict[str, Any]]:
+    """The lines of a file that ends with a hash of itself.
+
+    Raises:
+        StoreError: the file is cut, changed or of another form.
+    """
+    lines = text.splitlines(keepends=True)
+    try:
+        last = json.loads(lines[-1])
+        found = last.pop("xxh3_128")
+        body = "".join(lines[:-1]) + canonical_json(last, indent=None)
+        if xxhash.xxh3_128_hexdigest(body.encode()) != found or text != _hashed(lines[:-1], last):
+            raise ValueError("its hash does not match")
+        return [*(json.loads(line) for line in lines[:-1]), last]
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(f"{where}: cut or changed ({error})") from None
+
+
+def write_window(folder: StoreFolder, record: WindowRecord) -> None:
+    """Commit a window whose shards are published."""
+    lines = [canonical_json(shard.to_json(), indent=None) for shard in record.shards]
+    last = {
+        "split": record.split, "rank": record.rank, "window": record.window,
+        "next": asdict(record.next),
+    }  # fmt: skip
+    folder.write_text(window_key(record.split, record.rank, record.window), _hashed(lines, last))
+
+
+def read_window(folder: StoreFolder, split: Split, rank: int, window: int) -> WindowRecord | None:
+    """A committed window, or None where it is not committed.
+
+    Raises:
+        StoreError: the file is cut, changed or of another form.
+    """
+    key = window_key(split, rank, window)
+    try:
+        text = folder.read(key).decode()
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise StoreError(f"{folder}/{key}: cut or changed ({error})") from None
+    *shards, last = _checked(text, f"{folder}/{key}")
+    try:
+        record = WindowRecord(
+            split=last["split"],
+            rank=int(last["rank"]),
+            window=int(last["window"]),
+            next=TextPoint(**last["next"]),
+            shards=tuple(ShardRecord.from_json(line) for line in shards),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{folder}/{key}: not a manifest of bsc ({error!r})") from None
+    if (record.split, record.rank, record.window) != (split, rank, window):
+        raise StoreError(f"{folder}/{key}: the manifest of another window lies here")
+    return record
+
+
+def windows(folder: StoreFolder, split: Split, rank: int) -> Iterator[WindowRecord]:
+    """The committed windows of one writer, in order."""
+    window = 0
+    while (record := read_window(folder, split, rank, window)) is not None:
+        yield record
+        window += 1
+
+
+def write_end(folder: StoreFolder, end: PartEnd) -> None:
+    """Say that a writer's part is finished."""
+    folder.write_text(end_key(end.rank), _hashed([], asdict(end)))
+
+
+def read_end(folder: StoreFolder, rank: int) -> PartEnd | None:
+    """What a writer said when its part was finished, or None where it is not.
+
+    Raises:
+        StoreError: the file is cut, changed or of another form.
+    """
+    key = end_key(rank)
+    try:
+        (value,) = _checked(folder.read(key).decode(), f"{folder}/{key}")
+        return PartEnd(**value)
+    except FileNotFoundError:
+        return None
+    except (UnicodeDecodeError, TypeError, ValueError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{folder}/{key}: cut or changed ({error})") from None
+
+
+def manifest_keys(folder: StoreFolder) -> list[str]:
+    """Every file of the manifest, in order."""
+    return sorted(folder.keys(MANIFEST))

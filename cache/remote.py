@@ -1,0 +1,307 @@
+"""A store in object storage: one GET or one PUT per shard, through a bounded local cache.
+
+Reading maps local copies of whole shards; the least recently used ones go when the cache is full (a
+mapping outlives its file). Writing stages shards on the local disk and puts each when its window
+ends. Credentials, endpoint and region come from the environment, as the provider's own tools read
+them (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from typing_extensions import override
+
+from bsc.cache.folder import PARTIAL, Claim, StoreFolder
+from bsc.cache.layout import DATA, PROVENANCE
+from bsc.counts import parse_count
+from bsc.errors import StoreError, UserError
+
+__all__ = ["RemoteFolder"]
+
+CACHE_VARIABLE = "BSC_SHARD_CACHE"
+CACHE_BYTES_VARIABLE = "BSC_SHARD_CACHE_BYTES"
+DEFAULT_CACHE_BYTES = 50_000_000_000
+_SINGLE_PUT_BYTES = 5_000_000_000
+"""What object stores take in one request."""
+_STALE_LOCK_SECONDS = 120.0
+_LOCK_WAIT_SECONDS = 600.0
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+class RemoteFolder(StoreFolder):
+    """A store below a prefix of a bucket."""
+
+    def __init__(self, url: str) -> None:
+        """Name the place; nothing is asked yet.
+
+        Raises:
+            UserError: the extra is not installed, or the address is not one.
+        """
+        try:
+            import obstore
+        except ImportError:
+            raise UserError(
+                f"{url}: reading object storage needs an extra: pip install 'bsc[s3]'."
+            ) from None
+        self.url = url.rstrip("/")
+        self._obstore: Any = obstore
+        options: dict[str, Any] = {}
+        if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+            options["client_options"] = {"allow_http": True}
+        try:
+            self._store: Any = obstore.store.from_url(self.url, **options)
+        except (ValueError, obstore.exceptions.BaseError) as error:
+            raise UserError(f"{url}: not an address of object storage ({_first(error)}).") from None
+        default = Path.home() / ".cache" / "bsc" / "shards"
+        root = Path(os.environ.get(CACHE_VARIABLE) or default)
+        self._place = root / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        self.cache_bytes = parse_count(
+            os.environ.get(CACHE_BYTES_VARIABLE) or str(DEFAULT_CACHE_BYTES)
+        )
+        self._copies: Path | None = None
+        self._mutex = threading.Lock()
+
+    def __str__(self) -> str:
+        return self.url
+
+    @contextlib.contextmanager
+    def _asking(self, key: str) -> Iterator[None]:
+        """Turn what the client raises into what this module promises."""
+        errors = self._obstore.exceptions
+        try:
+            yield
+        except (FileNotFoundError, errors.NotFoundError):
+            raise FileNotFoundError(f"{self.url}/{key}") from None
+        except errors.AlreadyExistsError:
+            raise FileExistsError(f"{self.url}/{key}") from None
+        except (errors.BaseError, OSError) as error:
+            raise StoreError(f"{self.url}/{key}: {_first(error)}") from None
+
+    @override
+    def missing(self) -> bool:
+        return next(self.keys(), None) is None
+
+    @override
+    def read(self, key: str) -> bytes:
+        with self._asking(key):
+            return bytes(self._obstore.get(self._store, key).bytes())
+
+    @override
+    def size(self, key: str) -> int | None:
+        try:
+            with self._asking(key):
+                return int(self._obstore.head(self._store, key)["size"])
+        except FileNotFoundError:
+            return None
+
+    @override
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        with self._asking(prefix):
+            for page in self._obstore.list(self._store, prefix or None):
+                for entry in page:
+                    yield str(entry["path"])
+
+    @override
+    def write(self, key: str, data: bytes) -> None:
+        with self._asking(key):
+            self._obstore.put(self._store, key, data)
+
+    @override
+    def check_new(self) -> None:
+        if not self.missing():
+            raise UserError(
+                f"{self.url}: something is there already, so no store can be started in it. Name "
+                f"another place."
+            )
+
+    @override
+    def drop_leftovers(self, rank: int, metadata: list[str]) -> None:
+        """Puts are whole or nothing: there are none."""
+
+    @override
+    def remove(self) -> None:
+        for key in list(self.keys()):
+            self.delete(key)
+
+    @override
+    def create(self, files: Mapping[str, bytes]) -> None:
+        if self.exists(PROVENANCE):
+            return
+        for key in sorted(files, key=lambda k: k == PROVENANCE):  # last: it says that all is there
+            self.write(key, files[key])
+
+    @override
+    def delete(self, key: str) -> None:
+        with contextlib.suppress(FileNotFoundError), self._asking(key):
+            self._obstore.delete(self._store, key)
+
+    @override
+    def local(self, key: str) -> Path:
+        if self._copies is None:
+            # Copies belong to the content of a store, not to its address.
+            self._copies = self._place / xxhash.xxh3_64_hexdigest(self.read(f"{DATA}/zarr.json"))
+        path = self._copies / key
+        try:
+            os.utime(path)  # used now
+            return path
+        except FileNotFoundError:
+            pass
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}{PARTIAL}")
+        try:
+            with self._asking(key), partial.open("wb") as file:
+                answer = self._obstore.get(self._store, key)
+                size = int(answer.meta["size"])
+                self._make_room(size)
+                for part in answer.stream(min_chunk_size=8 << 20):
+                    file.write(part)
+            if partial.stat().st_size != size:
+                raise StoreError(f"{self.url}/{key}: the transfer broke off.")
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    def _make_room(self, size: int) -> None:
+        """Remove the least recently used copies until `size` more bytes fit into the cache."""
+        with self._mutex:
+            files = []
+            for path in self._place.rglob("*"):
+                with contextlib.suppress(FileNotFoundError):
+                    if path.is_file() and not path.name.endswith(PARTIAL):
+                        status = path.stat()
+                        files.append((status.st_mtime_ns, status.st_size, path))
+            total = sum(bytes_ for _, bytes_, _ in files)
+            for _, bytes_, path in sorted(files):
+                if total + size <= self.cache_bytes:
+                    return
+                path.unlink(missing_ok=True)
+                total -= bytes_
+
+    @override
+    def staging(self, key: str) -> Path:
+        path = self._place / "staging" / (key + PARTIAL)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @override
+    def publish(self, key: str) -> None:
+        path = self.staging(key)
+        single = path.stat().st_size <= _SINGLE_PUT_BYTES
+        with self._asking(key):
+            self._obstore.put(self._store, key, path, use_multipart=not single)
+        path.unlink()
+
+    @override
+    def free_bytes(self) -> int | None:
+        return None
+
+    @override
+    def claim(self, rank: int) -> Claim:
+        return _ObjectClaim(self, f"writer-{rank}.lock", rank)
+
+    def create_object(self, key: str, data: bytes) -> None:
+        """Put an object that is not there yet.
+
+        Raises:
+            FileExistsError: it is.
+        """
+        with self._asking(key):
+            self._obstore.put(self._store, key, data, mode="create")
+
+    def age(self, key: str) -> float | None:
+        """Seconds since an object was put, or None where there is none."""
+        try:
+            with self._asking(key):
+                made = self._obstore.head(self._store, key)["last_modified"]
+        except FileNotFoundError:
+            return None
+        return time.time() - float(made.timestamp())
+
+    @override
+    def locked(self) -> AbstractContextManager[None]:
+        return self._locked()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        key, deadline = "store.lock", time.monotonic() + _LOCK_WAIT_SECONDS
+        while True:
+            try:
+                self.create_object(key, _this_process().encode())
+                break
+            except FileExistsError:
+                age = self.age(key)
+                if age is not None and age > _STALE_LOCK_SECONDS:  # its process died in the block
+                    self.delete(key)
+                elif time.monotonic() > deadline:
+                    raise StoreError(f"{self.url}/{key}: held for ten minutes.") from None
+                else:
+                    time.sleep(0.2)
+        try:
+            yield
+        finally:
+            self.delete(key)
+
+    @override
+    def drop_locks(self, writers: int) -> None:
+        for rank in range(writers):
+            self.delete(f"writer-{rank}.lock")
+        shutil.rmtree(self._place / "staging", ignore_errors=True)
+
+
+class _ObjectClaim(Claim):
+    """An object that says which process writes a part. It outlives a process that is killed."""
+
+    def __init__(self, folder: RemoteFolder, key: str, rank: int) -> None:
+        self.folder, self.key = folder, key
+        try:
+            folder.create_object(key, _this_process().encode())
+        except FileExistsError:
+            holder = folder.read(key).decode("utf-8", "replace")[:200]
+            if not _gone(holder):
+                raise UserError(
+                    f"{folder}: {holder} is writing part {rank} of this store. Wait for it or stop "
+                    f"it; if it is dead, delete {folder}/{key}."
+                ) from None
+            folder.write(key, _this_process().encode())
+
+    @override
+    def release(self, *, remove: bool) -> None:
+        self.folder.delete(self.key)
+
+
+def _gone(holder: str) -> bool:
+    """Whether the process that a claim names ran on this machine and does not any more."""
+    words = holder.split()
+    if len(words) != 4 or words[3] != socket.gethostname() or not words[1].isdigit():
+        return False
+    if int(words[1]) == os.getpid():
+        return False
+    try:
+        os.kill(int(words[1]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
+
+
+def _first(error: BaseException) -> str:
+    """First line of what a client says, without what it was asked with."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

@@ -1,0 +1,154 @@
+"""What a capture is asked for, and the loaded model that turns batches of tokens into rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bsc.cache.attention import Separation, document_separation, forward_inputs
+from bsc.cache.hookpoints import RowTap, match_hookpoints
+from bsc.cache.layout import Codec, Hookpoint
+from bsc.cache.models import LanguageModel, load_model, resolve_model
+from bsc.cache.plan import WINDOW
+from bsc.cache.text import TextSource
+from bsc.cache.tokens import ContextBatch, Packing
+from bsc.devices import pick_device
+from bsc.errors import UserError
+
+__all__ = ["CaptureConfig", "Source", "batch_contexts", "default_hookpoints", "open_source"]
+
+MAX_DEFAULT_CONTEXT = 2048
+BATCH_TOKENS = {"cpu": 8_192, "cuda": 65_536}
+MAX_NON_FINITE = 1e-6
+"""Share of rows with a value that is not finite above which a capture is refused."""
+PAPER_LAYERS = (0.0, 0.3, 0.6, 0.9)
+"""Depths of the MLPs that the paper takes: layers 0, 9, 18 and 27 of 30, or 0, 7, 14, 21 of 24."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureConfig:
+    """What to capture and where to put it."""
+
+    model: str
+    """``"demo"``, a short name, a folder, or a hub id."""
+    store: Path | str
+    """Folder of the store, or its address in object storage: ``s3://bucket/acts``."""
+    text: TextSource
+    """Where the text comes from."""
+    hookpoints: tuple[str, ...] = ()
+    """Patterns of module names; empty: the MLPs at the paper's depths."""
+    tokens: int = 10_000_000
+    """Training rows to capture; at most 1 % fewer are."""
+    held_out_tokens: int | None = None
+    """Rows of held-out documents to capture; None: the held-out share of `tokens`, at most 2^20."""
+    context: int | None = None
+    """Tokens in a context; None: the model's longest, at most 2,048."""
+    batch_tokens: int | None = None
+    """Tokens in a forward pass; None: 8,192 on a CPU, 65,536 on a GPU."""
+    packing: Packing = "masked"
+    """How contexts are filled (cache/tokens.py)."""
+    codec: Codec = "raw"
+    """How rows are stored (cache/codec.py)."""
+    revision: str | None = None
+    """Of the model on the hub."""
+    dtype: str = "auto"
+    """Of the model's arithmetic; rows are stored as bfloat16 whatever it is."""
+    device: str | None = None
+    """``"cpu"``, ``"cuda"``, ``"cuda:1"``; None: a GPU where there is one."""
+    seed: int = 0
+    """Of the order of documents and of the scatter."""
+    window: int = WINDOW
+    """Shards that the rows are scattered over at a time."""
+    rank: int = 0
+    """Which of the processes that write the store this is."""
+    world: int = 1
+    """Processes that write the store."""
+    ring: int | None = None
+    """Training shards on disk at a time; None: all of them stay."""
+    max_non_finite: float = MAX_NON_FINITE
+    """Share of rows with values that are not finite above which to stop."""
+
+
+def default_hookpoints(base: torch.nn.Module) -> tuple[str, ...]:
+    """The MLPs at the paper's depths: layers 0, 9, 18 and 27 of a model with 30.
+
+    Raises:
+        UserError: the model has no modules called ``layers.*.mlp``.
+    """
+    names = match_hookpoints(base, ["layers.*.mlp"])
+    return tuple(dict.fromkeys(names[int(len(names) * depth)] for depth in PAPER_LAYERS))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded model with everything that turns a batch of tokens into rows."""
+
+    lm: LanguageModel
+    tap: RowTap
+    hookpoints: tuple[Hookpoint, ...]
+    context: int
+    batch: int
+    """Contexts in a forward pass."""
+    packing: Packing
+    separation: Separation
+
+    def rows(self, batch: ContextBatch) -> dict[str, torch.Tensor]:
+        """Rows of a batch by array name, on the model's device, padding left out."""
+        device = self.lm.model.device
+        ids, position, real = (
+            None if a is None else torch.from_numpy(np.ascontiguousarray(a)).to(device)
+            for a in (batch.token_id, batch.position, batch.real)
+        )
+        assert ids is not None and position is not None
+        inputs = forward_inputs(
+            ids, position, packing=self.packing, separation=self.separation, real=real,
+            dtype=self.lm.model.dtype,
+        )  # fmt: skip
+        rows = self.tap.rows(inputs)
+        return rows if real is None else {n: r[real.reshape(-1)] for n, r in rows.items()}
+
+    def block(self, batch: ContextBatch) -> dict[str, torch.Tensor]:
+        """Rows of a batch with its token arrays."""
+        block = self.rows(batch)
+        for name, values in batch.rows().items():
+            block[f"tokens/{name}"] = torch.from_numpy(values.astype(np.int32))
+        return block
+
+
+def open_source(config: CaptureConfig) -> Source:
+    """Load the model of a capture and find out about it.
+
+    Raises:
+        UserError: the model, its hookpoints or the context are not as they are asked for.
+    """
+    resolve_model(config.model)
+    device = pick_device(config.device)
+    lm = load_model(config.model, revision=config.revision, dtype=config.dtype, device=device)
+    patterns = list(config.hookpoints) or list(default_hookpoints(lm.base))
+    tap = RowTap(lm.base, match_hookpoints(lm.base, patterns))
+    context = config.context or min(lm.context, MAX_DEFAULT_CONTEXT)
+    if not 1 < context <= lm.context:
+        raise UserError(
+            f"--context {context}: the model takes contexts of 2 to {lm.context} tokens."
+        )
+    rows = tap.rows({"input_ids": torch.zeros((1, 8), dtype=torch.int64, device=device)})
+    hooks = tuple(
+        Hookpoint(n, rows[f"{n}/input"].shape[1], rows[f"{n}/output"].shape[1]) for n in tap.names
+    )
+    separation: Separation = "positions"
+    if config.packing == "masked":
+        vocabulary = int(lm.model.get_input_embeddings().weight.shape[0])
+        separation = document_separation(
+            tap.rows, vocabulary=vocabulary, dtype=lm.model.dtype, device=device
+        )
+    batch = batch_contexts(config, context, device)
+    return Source(lm, tap, hooks, context, batch, config.packing, separation)
+
+
+def batch_contexts(config: CaptureConfig, context: int, device: torch.device) -> int:
+    """Contexts in a forward pass."""
+    tokens = config.batch_tokens or BATCH_TOKENS.get(device.type, 8_192)
+    return max(1, tokens // context)

@@ -1,0 +1,214 @@
+"""A store in object storage, over the real S3 protocol on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+
+from bsc.cache.capture import CaptureConfig, capture
+from bsc.cache.folder import open_folder
+from bsc.cache.layout import Grid
+from bsc.cache.loader import Loader
+from bsc.cache.remote import RemoteFolder
+from bsc.cache.store import ActivationStore
+from bsc.cache.text import TextSource
+from bsc.cache.verify import verify
+from bsc.describe import describe
+from bsc.errors import StoreError, UserError
+from bsc.eval.evaluate import evaluate
+from bsc.train.sweep import TrainConfig
+from bsc.train.trainer import train
+from tests.cache.synthetic import files_of, make_store, numbers
+
+GRID = Grid(96, 24, 10)
+BUCKET = "activations"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    running = ThreadedMotoServer(port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+@pytest.fixture
+def bucket(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    for name, value in {
+        "AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1", "BSC_SHARD_CACHE": str(tmp_path / "cache"),
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    s3 = boto3.resource("s3", endpoint_url=server, region_name="us-east-1",
+                        aws_access_key_id="id", aws_secret_access_key="secret")  # fmt: skip
+    made = s3.create_bucket(Bucket=BUCKET)
+    yield made
+    made.objects.all().delete()
+    made.delete()
+
+
+def upload(bucket: Any, root: Path, prefix: str = "acts") -> str:
+    for path in root.rglob("*"):
+        if path.is_file():
+            bucket.upload_file(str(path), f"{prefix}/{path.relative_to(root).as_posix()}")
+    return f"s3://{BUCKET}/{prefix}"
+
+
+def cached_bytes(tmp_path: Path) -> int:
+    return sum(p.stat().st_size for p in (tmp_path / "cache").rglob("*") if p.is_file())
+
+
+def test_an_uploaded_store_reads_as_the_local_one_and_verifies(bucket: Any, tmp_path: Path) -> None:
+    make_store(tmp_path / "s", 960, GRID, window=4)
+    url = upload(bucket, tmp_path / "s")
+    local, remote = ActivationStore(tmp_path / "s"), ActivationStore(url)
+    assert remote.complete and remote.store_id == local.store_id
+    assert numbers(remote).tolist() == numbers(local).tolist()
+    assert list(verify(url)) == []
+    assert describe(url)["splits"] == describe(tmp_path / "s")["splits"]
+    key = "acts/data.zarr/layers.0.mlp/input/c/3/0"
+    raw = bytearray(bucket.Object(key).get()["Body"].read())
+    raw[7] ^= 1
+    bucket.Object(key).put(Body=bytes(raw))
+    fresh = tmp_path / "other-cache"
+    os.environ["BSC_SHARD_CACHE"] = str(fresh)
+    (problem,) = verify(url)
+    assert f"{url}/data.zarr/layers.0.mlp/input/c/3/0: chunk 0" in problem
+    bucket.Object(key).delete()
+    os.environ["BSC_SHARD_CACHE"] = str(tmp_path / "third-cache")
+    assert list(verify(url)) == [f"{url}/{key.removeprefix('acts/')}: missing"]
+    with pytest.raises(StoreError, match=r"c/3/0: this committed shard is missing"):
+        ActivationStore(url).train.tensor("layers.0.mlp/input", 3)
+
+
+def test_a_shard_is_got_once_and_the_cache_stays_within_its_bound(
+    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_store(tmp_path / "s", 960, GRID, window=4)
+    url = upload(bucket, tmp_path / "s")
+    got: list[str] = []
+    import obstore
+
+    real = obstore.get
+
+    def spy(store: Any, key: str, **options: Any) -> Any:
+        got.append(key)
+        return real(store, key, **options)
+
+    monkeypatch.setattr(obstore, "get", spy)
+    split = ActivationStore(url).train
+    names = ("layers.0.mlp/input", "layers.0.mlp/output")
+    loader = Loader(split, names, batch_rows=48, seed=0)
+    rows = [torch.cat([*b], dim=1).clone() for b in islice(loader.batches(), 20)]
+    shards = [k for k in got if "/c/" in k]
+    assert sorted(shards) == sorted(set(shards)) and len(shards) == 20
+    local = Loader(ActivationStore(tmp_path / "s").train, names, batch_rows=48, seed=0)
+    for a, b in zip(rows, local.batches(), strict=False):
+        assert torch.equal(a, torch.cat([*b], dim=1))
+
+    # A cache of six shards: an epoch passes through it, within its bound.
+    bound = 6 * (96 * 12 + 16 * 4 + 4)
+    monkeypatch.setenv("BSC_SHARD_CACHE", str(tmp_path / "cache" / "small"))
+    monkeypatch.setenv("BSC_SHARD_CACHE_BYTES", str(bound))
+    small = Loader(ActivationStore(url).train, names, batch_rows=48, seed=0, shards_at_once=2)
+    most = 0
+    for _ in zip(small.batches(), range(20), strict=False):
+        here = (tmp_path / "cache" / "small").rglob("*")
+        most = max(most, sum(p.stat().st_size for p in here if p.is_file()))
+    assert 0 < most <= bound
+
+
+def test_capture_straight_to_object_storage_gives_the_objects_of_a_local_capture(
+    bucket: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(store: Path | str) -> CaptureConfig:
+        return CaptureConfig(
+            model=str(tiny_model), store=store, text=TextSource(corpus="stdlib", held_out=0.2),
+            hookpoints=("layers.1.mlp",), tokens=3_600, held_out_tokens=600, context=32,
+            batch_tokens=256, window=6,
+        )  # fmt: skip
+
+    url = f"s3://{BUCKET}/live"
+    puts: list[str] = []
+    publish = RemoteFolder.publish
+
+    def spy(self: RemoteFolder, key: str) -> None:
+        puts.append(key)
+        publish(self, key)
+
+    monkeypatch.setattr(RemoteFolder, "publish", spy)
+    # Killed once on the way, then gone on with.
+    claim = open_folder(url).claim(0)
+    with pytest.raises(UserError, match=rf"process {os.getpid()} on .* is writing part 0"):
+        open_folder(url).claim(0)
+    claim.release(remove=True)
+    real = RemoteFolder.write
+
+    def die(self: RemoteFolder, key: str, data: bytes) -> None:
+        if "manifest/train/0-000001" in key:
+            raise KeyboardInterrupt
+        real(self, key, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteFolder, "write", die)
+        with pytest.raises(KeyboardInterrupt):
+            capture(config(url))
+    assert not ActivationStore(url).complete and list(verify(url)) == []
+    capture(config(url))
+    capture(config(tmp_path / "local"))
+    objects = {
+        o.key.removeprefix("live/"): o.get()["Body"].read()
+        for o in bucket.objects.filter(Prefix="live/")
+    }
+    objects.pop("provenance.json")
+    assert objects == files_of(tmp_path / "local")
+    assert all(puts.count(key) <= 2 for key in puts)  # twice: those of the window that was lost
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def test_training_and_evaluation_read_from_object_storage(
+    bucket: Any, store_path: Path, tmp_path: Path
+) -> None:
+    url = upload(bucket, store_path, "run")
+    sweeps = [
+        TrainConfig(
+            store=where, runs=tmp_path / name, batch_rows=256,
+            coders=({"hookpoint": "layers.2.mlp", "k": [4], "n_latents": 64},),
+        )
+        for name, where in (("remote", url), ("local", store_path))
+    ]  # fmt: skip
+    (remote, _), (local, _) = (train(s) for s in sweeps)
+    assert remote.config()["store"] == url
+    name = remote.coder_names()[0]
+    a, b = ((r.coder_folder(name) / "coder.safetensors").read_bytes() for r in (remote, local))
+    assert a == b
+    figures = [evaluate(r, ce_tokens=512)["coders"][name]["fvu"] for r in (remote, local)]
+    assert figures[0] == figures[1]
+
+
+def test_mistakes_have_one_message(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StoreError, match="no such folder"):
+        ActivationStore(f"s3://{BUCKET}/nothing")
+    with pytest.raises(UserError, match="not an address of object storage"):
+        open_folder("ftp://somewhere/acts")
+    bucket.Object("taken/file.txt").put(Body=b"x")
+    with pytest.raises(UserError, match="something is there already"):
+        open_folder(f"s3://{BUCKET}/taken").check_new()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    done = subprocess.run(
+        [sys.executable, "-m", "bsc", "info", f"s3://{BUCKET}/acts"], capture_output=True,
+        text=True, env={**os.environ, "AWS_ALLOW_HTTP": "true"}, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "secret" not in done.stderr
+    assert done.stderr.startswith(f"error: s3://{BUCKET}/acts")

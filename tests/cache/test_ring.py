@@ -1,0 +1,194 @@
+"""A store that passes through a bounded disk while it is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from bsc.cache.capture import CaptureConfig, capture
+from bsc.cache.folder import open_folder
+from bsc.cache.layout import Grid, array_specs
+from bsc.cache.loader import Loader
+from bsc.cache.ring import RingReader, RingWriter, readers, reading
+from bsc.cache.store import ActivationStore
+from bsc.cache.text import TextSource
+from bsc.cache.verify import verify
+from bsc.errors import StoreError, UserError
+from bsc.train.sweep import TrainConfig
+from bsc.train.trainer import train
+from tests.cache.synthetic import HOOKS, make_store
+
+SLOTS, WINDOW = 8, 4
+GRID = Grid(24, 12, SLOTS * 20)
+SPECS = array_specs(HOOKS, "train")
+
+
+def shards_on_disk(root: Path) -> int:
+    return len(list((root / "data.zarr/tokens/token_id/c").glob("[0-9]*")))
+
+
+def write(root: Path, rows: int = GRID.rows) -> None:
+    ring = RingWriter(open_folder(root), SPECS, GRID, SLOTS)
+    make_store(
+        root, rows, GRID, window=WINDOW, ring=SLOTS, size=50, before_window=ring.wait_for_room
+    )
+
+
+def read(root: Path, name: str, delay: float = 0.0) -> list[int]:
+    """Every row that a reader gets, by the number that stands in it."""
+    store = ActivationStore(root)
+    split = store.train
+    names = ("layers.0.mlp/input", "layers.0.mlp/output")
+    loader = Loader(split, names, batch_rows=100, seed=0, shards_at_once=2, drop_last=False)
+    got: list[int] = []
+    with reading(RingReader(store.folder, split.specs, split.grid, name)) as ring:
+        for x, y in loader.ring_batches(ring, lambda: ActivationStore(root).complete):
+            numbers = (x[:, 0].float() + 128 * x[:, 1].float()).int()
+            assert torch.equal(numbers, (-y[:, 4].float() - 128 * y[:, 5].float()).int())
+            got += numbers.tolist()
+            time.sleep(delay)
+    return got
+
+
+def test_twenty_rings_pass_and_every_reader_sees_every_row_once(tmp_path: Path) -> None:
+    root = tmp_path / "acts"
+    write_thread = threading.Thread(target=write, args=(root,))
+    write_thread.start()
+    while not (root / "provenance.json").exists():
+        time.sleep(0.01)
+    results: dict[str, list[int]] = {}
+    threads = [
+        threading.Thread(target=lambda n=name, d=delay: results.update({n: read(root, n, d)}))
+        for name, delay in (("fast", 0.0), ("slow", 0.01))
+    ]
+    for thread in threads:
+        thread.start()
+    most = 0
+    while any(t.is_alive() for t in [write_thread, *threads]):
+        most = max(most, shards_on_disk(root))
+        time.sleep(0.01)
+    write_thread.join()
+    expected = Counter(range(GRID.rows))
+    assert GRID.shards == 20 * SLOTS
+    assert Counter(results["fast"]) == expected and Counter(results["slow"]) == expected
+    assert WINDOW < most <= SLOTS
+    # Both have left; what no reader needs any more is gone, and the rest is right.
+    assert readers(open_folder(root)) == [] and shards_on_disk(root) < SLOTS
+    assert list(verify(root)) == []
+
+
+def test_the_writer_waits_for_the_slowest_reader(tmp_path: Path) -> None:
+    root = tmp_path / "acts"
+    thread = threading.Thread(target=write, args=(root,), daemon=True)
+    thread.start()
+    while not (root / "provenance.json").exists():
+        time.sleep(0.01)
+    store = ActivationStore(root)
+    ring = RingReader(store.folder, SPECS, GRID, "stuck")
+    time.sleep(1.0)
+    before = ActivationStore(root).train.shards
+    time.sleep(0.5)
+    assert ActivationStore(root).train.shards == before <= SLOTS and thread.is_alive()
+    ring.passed(4)
+    time.sleep(0.7)
+    assert ActivationStore(root).train.shards == before + 4
+    assert not (root / "data.zarr/tokens/token_id/c/3").exists()
+    ring.passed(GRID.shards)  # let it end
+    ring.close(leave=True)
+    last = RingReader(store.folder, SPECS, GRID, "drain")
+    while thread.is_alive():
+        last.passed(GRID.shards)
+        time.sleep(0.05)
+    last.close(leave=True)
+
+
+def test_a_dead_reader_is_named_and_can_come_back_where_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "acts"
+    make_store(root, GRID.rows, GRID, window=WINDOW, ring=SLOTS, size=50, stop_after=200)
+    child = subprocess.run(
+        [sys.executable, "-c", f"""
+import os
+from bsc.cache.folder import open_folder
+from bsc.cache.layout import Grid
+from bsc.cache.ring import RingReader
+from tests.cache.test_ring import GRID, SPECS
+ring = RingReader(open_folder({str(root)!r}), SPECS, GRID, "lost")
+ring.passed(3)
+os._exit(9)
+"""],
+        cwd=Path(__file__).parent.parent.parent, check=False,
+    )  # fmt: skip
+    assert child.returncode == 9
+    folder = open_folder(root)
+    (cursor,) = readers(folder)
+    assert (cursor.reader, cursor.next_shard) == ("lost", 3) and cursor.is_dead()
+    writer = RingWriter(folder, SPECS, GRID, SLOTS)
+    thread = threading.Thread(target=writer.wait_for_room, args=(11,), daemon=True)
+    thread.start()
+    time.sleep(0.5)
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert f"reader lost (process {cursor.process} on " in said and "is gone and holds" in said
+    assert "holds the ring at shard 3" in said and thread.is_alive()
+    back = RingReader(folder, SPECS, GRID, "lost")
+    assert back.next_shard == 3
+    back.passed(4)
+    thread.join(5)
+    assert not thread.is_alive()
+    back.close(leave=True)
+
+
+def test_two_processes_cannot_read_a_ring_under_one_name(tmp_path: Path) -> None:
+    make_store(tmp_path / "s", 200, GRID, window=WINDOW, ring=SLOTS, size=50, stop_after=100)
+    folder = open_folder(tmp_path / "s")
+    RingReader(folder, SPECS, GRID, "one").close(leave=False)
+    value = json.loads(folder.read("ring/one.json"))
+    folder.write("ring/one.json", json.dumps(value | {"process": os.getppid()}).encode())
+    with pytest.raises(UserError, match=r"reader one .* reads this ring under that name"):
+        RingReader(folder, SPECS, GRID, "one")
+
+
+def test_a_damaged_cursor_and_a_bad_name_are_refused(tmp_path: Path) -> None:
+    make_store(tmp_path / "s", 200, GRID, window=WINDOW, ring=SLOTS, size=50, stop_after=100)
+    folder = open_folder(tmp_path / "s")
+    with pytest.raises(UserError, match="needs a name of letters"):
+        RingReader(folder, SPECS, GRID, "../x")
+    folder.write("ring/x.json", b"[1")
+    with pytest.raises(StoreError, match=r"ring/x\.json: not the cursor of a reader"):
+        readers(folder)
+
+
+def test_a_capture_and_a_training_run_at_the_same_time(tiny_model: Path, tmp_path: Path) -> None:
+    root = tmp_path / "acts"
+    config = CaptureConfig(
+        model=str(tiny_model), store=root, text=TextSource(corpus="stdlib", held_out=0.2),
+        hookpoints=("layers.1.mlp",), tokens=40_000, held_out_tokens=500, context=32,
+        batch_tokens=512, ring=6,
+    )  # fmt: skip
+    thread = threading.Thread(target=capture, args=(config,))
+    thread.start()
+    while not (root / "provenance.json").exists():
+        time.sleep(0.01)
+    sweep = TrainConfig(
+        store=root, runs=tmp_path / "runs", name="live", batch_rows=250, log_every=1,
+        coders=({"k": [4], "n_latents": 64},),
+    )  # fmt: skip
+    run, summaries = train(sweep)
+    thread.join()
+    store = ActivationStore(root)
+    assert store.complete and store.train.rows == 40_000
+    assert run.config()["completed"]["rows"] == 40_000
+    assert len(summaries) == 1 and (summaries[0].fvu or 9) < 1
+    assert shards_on_disk(root) < 6 and list(verify(root)) == []
+    with pytest.raises(UserError, match="a ring, through which 40,000 rows pass once"):
+        train(sweep.model_copy(update={"tokens": 50_000, "name": "more"}))
