@@ -96,11 +96,11 @@ def write_store(root: Path, grid: Grid, given: list[dict[str, torch.Tensor]], wi
     at = 0
     while not writer.full:
         at += writer.append(given[at // BLOCK % len(given)], TextPoint(rows=at))
-    writer.finish(TextPoint(rows=at))
+    writer.finish(at)
     seconds = time.perf_counter() - started
     staging.close()
     write_end(folder, PartEnd(0, {"train": grid.rows}, {"train": 0}, False))
-    complete(folder, {"train": (SPECS, grid)}, {"train": grid.shards}, writers=1)
+    complete(folder, {"train": (SPECS, grid)}, {"train": window}, writers=1)
     return seconds
 
 

@@ -5,8 +5,10 @@ Imports nothing of this package but its errors.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -80,31 +82,31 @@ def check_new_folder(path: Path, what: str) -> None:
         UserError: it is a file, holds something, or cannot be written.
     """
     parent = path
-    missing = []
     while not parent.exists():
-        missing.append(parent)
         parent = parent.parent
     if not parent.is_dir():
         raise UserError(f"{path}: a {what} is a folder, but {parent} is a file.")
-    if not missing and any(path.iterdir()):
+    if parent == path and any(path.iterdir()):
         raise UserError(
             f"{path}: this folder is not empty, so no {what} can be started in it. Name another "
             f"folder, or remove this one first."
         )
-    # Permissions, read-only mounts and odd file systems: only trying tells.
-    made: list[Path] = []
+    # Permissions, read-only mounts and odd file systems: only trying tells. Under a name of its
+    # own, since others may be starting here at the same time; in a folder that has to stay empty
+    # the permission alone is asked.
     try:
-        for folder in reversed(missing or [path / f".writable.{os.getpid()}"]):
-            folder.mkdir()
-            made.append(folder)
+        if parent == path:
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        else:
+            probe = parent / f".writable.{uuid.uuid4().hex}"
+            probe.mkdir()
+            probe.rmdir()
     except OSError as error:
         raise UserError(
             f"{path}: the {what} cannot be written here ({error.strerror}). Name a folder that "
             f"you may write to."
         ) from None
-    finally:
-        for folder in reversed(made):
-            folder.rmdir()
 
 
 def make_folder(path: Path, what: str) -> None:

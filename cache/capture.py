@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -18,14 +19,17 @@ from bsc.cache.commit import advance, check_same, complete, create, split_start
 from bsc.cache.folder import StoreFolder, open_folder
 from bsc.cache.layout import (
     CODECS,
+    DATA,
     FORMAT_VERSION,
     PROVENANCE,
+    README,
     Split,
     array_key,
+    group_keys,
     store_attributes,
     store_id_of,
 )
-from bsc.cache.manifest import PartEnd, TextPoint, read_end, write_end
+from bsc.cache.manifest import PartEnd, read_end, write_end
 from bsc.cache.plan import CapturePlan, check_disk, check_open_files, plan_capture
 from bsc.cache.prefetch import prefetched
 from bsc.cache.ring import RingWriter
@@ -40,6 +44,8 @@ from bsc.versions import versions
 
 __all__ = ["CaptureConfig", "CaptureResult", "capture", "default_hookpoints"]
 
+_SCALE_FLOOR = 0.01
+"""Smallest scale of a channel, over the median one; codec int8."""
 _READ_AHEAD = 4
 """Batches that are tokenised before the model asks for them."""
 
@@ -130,6 +136,9 @@ def capture(config: CaptureConfig) -> CaptureResult:
     if read_end(folder, config.rank) is None:
         claim = folder.claim(config.rank)
         try:
+            if read_end(folder, config.rank) is not None:  # by another process, meanwhile
+                claim.release(remove=True)
+                return _already(config, folder, plan, store_id_of(identity))
             # Another process may have made the store meanwhile; what it says is what holds.
             made = check_same(folder, identity)
             if made["versions"] != versions():
@@ -151,8 +160,16 @@ def capture(config: CaptureConfig) -> CaptureResult:
             raise
         claim.release(remove=True)
         return result
+    return _already(config, folder, plan, store_id_of(identity))
+
+
+def _already(
+    config: CaptureConfig, folder: StoreFolder, plan: CapturePlan, store_id: str
+) -> CaptureResult:
+    """What there is to say of a part that is finished; finishes the store where that is left."""
     console.print(f"{folder}: part {config.rank} is finished already")
-    return _result(config, folder, plan, store_id_of(identity), time.perf_counter())
+    folder.drop_leftovers(config.rank, _metadata(plan))
+    return _result(config, folder, plan, store_id, time.perf_counter())
 
 
 def _device_name(device: torch.device) -> str:
@@ -174,7 +191,10 @@ def _channel_scales(config: CaptureConfig, source: Source) -> dict[str, NDArray[
             values = rows.float()
             values = values[values.isfinite().all(dim=1)]
             rms = values.square().mean(dim=0).sqrt()
-            rms[~(rms > 0)] = 1.0
+            # A channel that is silent in this batch may speak later, and must not then take all
+            # the levels of its rows.
+            floor = _SCALE_FLOOR * rms[rms > 0].median() if (rms > 0).any() else rms.new_ones(())
+            rms = rms.clamp(min=float(floor))
             scales[name] = rms.cpu().numpy().astype(np.float32)
         return scales
     raise UserError(_NO_TEXT)
@@ -198,9 +218,7 @@ def _write(
     started = time.perf_counter()
     folder.drop_leftovers(config.rank, _metadata(plan))
     starts = {
-        split: split_start(
-            folder, split, grid, config.rank, config.world, plan.window if split == "train" else 1
-        )
+        split: split_start(folder, split, grid, config.rank, config.world, plan.windows[split])
         for split, grid in plan.grids.items()
     }
     done = {split: start.shards * plan.grids[split].shard_rows for split, start in starts.items()}
@@ -221,7 +239,7 @@ def _write(
         )
         writers: dict[Split, SplitWriter] = {}
         for split, (specs, grid) in plan.arrays.items():
-            window = plan.window if split == "train" else 1
+            window = plan.windows[split]
             writers[split] = SplitWriter(
                 folder, split, specs, grid, staging, rank=config.rank, writers=config.world,
                 window=window, seed=config.seed, channel_scales=scales, start=starts[split],
@@ -243,7 +261,7 @@ def _write(
         )  # fmt: skip
         stack.callback(batches.close)
         try:
-            dropped = _pump(config, batches, source, writers)
+            dropped = _pump(config, batches, source, writers, _committed_bad(folder, plan))
         except UserError as error:
             kept = writers["train"].committed_rows
             if kept == 0 and config.world == 1:
@@ -277,7 +295,8 @@ def _write(
 def _metadata(plan: CapturePlan) -> list[str]:
     """Keys of the files that are replaced while a store grows."""
     specs = [spec for specs, _ in plan.arrays.values() for spec in specs.values()]
-    return [PROVENANCE, *(array_key(spec) for spec in specs)]
+    words = [PROVENANCE, README, f"{DATA}/zarr.json", *group_keys(specs)]
+    return [*words, *(array_key(spec) for spec in specs)]
 
 
 def _result(
@@ -285,14 +304,7 @@ def _result(
     started: float, written: int = 0, dropped: int = 0,
 ) -> CaptureResult:  # fmt: skip
     """Finish the store if this was the last part, and say what it holds."""
-    committed = {
-        split: advance(
-            folder, split, specs, grid, writers=config.world,
-            window=plan.window if split == "train" else 1,
-        )
-        for split, (specs, grid) in plan.arrays.items()
-    }  # fmt: skip
-    finished = complete(folder, plan.arrays, committed, writers=config.world)
+    finished, committed = complete(folder, plan.arrays, plan.windows, writers=config.world)
     rows = {split: n * plan.grids[split].shard_rows for split, n in committed.items()}
     if finished and rows.get("held_out") == 0:
         console.print(
@@ -318,11 +330,11 @@ def _pump(
     batches: Iterator[ContextBatch],
     source: Source,
     writers: dict[Split, SplitWriter],
+    before: Mapping[tuple[Split, str], int],
 ) -> dict[str, int]:
     """Take every batch through the model to its writer; rows dropped at the end, by split."""
     train = writers["train"]
-    before = train.rows
-    with stage("capture", train.owned_rows, "tokens", done=before) as progress:
+    with stage("capture", train.owned_rows, "tokens", done=train.rows) as progress:
         last = -1
         for batch in batches:
             writer = writers[batch.split]
@@ -330,16 +342,15 @@ def _pump(
             if writer.full:
                 continue
             taken = writer.append(source.block(batch), batch.point)
-            _check_finite(config, writers)
+            _check_finite(config, writers, before)
             if batch.split == "train":
                 progress.advance(taken, format_bytes(sum(w.bytes for w in writers.values())))
         seen = train.rows
-        if seen == 0:
+        if seen == 0 and config.world == 1:
             raise UserError(_NO_TEXT)
-        end = TextPoint(last + 1, 0, 0)
-        dropped: dict[str, int] = {s: writer.finish(end) for s, writer in writers.items()}
-        _check_finite(config, writers)
-    if train.committed_rows == 0:
+        dropped: dict[str, int] = {s: writer.finish(last + 1) for s, writer in writers.items()}
+        _check_finite(config, writers, before)
+    if train.committed_rows == 0 and config.world == 1:
         raise UserError(
             f"the text ended after {seen:,} training tokens of {train.owned_rows:,} that were "
             f"asked for, and they fill no shard of {train.grid.shard_rows:,} rows. Ask for what "
@@ -353,7 +364,21 @@ def _pump(
     return dropped
 
 
-def _check_finite(config: CaptureConfig, writers: Mapping[Split, SplitWriter]) -> None:
+def _committed_bad(folder: StoreFolder, plan: CapturePlan) -> dict[tuple[Split, str], int]:
+    """By split and array: committed rows with values that are not finite, of all writers."""
+    return {
+        (split, name): json.loads(folder.read(array_key(spec)))["attributes"]["non_finite_rows"]
+        for split, (specs, _) in plan.arrays.items()
+        for name, spec in specs.items()
+        if spec.width is not None
+    }
+
+
+def _check_finite(
+    config: CaptureConfig,
+    writers: Mapping[Split, SplitWriter],
+    before: Mapping[tuple[Split, str], int],
+) -> None:
     """Stop a capture whose model overflows.
 
     Raises:
@@ -361,7 +386,8 @@ def _check_finite(config: CaptureConfig, writers: Mapping[Split, SplitWriter]) -
     """
     for writer in writers.values():
         tolerated = config.max_non_finite * writer.owned_rows
-        for name, bad in writer.bad_rows.items():
+        for name, new in writer.bad_rows.items():
+            bad = new + before.get((writer.split, name), 0)
             if bad > tolerated:
                 raise UserError(
                     f"{name}: {bad:,} of {writer.rows:,} rows hold values that are not finite "

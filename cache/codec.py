@@ -22,6 +22,8 @@ from bsc.errors import StoreError
 __all__ = ["QMAX", "compress", "decompress", "dequantise", "quantise"]
 
 QMAX = 127
+_HEADER_BYTES = 16
+"""Of a Blosc frame; bytes 4 to 7 are the size of what it holds."""
 _BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.BITSHUFFLE, blocksize=0)
 
 
@@ -38,6 +40,9 @@ def decompress(frame: memoryview, out: NDArray[Any]) -> None:
     Raises:
         StoreError: the frame is damaged or of another size.
     """
+    size = int.from_bytes(frame[4:8], "little") if len(frame) >= _HEADER_BYTES else -1
+    if size != out.nbytes:
+        raise StoreError(f"a compressed chunk is damaged (it holds {size} bytes, not {out.nbytes})")
     try:
         _BLOSC.decode(frame, out.view(np.uint8).reshape(-1))
     except (RuntimeError, ValueError, BufferError) as error:

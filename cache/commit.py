@@ -147,7 +147,7 @@ def split_start(
     shards = _shards_of(folder, split, rank, sizes, windows)
     last = read_window(folder, split, rank, windows - 1)
     assert last is not None
-    return SplitStart(windows, shards, last.next)
+    return SplitStart(windows, shards, last.next, last.dropped)
 
 
 def advance(
@@ -160,74 +160,87 @@ def advance(
         Committed shards of the split, over all writers, up to the first that is missing.
     """
     with folder.locked():
-        counts = _committed_windows(folder, split, writers)
-        plans = [
-            window_sizes(len(owned), window) if (owned := owned_shards(grid.shards, r, writers))
-            else []
-            for r in range(writers)
-        ]  # fmt: skip
-        done = [
-            _shards_of(folder, split, r, plan, n)
-            for r, (plan, n) in enumerate(zip(plans, counts, strict=True))
-        ]
-        prefix = min(grid.shards, *(r + writers * n for r, n in enumerate(done)))
-        cache: dict[tuple[int, int], WindowRecord | None] = {}
+        return _advance(folder, split, specs, grid, writers=writers, window=window)
 
-        def record_of(spec: ArraySpec, shard: int) -> ChannelSums:
-            rank, place = shard % writers, shard // writers
-            ends = np.cumsum(plans[rank])
-            key = (rank, int(np.searchsorted(ends, place, side="right")))
-            if key not in cache:
-                cache[key] = read_window(folder, split, *key)
-            record = cache[key]
-            for shard_record in record.shards if record else ():
-                if (shard_record.array, shard_record.shard) == (spec.path, shard):
-                    assert shard_record.sums is not None
-                    return shard_record.sums
-            raise StoreError(f"{folder}: the manifest lacks shard {shard} of {spec.path}.")
 
-        for spec in specs.values():
-            meta = json.loads(folder.read(array_key(spec)))
-            before = int(meta["shape"][0]) // grid.shard_rows
-            if before >= prefix:
-                continue
-            attributes = meta["attributes"]
-            if spec.width is not None:
-                sums = ChannelSums.from_json(attributes)
-                for shard in range(before, prefix):
-                    sums.merge(record_of(spec, shard))
-                attributes |= sums.to_json()
-            rows = prefix * grid.shard_rows
-            new = spec.zarr_json(rows, grid, attributes)
-            folder.write_text(array_key(spec), canonical_json(new))
+def _advance(
+    folder: StoreFolder, split: Split, specs: Mapping[str, ArraySpec], grid: Grid, *,
+    writers: int, window: int,
+) -> int:  # fmt: skip
+    """`advance`, for those who hold the lock."""
+    counts = _committed_windows(folder, split, writers)
+    plans = [
+        window_sizes(len(owned), window) if (owned := owned_shards(grid.shards, r, writers))
+        else []
+        for r in range(writers)
+    ]  # fmt: skip
+    done = [
+        _shards_of(folder, split, r, plan, n)
+        for r, (plan, n) in enumerate(zip(plans, counts, strict=True))
+    ]
+    prefix = min(grid.shards, *(r + writers * n for r, n in enumerate(done)))
+    cache: dict[tuple[int, int], WindowRecord | None] = {}
+
+    def record_of(spec: ArraySpec, shard: int) -> ChannelSums:
+        rank, place = shard % writers, shard // writers
+        ends = np.cumsum(plans[rank])
+        key = (rank, int(np.searchsorted(ends, place, side="right")))
+        if key not in cache:
+            cache[key] = read_window(folder, split, *key)
+        record = cache[key]
+        for shard_record in record.shards if record else ():
+            if (shard_record.array, shard_record.shard) == (spec.path, shard):
+                assert shard_record.sums is not None
+                return shard_record.sums
+        raise StoreError(f"{folder}: the manifest lacks shard {shard} of {spec.path}.")
+
+    for spec in specs.values():
+        meta = json.loads(folder.read(array_key(spec)))
+        before = int(meta["shape"][0]) // grid.shard_rows
+        if before >= prefix:
+            continue
+        attributes = meta["attributes"]
+        if spec.width is not None:
+            sums = ChannelSums.from_json(attributes)
+            for shard in range(before, prefix):
+                sums.merge(record_of(spec, shard))
+            attributes |= sums.to_json()
+        rows = prefix * grid.shard_rows
+        new = spec.zarr_json(rows, grid, attributes)
+        folder.write_text(array_key(spec), canonical_json(new))
     return prefix
 
 
 def complete(
     folder: StoreFolder,
     arrays: Mapping[Split, tuple[Mapping[str, ArraySpec], Grid]],
-    committed: Mapping[Split, int],
+    windows: Mapping[Split, int],
     *,
     writers: int,
-) -> bool:
-    """Finish the store if every writer's part is finished; safe to repeat.
+) -> tuple[bool, dict[Split, int]]:
+    """Move `shape` of every split, and finish the store if every writer's part is finished.
 
     Shards that lie beyond a gap, because another writer's text ended before, are removed: no reader
-    could ever see them.
+    could ever see them. Safe to repeat.
 
     Args:
         folder: the store.
         arrays: as for `create`.
-        committed: committed shards of each split without a gap.
+        windows: shards that each split is scattered over at a time.
         writers: in all.
 
     Returns:
-        Whether the store is finished.
+        Whether the store is finished, and the committed shards of each split.
     """
     with folder.locked():
+        # Ends first: what they say is committed is then there to be counted.
         ends = [read_end(folder, rank) for rank in range(writers)]
+        committed = {
+            split: _advance(folder, split, specs, grid, writers=writers, window=windows[split])
+            for split, (specs, grid) in arrays.items()
+        }
         if any(end is None for end in ends):
-            return False
+            return False, committed
         provenance = json.loads(folder.read(PROVENANCE))
         stranded: dict[Split, int] = {}
         for split, (specs, grid) in arrays.items():
@@ -259,7 +272,7 @@ def complete(
                 completed["fvu_of_stored_rows"] = errors
             folder.write(PROVENANCE, sealed(provenance | {"completed": completed}))
     folder.drop_locks(writers)
-    return True
+    return True, committed
 
 
 def _stored_errors(

@@ -19,13 +19,14 @@ from pathlib import Path, PurePosixPath
 
 from typing_extensions import override
 
-from bsc.cache.layout import MANIFEST, PROVENANCE
+from bsc.cache.layout import DATA, MANIFEST, PROVENANCE, README
 from bsc.errors import StoreError, UserError
 from bsc.files import check_new_folder, fsync_folder, make_durable_folder, write_atomically
 
 __all__ = ["PARTIAL", "LocalFolder", "StoreFolder", "open_folder"]
 
 PARTIAL = ".partial"
+_STORE_LOCK = "store.lock"
 _LOCK_WAIT_SECONDS = 600.0
 
 
@@ -97,9 +98,21 @@ class StoreFolder(ABC):
             FileNotFoundError: there is none.
         """
 
+    def fresh(self, key: str) -> Path:
+        """`local`, but never a copy from before.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        return self.local(key)
+
     @abstractmethod
     def staging(self, key: str) -> Path:
         """A local file to write a shard to before it is published under `key`."""
+
+    @abstractmethod
+    def discard(self, key: str) -> None:
+        """Remove a staged file; nothing happens where there is none."""
 
     @abstractmethod
     def publish(self, key: str) -> None:
@@ -199,7 +212,17 @@ class LocalFolder(StoreFolder):
 
     @override
     def check_new(self) -> None:
-        check_new_folder(self.root, "store")
+        if not self._half_made():
+            check_new_folder(self.root, "store")
+
+    def _half_made(self) -> bool:
+        """Whether a `create` that was killed, or one that runs now, is all that is here."""
+        names = {path.name for path in self.root.iterdir()} if self.root.is_dir() else set()
+        known = {DATA, README, PROVENANCE, _STORE_LOCK}
+        partial = {n for n in names if n.endswith(PARTIAL)}
+        if not names or names - known - partial or not names & known:
+            return False
+        return not any((self.root / DATA).glob("**/c/*"))
 
     @override
     def drop_leftovers(self, rank: int, metadata: list[str]) -> None:
@@ -219,28 +242,18 @@ class LocalFolder(StoreFolder):
 
     @override
     def create(self, files: Mapping[str, bytes]) -> None:
-        if (self.root / PROVENANCE).exists():
-            return
-        check_new_folder(self.root, "store")
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        staging = self.root.with_name(f".{self.root.name}.{os.getpid()}{PARTIAL}")
         try:
-            for key, data in files.items():
-                path = staging / key
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, data)
-            staging.rename(self.root)  # over an empty folder, too
+            self.root.mkdir(parents=True, exist_ok=True)
+            with self.locked():
+                if not self.exists(PROVENANCE):
+                    # Last: it says that the store is there.
+                    for key in sorted(files, key=lambda k: k == PROVENANCE):
+                        self.write(key, files[key])
         except OSError as error:
-            # Another writer was first: its store is as good as this one.
-            if not (self.root / PROVENANCE).exists():
-                raise UserError(
-                    f"{self.root}: the store cannot be written here ({error.strerror})."
-                ) from None
-        finally:
-            # Those of others, too: the store is there, and nobody needs them any more.
-            for leftover in self.root.parent.glob(f".{self.root.name}.*{PARTIAL}"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        fsync_folder(self.root.parent)
+            raise UserError(
+                f"{self.root}: the store cannot be written here ({error.strerror})."
+            ) from None
+        fsync_folder(self.root.resolve().parent)
 
     @override
     def delete(self, key: str) -> None:
@@ -255,6 +268,11 @@ class LocalFolder(StoreFolder):
         path = self.path(key)
         make_durable_folder(path.parent)
         return path.with_name(path.name + PARTIAL)
+
+    @override
+    def discard(self, key: str) -> None:
+        path = self.path(key)
+        path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
 
     @override
     def publish(self, key: str) -> None:
@@ -275,11 +293,11 @@ class LocalFolder(StoreFolder):
 
     @override
     def locked(self) -> AbstractContextManager[None]:
-        return _FileLock(self.path("store.lock"))
+        return _FileLock(self.path(_STORE_LOCK))
 
     @override
     def drop_locks(self, writers: int) -> None:
-        self.path("store.lock").unlink(missing_ok=True)
+        self.path(_STORE_LOCK).unlink(missing_ok=True)
         for rank in range(writers):
             self.path(f"writer-{rank}.lock").unlink(missing_ok=True)
 
@@ -304,6 +322,9 @@ class _FileClaim(Claim):
         except OSError:
             os.close(descriptor)
             raise
+        if os.fstat(descriptor).st_nlink == 0:  # its part was finished between the two calls
+            os.close(descriptor)
+            raise UserError(f"{store}: part {rank} was finished just now by another process.")
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self._descriptor = descriptor

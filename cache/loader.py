@@ -10,8 +10,9 @@ function of (seed, epoch, group): a cursor of three integers resumes it at once.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bsc.cache.kept import kept_rows
 from bsc.cache.prefetch import prefetched
 from bsc.cache.ring import RingReader
 from bsc.cache.rows import ShardRows
@@ -103,8 +105,8 @@ class Loader:
         """After the last batch that was given."""
         self.waited = 0.0
         """Seconds spent waiting for shards to be read."""
-        self._without = np.array(sorted(without_tokens), dtype=np.uint32)
-        self._damaged = tuple(n for n in names if split.non_finite_rows(n))
+        self._without = frozenset(without_tokens)
+        self._stopped = threading.Event()
         self._buffers = [
             [
                 torch.empty(
@@ -125,7 +127,15 @@ class Loader:
         """
         epoch, group, row = start
         while True:
-            yield from self._given(self._batches(self._epoch(epoch, group), epoch, row))
+            given = 0
+            for batch in self._given(self._batches(self._epoch(epoch, group), epoch, row)):
+                given += 1
+                yield batch
+            if not given and (group, row) == (0, 0):
+                raise ConfigError(
+                    f"batch_rows: {self.split.where} has fewer than {self.batch_rows:,} rows that "
+                    f"are read, so no batch. Choose a smaller batch."
+                )
             epoch, group, row = epoch + 1, 0, 0
 
     def ring_batches(
@@ -141,12 +151,18 @@ class Loader:
         yield from self._given(self._batches(groups, 0, 0, ring.passed))
 
     def _given(
-        self, source: Iterator[tuple[tuple[torch.Tensor, ...], Cursor]]
+        self, source: Generator[tuple[tuple[torch.Tensor, ...], Cursor], None, None]
     ) -> Iterator[tuple[torch.Tensor, ...]]:
+        self._stopped.clear()
         items = prefetched(source, self.ahead) if self.ahead else source
-        for batch, cursor in items:
-            self.cursor = cursor
-            yield batch
+        try:
+            for batch, cursor in items:
+                self.cursor = cursor
+                yield batch
+        finally:
+            # A thread may wait for shards that nobody needs any more.
+            self._stopped.set()
+            items.close()
 
     def _epoch(self, epoch: int, first: int) -> Iterator[tuple[int, list[int]]]:
         """The groups of an epoch: number and shards."""
@@ -160,7 +176,7 @@ class Loader:
         self, ring: RingReader, ended: Callable[[], bool]
     ) -> Iterator[tuple[int, list[int]]]:
         at = ring.next_shard
-        while True:
+        while not self._stopped.is_set():
             over = ended()  # asked first: what is committed afterwards is then seen
             self.split.refresh()
             n = min(self.shards_at_once, self.split.shards - at)
@@ -195,8 +211,10 @@ class Loader:
         philox = np.random.Philox(key=[self.seed, epoch], counter=[0, 0, 0, number + 1])
         n = len(shards) * self.split.grid.shard_rows
         order = np.random.Generator(philox).permutation(n).astype(np.int32)
-        if len(self._without) or self._damaged:
-            order = order[self._kept(shards, rows)[order]]
+        masks = [kept_rows(self.split, shard, self.names, self._without) for shard in shards]
+        if masks[0] is not None:
+            kept = np.concatenate([m for m in masks if m is not None])
+            order = order[kept[order]]
         first = skip + self.batch_rows - filled
         order[skip:first].sort()
         whole = first + max(0, len(order) - first) // self.batch_rows * self.batch_rows
@@ -205,27 +223,13 @@ class Loader:
         order[whole:].sort()
         return Group(number, shards, rows, order, skip)
 
-    def _kept(self, shards: list[int], rows: dict[str, list[ShardRows]]) -> NDArray[np.bool_]:
-        """Which rows of a union are read: no left-out tokens, no values that are not finite."""
-        kept = np.ones(len(shards) * self.split.grid.shard_rows, bool)
-        size = self.split.grid.shard_rows
-        for i, shard in enumerate(shards):
-            here = kept[i * size : (i + 1) * size]
-            if len(self._without):
-                tokens = self.split.shard("tokens/token_id", shard)
-                here &= ~np.isin(tokens, self._without)
-            for name in self._damaged:
-                part = rows[name][i].part(0, size)
-                here &= part.isfinite().all(dim=1).numpy()
-        return kept
-
     def _batches(
         self,
         groups: Iterator[tuple[int, list[int]]],
         epoch: int,
         skip: int,
         passed: Callable[[int], None] | None = None,
-    ) -> Iterator[tuple[tuple[torch.Tensor, ...], Cursor]]:
+    ) -> Generator[tuple[tuple[torch.Tensor, ...], Cursor], None, None]:
         """Batches of a sequence of groups, with the cursor after each."""
         slot = filled = 0
         with ThreadPoolExecutor(1, thread_name_prefix="load") as reader:

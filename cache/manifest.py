@@ -51,6 +51,8 @@ class WindowRecord:
     window: int
     next: TextPoint
     shards: tuple[ShardRecord, ...]
+    dropped: int = 0
+    """Rows that filled no shard, where the text ended in this window."""
 
     @property
     def shard_numbers(self) -> list[int]:
@@ -107,7 +109,7 @@ def write_window(folder: StoreFolder, record: WindowRecord) -> None:
     lines = [canonical_json(shard.to_json(), indent=None) for shard in record.shards]
     last = {
         "split": record.split, "rank": record.rank, "window": record.window,
-        "next": asdict(record.next),
+        "next": asdict(record.next), "dropped": record.dropped,
     }  # fmt: skip
     folder.write_text(window_key(record.split, record.rank, record.window), _hashed(lines, last))
 
@@ -133,6 +135,7 @@ def read_window(folder: StoreFolder, split: Split, rank: int, window: int) -> Wi
             window=int(last["window"]),
             next=TextPoint(**last["next"]),
             shards=tuple(ShardRecord.from_json(line) for line in shards),
+            dropped=int(last["dropped"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{folder}/{key}: not a manifest of bsc ({error!r})") from None

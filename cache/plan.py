@@ -48,6 +48,11 @@ class CapturePlan:
         """The arrays of every split with their grid."""
         return {split: (self.specs(split), grid) for split, grid in self.grids.items()}
 
+    @property
+    def windows(self) -> dict[Split, int]:
+        """Shards that each split is scattered over at a time."""
+        return {split: self.window if split == "train" else 1 for split in self.grids}
+
     def bytes_by_array(self) -> dict[str, int]:
         """Bytes on disk of every array at the end, both splits; lz4 counted as if uncompressed."""
         total: dict[str, int] = {}
@@ -152,9 +157,11 @@ def plan_capture(
             f"rows, fewer than writers. Ask for more --tokens or use fewer writers."
         )
     if ring is not None:
-        if ring < 2 * writers:
-            raise UserError(f"--ring {ring}: at least 2 shards for each writer are needed.")
-        window = min(window, ring // (2 * writers))
+        if ring < 2:
+            raise UserError(f"--ring {ring}: at least 2 shards are needed.")
+        if writers > 1:  # where the text of one ended early, the others would wait for it for ever
+            raise UserError(f"--ring: takes one writer, not --world {writers}.")
+        window = min(window, ring // 2)
     return CapturePlan(
         hookpoints=hookpoints, grids=grids, codec=codec, window=window, writers=writers,
         ring=ring, batch_rows=batch_rows,
@@ -173,7 +180,7 @@ def what_fits(plan: CapturePlan, free: int) -> list[str]:
     if rows >= plan.batch_rows and plan.ring is None:
         passes = -(-train.rows // rows)
         options.append(f"--tokens {rows} (and {passes} epochs of training instead of one)")
-    if fitting >= 2 * plan.writers:
+    if fitting >= 2 and plan.writers == 1:
         options.append(f"--ring {fitting} (every row passes once, training runs at the same time)")
     if plan.codec == "raw" and plan.bytes * 0.51 < room:
         options.append("--codec int8 (half the bytes, FVU of the rows about 1e-4)")

@@ -42,6 +42,9 @@ def prefetched(source: Iterator[T], ahead: int) -> Generator[T, None, None]:
             put(_End(None))
         except BaseException as error:
             put(_End(error))
+        finally:
+            if isinstance(source, Generator):
+                source.close()
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()

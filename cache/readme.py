@@ -70,7 +70,7 @@ These are whole numbers. A row is `input[i] * input_row_scale[i] * channel_scale
 import json, numpy as np, zarr
 hook = zarr.open_group("data.zarr", mode="r")["{name}"]
 channel_scale = np.array(hook["input"].attrs["channel_scale"], "<f4")
-rows = hook["input"][:500] * hook["input_row_scale"][:500, None] * channel_scale
+rows = hook["input"][:500] * hook["input_row_scale"][:500][:, None] * channel_scale
 ```
 """
 

@@ -68,8 +68,8 @@ class RemoteFolder(StoreFolder):
         except (ValueError, obstore.exceptions.BaseError) as error:
             raise UserError(f"{url}: not an address of object storage ({_first(error)}).") from None
         default = Path.home() / ".cache" / "bsc" / "shards"
-        root = Path(os.environ.get(CACHE_VARIABLE) or default)
-        self._place = root / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        self._root = Path(os.environ.get(CACHE_VARIABLE) or default)
+        self._place = self._root / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self.cache_bytes = parse_count(
             os.environ.get(CACHE_BYTES_VARIABLE) or str(DEFAULT_CACHE_BYTES)
         )
@@ -123,7 +123,10 @@ class RemoteFolder(StoreFolder):
 
     @override
     def check_new(self) -> None:
-        if not self.missing():
+        there = set(self.keys())
+        # A `create` that was killed, or one that runs now, is no hindrance.
+        made = {k for k in there if k in ("README.md", "store.lock") or k.endswith("/zarr.json")}
+        if there - made:
             raise UserError(
                 f"{self.url}: something is there already, so no store can be started in it. Name "
                 f"another place."
@@ -154,7 +157,8 @@ class RemoteFolder(StoreFolder):
     def local(self, key: str) -> Path:
         if self._copies is None:
             # Copies belong to the content of a store, not to its address.
-            self._copies = self._place / xxhash.xxh3_64_hexdigest(self.read(f"{DATA}/zarr.json"))
+            what = self.read(f"{DATA}/zarr.json") + self.read(PROVENANCE)
+            self._copies = self._place / xxhash.xxh3_64_hexdigest(what)
         path = self._copies / key
         try:
             os.utime(path)  # used now
@@ -177,19 +181,27 @@ class RemoteFolder(StoreFolder):
             partial.unlink(missing_ok=True)
         return path
 
+    @override
+    def fresh(self, key: str) -> Path:
+        if self._copies is not None:
+            (self._copies / key).unlink(missing_ok=True)
+        return self.local(key)
+
     def _make_room(self, size: int) -> None:
         """Remove the least recently used copies until `size` more bytes fit into the cache."""
         with self._mutex:
             files = []
-            for path in self._place.rglob("*"):
+            for path in self._root.glob("*/*/**/*"):
                 with contextlib.suppress(FileNotFoundError):
-                    if path.is_file() and not path.name.endswith(PARTIAL):
+                    if path.is_file() and "staging" not in path.parts:
                         status = path.stat()
                         files.append((status.st_mtime_ns, status.st_size, path))
             total = sum(bytes_ for _, bytes_, _ in files)
-            for _, bytes_, path in sorted(files):
+            for changed, bytes_, path in sorted(files):
                 if total + size <= self.cache_bytes:
                     return
+                if path.name.endswith(PARTIAL) and changed > (time.time() - 3600) * 1e9:
+                    continue  # on its way
                 path.unlink(missing_ok=True)
                 total -= bytes_
 
@@ -198,6 +210,10 @@ class RemoteFolder(StoreFolder):
         path = self._place / "staging" / (key + PARTIAL)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    @override
+    def discard(self, key: str) -> None:
+        self.staging(key).unlink(missing_ok=True)
 
     @override
     def publish(self, key: str) -> None:

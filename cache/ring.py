@@ -124,7 +124,7 @@ class _Ring:
             if cursors:
                 oldest = min(c.next_shard for c in cursors)
                 for shard in range(self._swept, min(oldest, self.committed())):
-                    for spec in reversed(self.specs):  # the first array goes last: `first_kept`
+                    for spec in self.specs:  # the first array goes first: `first_kept`
                         self.folder.delete(shard_key(spec, shard))
                     self._swept = shard + 1
         return cursors

@@ -109,6 +109,8 @@ class StoreSplit:
                 n_rows = int(meta["shape"][0])
                 grid = Grid(shard, chunk, max(1, n_rows // shard))
                 self._attributes[name] = meta["attributes"]
+                if n_rows % shard:
+                    raise ValueError(f"{n_rows} rows are no whole shards of {shard}")
                 expected = spec.zarr_json(n_rows, grid, meta["attributes"])
                 if meta != expected:
                     wrong = [k for k in expected if meta.get(k) != expected[k]]
@@ -147,13 +149,19 @@ class StoreSplit:
     def _read(self, spec: ArraySpec, shard: int) -> MappedTensor:
         """Rows of one shard as they are stored, mapped where that is possible."""
         key = shard_key(spec, shard)
-        try:
-            path = self.folder.local(key)
-        except FileNotFoundError:
-            raise StoreError(f"{self.folder}/{key}: this committed shard is missing.") from None
-        if spec.lz4:
-            return MappedTensor(decode_shard(path, spec, self.grid), None, path)
-        return MappedTensor(*map_shard(path, spec, self.grid), path)
+        for attempt in range(3):
+            try:
+                path = self.folder.local(key)
+            except FileNotFoundError:
+                break
+            try:
+                if spec.lz4:
+                    return MappedTensor(decode_shard(path, spec, self.grid), None, path)
+                return MappedTensor(*map_shard(path, spec, self.grid), path)
+            except StoreError:
+                if path.exists() or attempt == 2:  # else the copy went out of a full cache
+                    raise
+        raise StoreError(f"{self.folder}/{key}: this committed shard is missing.")
 
     def spec(self, name: str) -> ArraySpec:
         """Description of an array by its short name, for example ``"layers.3.mlp/input"``.

@@ -63,20 +63,37 @@ def verify(
         StoreError: there is no store at all.
     """
     try:
+        # In this order: what a capture commits meanwhile is then neither foreign nor missing.
+        before = ActivationStore(root)
+        complete, found = _is_complete(before), set(before.folder.keys())
         store = ActivationStore(root)
     except StoreError as error:
         if not (Path(root) / PROVENANCE).exists() and not (Path(root) / DATA).exists():
             raise
         yield str(error)
         return
-    yield from _Check(store, on_bytes, quick).run()
+    yield from _Check(store, complete, found, on_bytes, quick).run()
+
+
+def _is_complete(store: ActivationStore) -> bool:
+    try:
+        return store.complete
+    except StoreError:
+        return False
 
 
 class _Check:
     def __init__(
-        self, store: ActivationStore, on_bytes: Callable[[int], None], quick: bool
+        self,
+        store: ActivationStore,
+        complete: bool,
+        found: set[str],
+        on_bytes: Callable[[int], None],
+        quick: bool,
     ) -> None:
         self.store, self.on_bytes, self.quick = store, on_bytes, quick
+        self.complete, self.found = complete, found
+        """Whether the store was finished, and the files it had, when the check began."""
         self.folder = store.folder
         self.expected: set[str] = set()
         """Keys that belong to the store."""
@@ -136,18 +153,13 @@ class _Check:
             if end is not None:
                 self.expected.add(end_key(rank))
             else:
-                self.optional |= {end_key(rank), f"writer-{rank}.lock"}
-                if self.store_complete:
+                self.optional.add(end_key(rank))
+                if self.complete:
                     yield f"{self.folder}/{end_key(rank)}: missing or damaged"
-        if not self.store_complete:
-            self.optional.add("store.lock")
-
-    @property
-    def store_complete(self) -> bool:
-        try:
-            return self.store.complete
-        except StoreError:
-            return False
+        if not self.complete:
+            self.optional |= {"store.lock"} | {
+                f"writer-{rank}.lock" for rank in range(self.store.writers)
+            }
 
     def _windows(self, split: StoreSplit) -> Iterator[tuple[WindowRecord | None, str]]:
         """The manifests of a split with the problem of each, writer by writer."""
@@ -211,7 +223,7 @@ class _Check:
         for array, shard in records:
             if array not in committed:
                 yield f"{self.folder}/{MANIFEST}: a line for {array}, which is no array"
-            elif shard >= split.shards and not self.store_complete:
+            elif shard >= split.shards and not self.complete:
                 spec = next(s for s in split.specs.values() if s.path == array)
                 self.optional.add(shard_key(spec, shard))
 
@@ -235,7 +247,7 @@ class _Check:
         attributes = json.loads(raw)["attributes"]
         if {k: v for k, v in attributes.items() if k in own} != own:
             yield f"{self.folder}/{key}: {', '.join(own)} changed"
-        said = provenance.get("completed")
+        said = provenance.get("completed") if self.complete else None
         rows = split.summed_rows(name)
         if said and said.get("rows", {}).get(split.split) != rows:
             yield f"{self.folder}/{key}: {rows:,} rows, which is not what {PROVENANCE} says"
@@ -249,12 +261,13 @@ class _Check:
         try:
             size = self.folder.size(key)
             if size is None:
-                yield f"{where}: missing"
+                if not self._passed(record.shard, split):
+                    yield f"{where}: missing"
                 return
             if size != record.bytes or (not spec.lz4 and size != spec.shard_bytes(grid)):
                 yield f"{where}: {size:,} bytes, expected {record.bytes:,}"
                 return
-            path = self.folder.local(key)
+            path = self.folder.fresh(key)
             index = read_index(path, grid.chunks)
             lengths = index[:, 1].astype(np.int64)
             starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
@@ -267,7 +280,14 @@ class _Check:
                 return
             yield from self._content(path, where, lengths.tolist(), split, record)
         except (StoreError, OSError) as error:
-            yield str(error)
+            if not self._passed(record.shard, split):
+                yield str(error)
+
+    def _passed(self, shard: int, split: StoreSplit) -> bool:
+        """Whether a ring has moved past a shard since the check began."""
+        first = next(iter(split.specs.values()))
+        ring = self.store.ring is not None and split.split == "train"
+        return ring and shard < first_kept(self.folder, first, split.shards)
 
     def _content(
         self, path: Path, where: str, lengths: list[int], split: StoreSplit, record: ShardRecord
@@ -306,20 +326,20 @@ class _Check:
 
     def _files(self) -> Iterator[str]:
         """Nothing is missing, and nothing else is there."""
-        found = set(self.folder.keys())
-        for key in sorted(found - self.expected - self.optional):
+        for key in sorted(self.found - self.expected - self.optional):
             if self._of_a_running_capture(key):
                 continue
             yield f"{self.folder}/{key}: does not belong to the store"
-        for key in sorted(self.expected - found):
-            if "/c/" not in key:  # missing shards are reported above
+        for key in sorted(self.expected - self.found):
+            # Missing shards are reported above; others may have come since the check began.
+            if "/c/" not in key and not self.folder.exists(key):
                 yield f"{self.folder}/{key}: missing"
 
     def _of_a_running_capture(self, key: str) -> bool:
         """Whether a file is what a capture leaves on its way: its next shards, and temporaries."""
         if self.store.ring and (is_ring_file(key) or key == "store.lock"):
             return True
-        if self.store_complete:
+        if self.complete:
             return False
         if key.endswith(PARTIAL):
             return True

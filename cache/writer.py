@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from bsc.cache.codec import dequantised, quantise
 from bsc.cache.folder import StoreFolder
-from bsc.cache.layout import ROW_SCALE, ArraySpec, Grid, Split
+from bsc.cache.layout import ROW_SCALE, ArraySpec, Grid, Split, shard_key
 from bsc.cache.manifest import TextPoint, WindowRecord, write_window
 from bsc.cache.shard import ChannelSums, ShardRecord, ShardWriter
 from bsc.cache.staging import Slot, Staging
@@ -194,6 +194,8 @@ class SplitStart:
     shards: int = 0
     point: TextPoint = field(default_factory=TextPoint)
     """Where in the text the next window begins."""
+    dropped: int = 0
+    """Rows at the end of the text that filled no shard; known once the text has ended."""
 
 
 class SplitWriter:
@@ -246,9 +248,12 @@ class SplitWriter:
         """Rows of this writer once every shard is there."""
         self.rows = self.committed_rows
         """Rows taken, committed or not."""
+        self.dropped = start.dropped
+        """Rows at the end of the text that filled no shard, fewer than one shard."""
         self.bytes = 0
         """Bytes of the shards that this process committed."""
         self._on_commit, self._before_window = on_commit, before_window
+        self._specs = list(specs.values())
         scales = channel_scales or {}
         self._arrays = {
             name: _ArrayWriter(
@@ -363,31 +368,37 @@ class SplitWriter:
         self._pending = None
         if full:
             window = self.window - 1
-            write_window(
-                self.folder, WindowRecord(self.split, self.rank, window, point, tuple(records))
+            record = WindowRecord(
+                self.split, self.rank, window, point, tuple(records), self.dropped
             )
+            write_window(self.folder, record)
             self.committed_rows += full * self.grid.shard_rows
             self.bytes += sum(record.bytes for record in records)
             self._on_commit()
 
-    def finish(self, point: TextPoint) -> int:
+    def finish(self, document: int) -> int:
         """Commit what an ended text left in open shards, as far as it fills whole ones.
 
         Args:
-            point: the end of the text.
+            document: number after the last document.
 
         Returns:
             Rows that filled no shard and were dropped, fewer than one shard.
         """
         self.finalise(wait=True)
-        dropped = 0
         if self._open:
-            full, dropped = divmod(self._in_window, self.grid.shard_rows)
+            full, self.dropped = divmod(self._in_window, self.grid.shard_rows)
+            end = TextPoint(document, 0, self.rows, 0)
             self._on_arrays(lambda array: array.complete(full))
-            self._commit_window(full, point)
+            self._commit_window(full, end)
             self.finalise(wait=True)
-            self.rows -= dropped
-        return dropped
+            self.rows -= self.dropped
+        # What a process left open that was killed after the last window was committed.
+        for window in self._windows[max(0, self.window - 1) : self.window + 1]:
+            for shard in window:
+                for spec in self._specs:
+                    self.folder.discard(shard_key(spec, shard))
+        return self.dropped
 
     def abort(self) -> None:
         """Drop the open shards, once the threads have ended; what is committed stays."""

@@ -13,10 +13,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from bsc.cache.kept import kept_moments, kept_rows
 from bsc.cache.store import StoreSplit
 from bsc.train.coders.coder import SparseCoder
 
@@ -92,20 +92,19 @@ def _device_batches(
     coder: SparseCoder,
     without_tokens: Collection[int],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of both sides, but for those of left-out tokens and those that are not finite."""
+    """Rows of both sides that are read (cache/kept.py)."""
     device = coder.W_enc.device
-    left_out = np.isin(split.tokens("token_id"), np.array(sorted(without_tokens), np.uint32))
-    damaged = any(split.non_finite_rows(name) for name in names)
-    at = 0
-    for x, y in split.batches(names, rows):
-        kept = torch.from_numpy(~left_out[at : at + len(x)])
-        at += len(x)
-        if damaged:
-            kept &= x.isfinite().all(dim=1) & y.isfinite().all(dim=1)
-        if not kept.all():
-            x, y = x[kept], y[kept]
-        if len(x):
-            yield x.to(device, coder.dtype), y.to(device, coder.dtype)
+    for shard in range(split.shards):
+        kept = kept_rows(split, shard, names, without_tokens)
+        sides = [split.shard_rows(name, shard) for name in names]
+        for start in range(0, split.grid.shard_rows, rows):
+            stop = min(start + rows, split.grid.shard_rows)
+            x, y = (side.part(start, stop) for side in sides)
+            if kept is not None:
+                here = torch.from_numpy(kept[start:stop])
+                x, y = x[here], y[here]
+            if len(x):
+                yield x.to(device, coder.dtype), y.to(device, coder.dtype)
 
 
 @torch.inference_mode()
@@ -127,7 +126,7 @@ def measure(
         without_tokens: token ids whose rows are left out, as they were in training.
     """
     names = site_arrays(coder, hookpoint)
-    mean = split.moments(names[1]).mean.to(coder.W_enc.device)
+    mean = kept_moments(split, names[1], without_tokens).mean.to(coder.W_enc.device)
     total = torch.zeros_like(mean)
     residual, skip_residual = torch.zeros_like(total), torch.zeros_like(total)
     counts = torch.zeros(coder.config.n_latents, dtype=torch.int64, device=mean.device)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bsc.cache.kept import kept_moments
 from bsc.cache.loader import SHARDS_AT_ONCE, Loader
 from bsc.cache.ring import RingReader, reading
 from bsc.cache.store import ActivationStore, Moments
@@ -58,6 +59,13 @@ def adam_scale(step: int, steps: int) -> float:
     return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
 
 
+def left_out_tokens(store: ActivationStore, config: TrainConfig) -> tuple[int, ...]:
+    """Token ids whose rows a run does not read."""
+    if not config.without_special_tokens:
+        return ()
+    return tuple(store.attributes["model"]["special_token_ids"])
+
+
 @dataclass(frozen=True)
 class _Scale:
     """Means and units of the two sides of a hookpoint, from the sums of the store."""
@@ -91,7 +99,8 @@ class _BankTrainer:
         self.coders, self.device, self.dead_after = coders, device, config.dead_after
         hook, first = coders[0].hookpoint, coders[0].coder
         self.x_name, self.y_name = f"{hook}/{first.side}", f"{hook}/output"
-        moments = [store.train.moments(name) for name in (self.x_name, self.y_name)]
+        left_out = left_out_tokens(store, config)
+        moments = [kept_moments(store.train, n, left_out) for n in (self.x_name, self.y_name)]
         self.scale = _Scale.of(hook, moments[0], moments[1], config.normalise)
         self.bank = Bank(
             [c.coder for c in coders], total_variance=self.scale.variance_y, device=device
@@ -247,10 +256,9 @@ def _train(
 ) -> tuple[Run, list[CoderSummary]]:  # fmt: skip
     banks = _banks(planned, store, config, device)
     names = tuple(dict.fromkeys(n for b in banks for n in (b.x_name, b.y_name)))
-    special = store.attributes["model"]["special_token_ids"]
     loader = Loader(
         store.train, names, batch_rows=config.batch_rows, seed=config.seed,
-        without_tokens=special if config.without_special_tokens else (),
+        without_tokens=left_out_tokens(store, config),
         # A ring must hold a group of shards and a window of the writer at the same time.
         shards_at_once=min(SHARDS_AT_ONCE, max(1, (store.ring or 64) // 2)),
         pinned=device.type == "cuda", ahead=2 if device.type == "cuda" else 0,

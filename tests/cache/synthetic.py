@@ -92,13 +92,12 @@ def make_store(
             edit(made)
             skip = start.point.skip if at == start.point.rows else 0
             writer.append(made, TextPoint(rows=at, skip=skip))
-        dropped = writer.finish(TextPoint(rows=rows))
+        dropped = writer.finish(rows)
     finally:
         staging.close()
         writer.abort()
     write_end(folder, PartEnd(rank, {"train": writer.committed_rows}, {"train": dropped}, False))
-    done = advance(folder, "train", specs, grid, writers=writers, window=window)
-    complete(folder, arrays, {"train": done}, writers=writers)  # type: ignore[arg-type]
+    complete(folder, arrays, {"train": window}, writers=writers)  # type: ignore[arg-type]
     return dropped
 
 

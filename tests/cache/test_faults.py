@@ -219,6 +219,39 @@ def test_something_else_in_the_folder_is_never_written_over(
         capture(config_of(str(tiny_model), tmp_path / "file"))
 
 
+def test_an_empty_folder_and_a_link_to_one_can_become_a_store(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    capture(config_of(str(tiny_model), tmp_path / "link"))
+    assert list(verify(tmp_path / "empty")) == []
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    capture(config_of(str(tiny_model), Path(".")))
+    assert list(verify(tmp_path / "here")) == []
+
+
+def test_a_channel_that_is_silent_at_first_does_not_ruin_its_rows(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = Source.rows, 0
+
+    def late(self: Any, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        made = real(self, batch)
+        if calls == 1:  # the batch that the scales come from
+            made["layers.1.mlp/output"] = made["layers.1.mlp/output"].clone()
+            made["layers.1.mlp/output"][:, 3] *= 1e-6
+        return made
+
+    monkeypatch.setattr(Source, "rows", late)
+    capture(config_of(str(tiny_model), tmp_path / "acts", codec="int8"))
+    completed = json.loads((tmp_path / "acts/provenance.json").read_text())["completed"]
+    assert completed["fvu_of_stored_rows"]["layers.1.mlp/output"]["total"] < 0.1
+
+
 def test_flags_that_do_not_go_together_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     def refused(match: str, **fields: object) -> None:
         with pytest.raises(UserError, match=match):
@@ -229,6 +262,7 @@ def test_flags_that_do_not_go_together_are_refused(tiny_model: Path, tmp_path: P
     refused("--packing tight: expected masked, joined, none", packing="tight")
     refused("--codec zip: expected raw, lz4, int8", codec="zip")
     refused("--ring 1: at least 2 shards", ring=1)
+    refused("--ring: takes one writer, not --world 2", ring=8, world=2)
     with pytest.raises(UserError, match="--ring: needs a file system"):
         capture(replace(config_of(str(tiny_model), tmp_path), store="s3://b/acts", ring=8))
     refused(r"--world 9000: the store has [\d,]+ shards of 1 rows, fewer", world=9000)

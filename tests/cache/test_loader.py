@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from bsc.cache.kept import kept_moments
 from bsc.cache.layout import Codec, Grid
 from bsc.cache.loader import Cursor, Loader
 from bsc.cache.store import ActivationStore
@@ -124,3 +125,23 @@ def test_epochs_and_seeds_have_other_orders(store: ActivationStore) -> None:
 def test_a_batch_larger_than_the_store_is_refused(store: ActivationStore) -> None:
     with pytest.raises(ConfigError, match="Choose a smaller batch"):
         Loader(store.train, NAMES, batch_rows=10**6, seed=0)
+
+
+def test_a_pass_without_a_batch_is_refused_and_does_not_spin(tmp_path: Path) -> None:
+    make_store(tmp_path / "s", 960, Grid(96, 24, 10), window=4)
+    split = ActivationStore(tmp_path / "s").train
+    names = ("layers.0.mlp/input",)
+    loader = Loader(split, names, batch_rows=960, seed=0, without_tokens=[5])
+    with pytest.raises(ConfigError, match="fewer than 960 rows that are read"):
+        next(loader.batches())
+
+
+def test_moments_of_kept_rows_are_those_of_these_rows(store: ActivationStore) -> None:
+    ids = store.train.tokens("token_id")
+    common = np.bincount(ids).argsort()[-3:].tolist()
+    kept = all_rows(store, NAMES[1])[torch.from_numpy(~np.isin(ids, common))].double()
+    moments = kept_moments(store.train, NAMES[1], common)
+    assert moments.rows == len(kept)
+    torch.testing.assert_close(moments.mean, kept.mean(0))
+    torch.testing.assert_close(moments.variance, kept.var(0, correction=0))
+    assert kept_moments(store.train, NAMES[1], ()).rows == store.train.rows

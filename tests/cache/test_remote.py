@@ -69,7 +69,9 @@ def cached_bytes(tmp_path: Path) -> int:
     return sum(p.stat().st_size for p in (tmp_path / "cache").rglob("*") if p.is_file())
 
 
-def test_an_uploaded_store_reads_as_the_local_one_and_verifies(bucket: Any, tmp_path: Path) -> None:
+def test_an_uploaded_store_reads_as_the_local_one_and_verifies(
+    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_store(tmp_path / "s", 960, GRID, window=4)
     url = upload(bucket, tmp_path / "s")
     local, remote = ActivationStore(tmp_path / "s"), ActivationStore(url)
@@ -81,13 +83,11 @@ def test_an_uploaded_store_reads_as_the_local_one_and_verifies(bucket: Any, tmp_
     raw = bytearray(bucket.Object(key).get()["Body"].read())
     raw[7] ^= 1
     bucket.Object(key).put(Body=bytes(raw))
-    fresh = tmp_path / "other-cache"
-    os.environ["BSC_SHARD_CACHE"] = str(fresh)
-    (problem,) = verify(url)
+    (problem,) = verify(url)  # what the bucket has, not what was read before
     assert f"{url}/data.zarr/layers.0.mlp/input/c/3/0: chunk 0" in problem
     bucket.Object(key).delete()
-    os.environ["BSC_SHARD_CACHE"] = str(tmp_path / "third-cache")
     assert list(verify(url)) == [f"{url}/{key.removeprefix('acts/')}: missing"]
+    monkeypatch.setenv("BSC_SHARD_CACHE", str(tmp_path / "empty-cache"))
     with pytest.raises(StoreError, match=r"c/3/0: this committed shard is missing"):
         ActivationStore(url).train.tensor("layers.0.mlp/input", 3)
 
@@ -195,6 +195,28 @@ def test_training_and_evaluation_read_from_object_storage(
     assert a == b
     figures = [evaluate(r, ce_tokens=512)["coders"][name]["fvu"] for r in (remote, local)]
     assert figures[0] == figures[1]
+
+
+def test_a_creation_that_was_killed_is_no_hindrance(
+    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://{BUCKET}/half"
+    write, calls = RemoteFolder.write, 0
+
+    def die(self: RemoteFolder, key: str, data: bytes) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 4:
+            raise KeyboardInterrupt
+        write(self, key, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteFolder, "write", die)
+        with pytest.raises(KeyboardInterrupt):
+            make_store(url, 960, GRID, window=4)  # type: ignore[arg-type]
+    open_folder(url).check_new()
+    make_store(url, 960, GRID, window=4)  # type: ignore[arg-type]
+    assert list(verify(url)) == []
 
 
 def test_mistakes_have_one_message(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:

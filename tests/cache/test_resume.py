@@ -285,3 +285,45 @@ def test_torchrun_starts_the_processes_of_one_store(tiny_model: Path, tmp_path: 
     store = ActivationStore(tmp_path / "acts")
     assert store.complete and store.writers == 2
     assert list(verify(tmp_path / "acts")) == []
+
+
+def test_killed_around_the_end_of_a_text_that_ended_early(tiny_model: Path, tmp_path: Path) -> None:
+    """The last window is short, rows are dropped, and nobody may forget or recount them."""
+
+    def config(store: Path) -> CaptureConfig:
+        return config_of(str(tiny_model), store, tokens=50_000, window=64)
+
+    capture(config(tmp_path / "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        steps = kill_at(patch, 10**9)
+        capture(config(tmp_path / "count"))
+        n_steps = steps()
+    for step in range(n_steps - 16, n_steps):
+        store = tmp_path / f"acts-{step}" / "acts"
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, step)
+            with pytest.raises(Killed):
+                capture(config(store))
+        assert list(verify(store)) == [], step
+        capture(config(store))
+        check(store, tmp_path / "whole")
+        assert list(verify(store)) == []
+
+
+def test_ranks_that_start_at_the_same_moment(tiny_model: Path, tmp_path: Path) -> None:
+    store = tmp_path / "new" / "acts"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "bsc", "cache", "--model", str(tiny_model), "--store",
+             str(store), "--text", str(tiny_model.parent / "corpus.jsonl"), "--hookpoints",
+             "layers.1.mlp", "--tokens", "3600", "--context", "32", "--batch-tokens", "256",
+             "--rank", str(rank), "--world", "3"],
+            cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(3)
+    ]  # fmt: skip
+    for process in processes:
+        error = process.communicate()[1]
+        assert process.returncode == 0, error
+    assert ActivationStore(store).complete and list(verify(store)) == []

@@ -192,3 +192,37 @@ def test_a_capture_and_a_training_run_at_the_same_time(tiny_model: Path, tmp_pat
     assert shards_on_disk(root) < 6 and list(verify(root)) == []
     with pytest.raises(UserError, match="a ring, through which 40,000 rows pass once"):
         train(sweep.model_copy(update={"tokens": 50_000, "name": "more"}))
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_reader_that_stops_early_does_not_wait_for_shards(tmp_path: Path, ahead: int) -> None:
+    root = tmp_path / "s"
+    make_store(root, GRID.rows, GRID, window=WINDOW, ring=SLOTS, size=50, stop_after=250)
+    store = ActivationStore(root)
+    names = ("layers.0.mlp/input",)
+    loader = Loader(store.train, names, batch_rows=24, seed=0, shards_at_once=2, ahead=ahead)
+    ring = RingReader(store.folder, SPECS, GRID, "early")
+    batches = loader.ring_batches(ring, lambda: False)
+    for _ in range(4 if ahead else 8):
+        next(batches)
+    started = time.monotonic()
+    batches.close()  # type: ignore[attr-defined]
+    ring.close(leave=True)
+    assert time.monotonic() - started < 5
+
+
+def test_rows_that_are_not_finite_do_not_come_out_of_a_ring(tmp_path: Path) -> None:
+    """Also when they were committed after the reader began."""
+    root = tmp_path / "s"
+
+    def spoil(b: dict[str, torch.Tensor]) -> None:
+        if int(b["tokens/token_id"][0]) >= 100:
+            b["layers.0.mlp/output"][0, 0] = float("nan")
+
+    make_store(root, GRID.rows, GRID, window=WINDOW, ring=SLOTS, size=50, stop_after=100)
+    store = ActivationStore(root)
+    loader = Loader(store.train, ("layers.0.mlp/output",), batch_rows=24, seed=0, drop_last=False)
+    make_store(root, 600, GRID, window=WINDOW, ring=SLOTS, size=50, edit=spoil)
+    with reading(RingReader(store.folder, SPECS, GRID, "late")) as ring:
+        rows = torch.cat([b.clone() for (b,) in loader.ring_batches(ring, lambda: True)])
+    assert rows.isfinite().all() and len(rows) == 600 - 10

@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore as ts
 import torch
 import zarr
 
+from bsc.cache.codec import compress, decompress, dequantised, quantise
 from bsc.cache.commit import advance
 from bsc.cache.folder import LocalFolder, open_folder
 from bsc.cache.layout import CODECS, Codec, Grid, array_specs
@@ -221,7 +223,9 @@ def test_commit_order_is_files_then_manifest_then_shape(
 
     def spy_write(self: LocalFolder, key: str, data: bytes) -> None:
         write(self, key, data)
-        kind = "manifest" if "manifest/train" in key else "shape" if "zarr.json" in key else ""
+        kind = "manifest" if "manifest/train" in key else ""
+        if key.endswith("zarr.json") and json.loads(data).get("shape", [0])[0]:
+            kind = "shape"
         steps.append((kind, key))
 
     monkeypatch.setattr(LocalFolder, "publish", spy_publish)
@@ -350,3 +354,64 @@ def test_the_snippets_in_a_store_of_another_codec_open_it(tmp_path: Path, codec:
     if codec == "int8":
         rows = expected.tensor("layers.0.mlp/input", 0)[:3].float().numpy()
         assert np.allclose(printed[3], rows, rtol=1e-2)
+
+
+def test_writers_that_start_and_end_together_make_one_whole_store(tmp_path: Path) -> None:
+    grid = Grid(96, 24, 12)
+    for trial in range(4):
+        root = tmp_path / f"s{trial}"
+        barrier = threading.Barrier(3)
+
+        def work(rank: int, root: Path = root, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            make_store(root, 384, grid, window=2, rank=rank, writers=3, first=1000 * rank)
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        store = ActivationStore(root)
+        assert store.complete and store.train.shards == 12 and list(verify(root)) == []
+        assert sorted(numbers(store)) == sorted(1000 * r + i for r in range(3) for i in range(384))
+
+
+def test_a_writer_that_ends_while_another_looks_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is committed is counted after the ends are read, under one lock."""
+    grid = Grid(96, 24, 12)
+    make_store(tmp_path / "s", 576, grid, window=2, rank=1, writers=2, first=1000)
+    from bsc.cache import commit
+
+    order: list[str] = []
+    for name in ("read_end", "_advance"):
+        real = getattr(commit, name)
+
+        def spy(*args: Any, _real: Any = real, _name: str = name, **kwargs: Any) -> Any:
+            order.append(_name)
+            return _real(*args, **kwargs)
+
+        monkeypatch.setattr(commit, name, spy)
+    make_store(tmp_path / "s", 576, grid, window=2, rank=0, writers=2)
+    assert order[-3:] == ["read_end", "read_end", "_advance"]
+
+
+def test_a_short_compressed_chunk_is_refused_and_not_read_as_whatever_was_there() -> None:
+    whole, short = np.arange(64, dtype=np.uint16), np.arange(32, dtype=np.uint16)
+    out = np.empty(64, np.uint16)
+    decompress(memoryview(compress(whole)), out)
+    assert np.array_equal(out, whole)
+    with pytest.raises(StoreError, match="holds 64 bytes, not 128"):
+        decompress(memoryview(compress(short)), out)
+    with pytest.raises(StoreError, match="damaged"):
+        decompress(memoryview(b"abc"), out)
+
+
+def test_int8_keeps_zero_rows_and_marks_rows_that_are_not_finite() -> None:
+    rows = np.array([[0, 0], [3, -1], [np.nan, 1], [1e38, 1]], dtype=ml_dtypes.bfloat16)
+    q, scale = quantise(rows, np.ones(2, np.float32))
+    back = dequantised(q, scale, np.ones(2, np.float32)).astype(np.float32)
+    assert back[0].tolist() == [0, 0] and np.isnan(back[2]).all()
+    assert np.allclose(back[1], [3, -1], rtol=0.02) and abs(q).max() == 127
+    assert np.isclose(back[3, 0], 1e38, rtol=0.01)
