@@ -33,7 +33,14 @@ from bsc.cache.manifest import PartEnd, read_end, write_end
 from bsc.cache.plan import CapturePlan, check_disk, check_open_files, plan_capture
 from bsc.cache.prefetch import prefetched
 from bsc.cache.ring import RingWriter
-from bsc.cache.source import CaptureConfig, Source, default_hookpoints, open_source
+from bsc.cache.source import (
+    NO_TEXT,
+    CaptureConfig,
+    Source,
+    channel_scales,
+    default_hookpoints,
+    open_source,
+)
 from bsc.cache.staging import Staging
 from bsc.cache.text import fingerprint, read_text
 from bsc.cache.tokens import PACKINGS, ContextBatch, context_batches
@@ -44,8 +51,6 @@ from bsc.versions import versions
 
 __all__ = ["CaptureConfig", "CaptureResult", "capture", "default_hookpoints"]
 
-_SCALE_FLOOR = 0.01
-"""Smallest scale of a channel, over the median one; codec int8."""
 _READ_AHEAD = 4
 """Batches that are tokenised before the model asks for them."""
 
@@ -121,7 +126,7 @@ def capture(config: CaptureConfig) -> CaptureResult:
         check_same(folder, identity)
     else:
         check_disk(str(folder), plan, folder.free_bytes())
-        scales = _channel_scales(config, source) if config.codec == "int8" else {}
+        scales = channel_scales(config, source) if config.codec == "int8" else {}
         create(
             folder, plan.arrays, store_attributes(identity),
             {
@@ -174,36 +179,6 @@ def _already(
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _channel_scales(config: CaptureConfig, source: Source) -> dict[str, NDArray[np.float32]]:
-    """Root mean square of each channel over the first training batch of the text.
-
-    The same for every writer, whichever of them begins.
-    """
-    batches = context_batches(
-        read_text(config.text), source.lm.tokenizer, context=source.context, batch=source.batch,
-        wanted={"train": source.batch * source.context}, packing=config.packing,
-    )  # fmt: skip
-    scales = {}
-    for batch in batches:
-        for name, rows in source.rows(batch).items():
-            values = rows.float()
-            values = values[values.isfinite().all(dim=1)]
-            rms = values.square().mean(dim=0).sqrt()
-            # A channel that is silent in this batch may speak later, and must not then take all
-            # the levels of its rows.
-            floor = _SCALE_FLOOR * rms[rms > 0].median() if (rms > 0).any() else rms.new_ones(())
-            rms = rms.clamp(min=float(floor))
-            scales[name] = rms.cpu().numpy().astype(np.float32)
-        return scales
-    raise UserError(_NO_TEXT)
-
-
-_NO_TEXT = (
-    "the text gives not one whole context of training tokens. Give more text, or a shorter "
-    "--context."
-)
 
 
 def _write(
@@ -347,7 +322,7 @@ def _pump(
                 progress.advance(taken, format_bytes(sum(w.bytes for w in writers.values())))
         seen = train.rows
         if seen == 0 and config.world == 1:
-            raise UserError(_NO_TEXT)
+            raise UserError(NO_TEXT)
         dropped: dict[str, int] = {s: writer.finish(last + 1) for s, writer in writers.items()}
         _check_finite(config, writers, before)
     if train.committed_rows == 0 and config.world == 1:

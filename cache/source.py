@@ -7,23 +7,38 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bsc.cache.attention import Separation, document_separation, forward_inputs
 from bsc.cache.hookpoints import RowTap, match_hookpoints
 from bsc.cache.layout import Codec, Hookpoint
 from bsc.cache.models import LanguageModel, load_model, resolve_model
 from bsc.cache.plan import WINDOW
-from bsc.cache.text import TextSource
-from bsc.cache.tokens import ContextBatch, Packing
+from bsc.cache.text import TextSource, read_text
+from bsc.cache.tokens import ContextBatch, Packing, context_batches
 from bsc.devices import pick_device
 from bsc.errors import UserError
 
-__all__ = ["CaptureConfig", "Source", "batch_contexts", "default_hookpoints", "open_source"]
+__all__ = [
+    "NO_TEXT",
+    "CaptureConfig",
+    "Source",
+    "batch_contexts",
+    "channel_scales",
+    "default_hookpoints",
+    "open_source",
+]
 
 MAX_DEFAULT_CONTEXT = 2048
 BATCH_TOKENS = {"cpu": 8_192, "cuda": 65_536}
 MAX_NON_FINITE = 1e-6
 """Share of rows with a value that is not finite above which a capture is refused."""
+_SCALE_FLOOR = 0.01
+"""Smallest scale of a channel, over the median one; codec int8."""
+NO_TEXT = (
+    "the text gives not one whole context of training tokens. Give more text, or a shorter "
+    "--context."
+)
 PAPER_LAYERS = (0.0, 0.3, 0.6, 0.9)
 """Depths of the MLPs that the paper takes: layers 0, 9, 18 and 27 of 30, or 0, 7, 14, 21 of 24."""
 
@@ -152,3 +167,27 @@ def batch_contexts(config: CaptureConfig, context: int, device: torch.device) ->
     """Contexts in a forward pass."""
     tokens = config.batch_tokens or BATCH_TOKENS.get(device.type, 8_192)
     return max(1, tokens // context)
+
+
+def channel_scales(config: CaptureConfig, source: Source) -> dict[str, NDArray[np.float32]]:
+    """Root mean square of each channel over the first training batch of the text.
+
+    The same for every writer, whichever of them begins.
+    """
+    batches = context_batches(
+        read_text(config.text), source.lm.tokenizer, context=source.context, batch=source.batch,
+        wanted={"train": source.batch * source.context}, packing=config.packing,
+    )  # fmt: skip
+    scales = {}
+    for batch in batches:
+        for name, rows in source.rows(batch).items():
+            values = rows.float()
+            values = values[values.isfinite().all(dim=1)]
+            rms = values.square().mean(dim=0).sqrt()
+            # A channel that is silent in this batch may speak later, and must not then take all
+            # the levels of its rows.
+            floor = _SCALE_FLOOR * rms[rms > 0].median() if (rms > 0).any() else rms.new_ones(())
+            rms = rms.clamp(min=float(floor))
+            scales[name] = rms.cpu().numpy().astype(np.float32)
+        return scales
+    raise UserError(NO_TEXT)

@@ -156,10 +156,9 @@ class _Check:
                 self.optional.add(end_key(rank))
                 if self.complete:
                     yield f"{self.folder}/{end_key(rank)}: missing or damaged"
-        if not self.complete:
-            self.optional |= {"store.lock"} | {
-                f"writer-{rank}.lock" for rank in range(self.store.writers)
-            }
+        # Killed at its very end, a finished capture leaves these; they hold nothing.
+        self.optional |= {"store.lock"}
+        self.optional |= {f"writer-{rank}.lock" for rank in range(self.store.writers)}
 
     def _windows(self, split: StoreSplit) -> Iterator[tuple[WindowRecord | None, str]]:
         """The manifests of a split with the problem of each, writer by writer."""
@@ -337,7 +336,7 @@ class _Check:
 
     def _of_a_running_capture(self, key: str) -> bool:
         """Whether a file is what a capture leaves on its way: its next shards, and temporaries."""
-        if self.store.ring and (is_ring_file(key) or key == "store.lock"):
+        if self.store.ring and is_ring_file(key):
             return True
         if self.complete:
             return False

@@ -6,11 +6,9 @@ is not; a killed capture goes on at the first one that is not.
 
 Scatter: a window is a set of up to W shards that are open at once. Each block of rows is permuted
 by a counter-based generator, keyed by seed, writer and window and counted by block, and dealt to
-the shards of the window in turn, so that they fill at the same pace and the same block always lands
-in the same place. Every array gets the same permutation.
+the shards of the window in turn. Every array gets the same permutation.
 
-Several writers share a store without talking to each other: writer r of R owns the shards
-r, r + R, r + 2R, ... of each split.
+Writer r of R owns the shards r, r + R, r + 2R, ... of each split.
 """
 
 from __future__ import annotations

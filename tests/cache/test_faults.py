@@ -315,7 +315,7 @@ def test_an_int8_capture_goes_on_with_the_scales_that_the_store_has(
         raise AssertionError("the scales are in the store")
 
     with monkeypatch.context() as patch:
-        patch.setattr(capture_module, "_channel_scales", refuse)
+        patch.setattr(capture_module, "channel_scales", refuse)
         capture(config_of(str(tiny_model), store, codec="int8"))
     capture(config_of(str(tiny_model), tmp_path / "whole", codec="int8"))
     assert files_of(store) == files_of(tmp_path / "whole")
