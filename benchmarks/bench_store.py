@@ -44,11 +44,12 @@ from bsc.cache.layout import (
 )
 from bsc.cache.loader import Loader
 from bsc.cache.manifest import PartEnd, TextPoint, WindowRecord, write_end, write_window
+from bsc.cache.scatter import window_sizes
 from bsc.cache.shard import ChannelSums, ShardRecord, index_bytes
 from bsc.cache.staging import Staging
 from bsc.cache.store import ActivationStore
 from bsc.cache.verify import verify
-from bsc.cache.writer import SplitWriter, window_sizes
+from bsc.cache.writer import SplitWriter
 from bsc.versions import versions
 
 D = 576

@@ -29,8 +29,9 @@ from bsc.cache.layout import (
 )
 from bsc.cache.manifest import WindowRecord, read_end, read_window, sealed
 from bsc.cache.readme import store_readme
+from bsc.cache.scatter import owned_shards, window_sizes
 from bsc.cache.shard import ChannelSums
-from bsc.cache.writer import SplitStart, owned_shards, window_sizes
+from bsc.cache.writer import SplitStart
 from bsc.errors import StoreError, UserError
 from bsc.files import canonical_json
 

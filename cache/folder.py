@@ -23,7 +23,7 @@ from bsc.cache.layout import DATA, MANIFEST, PROVENANCE, README
 from bsc.errors import StoreError, UserError
 from bsc.files import check_new_folder, fsync_folder, make_durable_folder, write_atomically
 
-__all__ = ["PARTIAL", "LocalFolder", "StoreFolder", "open_folder"]
+__all__ = ["PARTIAL", "LocalFolder", "StoreFolder", "open_folder", "process_is_gone"]
 
 PARTIAL = ".partial"
 _STORE_LOCK = "store.lock"
@@ -366,6 +366,19 @@ class _FileLock(AbstractContextManager[None]):
 
     def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
+
+
+def process_is_gone(process: int, host: str) -> bool:
+    """Whether a process has surely ended; only this machine's processes can be asked."""
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
 
 
 def open_folder(where: str | Path) -> StoreFolder:

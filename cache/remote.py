@@ -23,7 +23,7 @@ from typing import Any
 import xxhash
 from typing_extensions import override
 
-from bsc.cache.folder import PARTIAL, Claim, StoreFolder
+from bsc.cache.folder import PARTIAL, Claim, StoreFolder, process_is_gone
 from bsc.cache.layout import DATA, PROVENANCE
 from bsc.counts import parse_count
 from bsc.errors import StoreError, UserError
@@ -304,17 +304,11 @@ class _ObjectClaim(Claim):
 def _gone(holder: str) -> bool:
     """Whether the process that a claim names ran on this machine and does not any more."""
     words = holder.split()
-    if len(words) != 4 or words[3] != socket.gethostname() or not words[1].isdigit():
+    if len(words) != 4 or not words[1].isdigit():
         return False
     if int(words[1]) == os.getpid():
         return False
-    try:
-        os.kill(int(words[1]), 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, OverflowError):
-        return False
-    return False
+    return process_is_gone(int(words[1]), words[3])
 
 
 def _first(error: BaseException) -> str:

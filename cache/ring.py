@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bsc.cache.folder import PARTIAL, StoreFolder
+from bsc.cache.folder import PARTIAL, StoreFolder, process_is_gone
 from bsc.cache.layout import ArraySpec, Grid, array_key, shard_key
 from bsc.errors import StoreError, UserError
 from bsc.files import canonical_json
@@ -54,15 +54,7 @@ class ReaderCursor:
 
     def is_dead(self) -> bool:
         """Whether its process is surely gone; only this machine's processes can be asked."""
-        if self.host != socket.gethostname():
-            return False
-        try:
-            os.kill(self.process, 0)
-        except ProcessLookupError:
-            return True
-        except (PermissionError, OverflowError):
-            return False
-        return False
+        return process_is_gone(self.process, self.host)
 
 
 def _key(reader: str) -> str:

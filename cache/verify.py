@@ -34,9 +34,9 @@ from bsc.cache.layout import (
 from bsc.cache.manifest import PartEnd, WindowRecord, read_end, read_window, sealed
 from bsc.cache.readme import store_readme
 from bsc.cache.ring import first_kept, is_ring_file
+from bsc.cache.scatter import owned_shards, window_sizes
 from bsc.cache.shard import ChannelSums, ShardRecord, read_index
 from bsc.cache.store import ActivationStore, StoreSplit
-from bsc.cache.writer import owned_shards, window_sizes
 from bsc.errors import StoreError
 from bsc.files import canonical_json
 

@@ -22,11 +22,11 @@ from bsc.cache.commit import advance
 from bsc.cache.folder import LocalFolder, open_folder
 from bsc.cache.layout import CODECS, Codec, Grid, array_specs
 from bsc.cache.manifest import windows
+from bsc.cache.scatter import deal, window_sizes
 from bsc.cache.shard import ShardWriter
 from bsc.cache.staging import Staging
 from bsc.cache.store import ActivationStore
 from bsc.cache.verify import verify
-from bsc.cache.writer import deal, window_sizes
 from bsc.errors import StoreError, UserError
 from tests.cache.synthetic import HOOKS, files_of, make_store, numbers
 
