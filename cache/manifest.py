@@ -21,7 +21,7 @@ from bsc.cache.shard import ShardRecord
 from bsc.errors import StoreError
 from bsc.files import canonical_json
 
-__all__ = ["PartEnd", "TextPoint", "WindowRecord", "read_end", "read_window", "sealed",
+__all__ = ["PartEnd", "TextPoint", "WindowRecord", "read_end", "read_json", "read_window", "sealed",
            "write_end", "write_window"]  # fmt: skip
 
 
@@ -178,3 +178,21 @@ def read_end(folder: StoreFolder, rank: int) -> PartEnd | None:
 def manifest_keys(folder: StoreFolder) -> list[str]:
     """Every file of the manifest, in order."""
     return sorted(folder.keys(MANIFEST))
+
+
+def read_json(folder: StoreFolder, key: str, what: str) -> dict[str, Any]:
+    """A file of a store that holds a JSON object; `what` it is, for the message.
+
+    Raises:
+        StoreError: it is missing, cannot be read, or holds something else.
+    """
+    where = f"{folder}/{key}"
+    try:
+        value = json.loads(folder.read(key))
+    except FileNotFoundError:
+        raise StoreError(f"{folder}: no {what} here ({key} is missing).") from None
+    except (OSError, ValueError) as error:  # not UTF-8 and not JSON are ValueErrors
+        raise StoreError(f"{where}: cannot be read as JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise StoreError(f"{where}: expected a JSON object, found {type(value).__name__}.")
+    return value

@@ -6,7 +6,6 @@ arrays and no manifest. Rows come from mapped shards; nothing is loaded before i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,7 +33,7 @@ from bsc.cache.layout import (
     array_specs,
     shard_key,
 )
-from bsc.cache.manifest import windows
+from bsc.cache.manifest import read_json, windows
 from bsc.cache.rows import MappedTensor, QuantisedRows, ShardRows
 from bsc.cache.shard import ChannelSums, ShardRecord, decode_shard, map_shard
 from bsc.errors import StoreError, nearest
@@ -59,19 +58,6 @@ class Moments:
     def total_variance(self) -> float:
         """Mean squared distance of a row from the mean row: the sum of `variance`."""
         return float(self.variance.sum())
-
-
-def _read_json(folder: StoreFolder, key: str, what: str) -> dict[str, Any]:
-    where = f"{folder}/{key}"
-    try:
-        value = json.loads(folder.read(key))
-    except FileNotFoundError:
-        raise StoreError(f"{folder}: no {what} here ({key} is missing).") from None
-    except (OSError, ValueError) as error:  # not UTF-8 and not JSON are ValueErrors
-        raise StoreError(f"{where}: cannot be read as JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise StoreError(f"{where}: expected a JSON object, found {type(value).__name__}.")
-    return value
 
 
 class StoreSplit:
@@ -102,7 +88,7 @@ class StoreSplit:
         grids = set()
         for name, spec in self.specs.items():
             key = array_key(spec)
-            meta = _read_json(self.folder, key, "array")
+            meta = read_json(self.folder, key, "array")
             try:
                 shard = int(meta["chunk_grid"]["configuration"]["chunk_shape"][0])
                 chunk = int(meta["codecs"][0]["configuration"]["chunk_shape"][0])
@@ -290,7 +276,7 @@ class ActivationStore:
                 f"{self.folder}: not an activation store ({DATA}/zarr.json is missing). Name the "
                 f"folder that `bsc cache --store` wrote."
             )
-        group = _read_json(self.folder, f"{DATA}/zarr.json", "store")
+        group = read_json(self.folder, f"{DATA}/zarr.json", "store")
         try:
             self.attributes: dict[str, Any] = dict(group["attributes"]["activation_store"])
             version = int(self.attributes["version"])
@@ -380,7 +366,7 @@ class ActivationStore:
         Raises:
             StoreError: provenance.json is missing or damaged.
         """
-        return _read_json(self.folder, PROVENANCE, "provenance")
+        return read_json(self.folder, PROVENANCE, "provenance")
 
     @property
     def complete(self) -> bool:
