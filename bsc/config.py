@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from bsc.errors import ConfigError, nearest
 
@@ -19,6 +19,22 @@ class Config(BaseModel):
     """A config is checked once, when it is made, and never changes after."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_coercion(cls, values: Any) -> Any:
+        """A number is not a truth value or a text: `k = true` and `k = "8"` are mistakes."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            kinds = _kinds(field.annotation) if field else set()
+            numeric = kinds & {int, float}
+            if (numeric and isinstance(value, bool) and bool not in kinds) or (
+                numeric and isinstance(value, str) and str not in kinds
+            ):
+                raise ValueError(f"{name}: should be a number, got {value!r}")
+            if bool in kinds and not isinstance(value, bool) and not kinds & {int, str}:
+                raise ValueError(f"{name}: should be true or false, got {value!r}")
+        return values
 
 
 def parse_config(kind: type[C], values: dict[str, Any], where: str) -> C:
@@ -39,8 +55,21 @@ def parse_config(kind: type[C], values: dict[str, Any], where: str) -> C:
         raise ConfigError(f"{where}: {'; '.join(problems)}") from None
 
 
+def _kinds(annotation: Any) -> set[Any]:
+    """Types and types of literals that an annotation allows.
+
+    >>> _kinds(int | None) == {int, type(None)}
+    True
+    """
+    parts = get_args(annotation)
+    if not parts:
+        return {annotation if isinstance(annotation, type) else type(annotation)}
+    return set().union(*map(_kinds, parts))
+
+
 def _problem(kind: type[Config], error: dict[str, Any]) -> str:
-    name = ".".join(str(part) for part in error["loc"])
+    # After the field's own name pydantic puts which member of a union it tried.
+    name = str(error["loc"][0]) if error["loc"] else ""
     if error["type"] == "extra_forbidden":
         known = kind.model_fields
         return f"unknown key {name!r}{nearest(name, known)}; known are {', '.join(known)}"

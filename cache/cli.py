@@ -217,6 +217,8 @@ def plan(
 ) -> None:
     """Say what a capture comes to before it is started: bytes, shards, memory, hours.
 
+    For a sweep: `bsc train --plan`.
+
     Takes the flags of `bsc cache`. Of the model only the config is needed, unless --probe is given.
     """
     from bsc.cache.estimate import estimate

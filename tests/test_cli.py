@@ -80,14 +80,34 @@ MISTAKES = [
     (["train", "--store", "{tiny}"], "not an activation store"),
     (["train", "--store", "{store}", "--k", "65", "--n-latents", "64"], "k=65 is more than"),
     (["train", "--store", "{store}", "--code", "ternary"],
-     "'continuous' or 'binary', got 'ternary'"),
+     "'continuous', 'binary' or 'hybrid', got 'ternary'"),
+    (["train", "--store", "{store}", "--k", "0"], "k: input should be greater than or equal to 1"),
+    (["train", "--store", "{store}", "--select", "groupmax", "--k", "7", "--n-latents", "64"],
+     "into 7 equal groups, but 64 is not a multiple of 7"),
+    (["train", "--store", "{store}", "--lr", "fast"], "a number or 'paper', got 'fast'"),
+    (["train", "--store", "{store}", "--set", "amplitud=learned"],
+     "unknown key 'amplitud' (did you mean 'amplitude'"),
+    (["train", "--store", "{store}", "--set", "temperature"], "FIELD=VALUE, got 'temperature'"),
+    (["train", "--store", "{store}", "--rank", "1"], "--rank and --world belong together"),
+    (["train", "--store", "{store}", "--rank", "2", "--world", "2"], "go from 0 to 1"),
+    (["train", "--store", "{store}", "--rank", "0", "--world", "99"], "more processes than the 4"),
+    (["train", "--store", "{store}", "--add-coders"], "--add-coders belongs to --resume"),
+    (["train", "--resume", "nowhere"], "no such run"),
+    (["train", "--resume", "{empty_folder}"], "nothing of rank 0 of 1 here"),
+    (["train", "--resume", "{run}"], "this run is complete"),
+    (["train", "--resume", "{run}", "--batch-rows", "7"], "batch_rows is 7, but the run has 256"),
+    (["train", "--resume", "{run}", "--k", "7"], "which is not in these tables"),
+    (["train", "--resume", "{run}", "--world", "2", "--rank", "1"],
+     "it was trained by 1 process(es)"),
+    (["train", "{text_k}", "--store", "{store}"], "k: should be a number, got '8'"),
     (["train", "--store", "{store}", "--hookpoint", "layers.7.mlp"], "did you mean"),
     (["train", "{toml}", "--store", "{store}"],
      "unknown key 'batchrows' (did you mean 'batch_rows'"),
     (["train", "{toml_table}", "--store", "{store}"], "unknown key 'sead' (did you mean 'seed'"),
     (["train", "no.toml"], "no such file"),
     (["train", "{empty}", "--store", "{store}"], "the file is empty"),
-    (["train", "--store", "{store}", "--n-latents", "10000000000"], "not enough memory"),
+    (["train", "--store", "{store}", "--n-latents", "10000000000"],
+     "may be used on cpu. Train fewer coders or latents"),
     (["eval", "{run}", "--ce-tokens", "0"], "--ce-tokens 0: at least 1"),
     (["report", "{run}", "--out", "."], "name a file"),
     (["eval", "{store}"], "config.json is missing"),
@@ -109,6 +129,7 @@ def test_a_mistake_gets_one_message_exit_code_2_and_leaves_nothing(
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.toml").write_text("batchrows = 5\n")
     (tmp_path / "table.toml").write_text("[[coders]]\nsead = 5\n")
+    (tmp_path / "text.toml").write_text('[[coders]]\nk = "8"\n')
     other = shutil.copytree(store_path, tmp_path / "other") if "{other_store}" in arguments else ""
     if other:
         path = Path(other) / "data.zarr/zarr.json"
@@ -116,6 +137,7 @@ def test_a_mistake_gets_one_message_exit_code_2_and_leaves_nothing(
     places = {
         "tiny": tiny_model, "store": store_path, "run": run.folder, "empty": "empty.txt",
         "empty_folder": "empty", "toml": "bad.toml", "toml_table": "table.toml",
+        "text_k": "text.toml",
         "other_store": other,
     }  # fmt: skip
     before = sorted(tmp_path.rglob("*"))
@@ -213,3 +235,34 @@ def test_the_commands_of_the_issue_work_in_a_row(tiny_model: Path, tmp_path: Pat
         "examples.json",
         "report.html",
     }
+
+
+def test_a_sweep_is_planned_trained_stopped_and_resumed_from_the_command_line(
+    store_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("sweep.toml").write_text(
+        f'store = "{store_path}"\ntokens = 2_560\nbatch_rows = 256\n[[coders]]\n'
+        'hookpoint = "layers.2.mlp"\ncode = ["binary", "continuous", "hybrid"]\nk = [2, 4]\n'
+        "n_latents = 64\n"
+    )
+    main(["train", "sweep.toml", "--plan", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["coders"] == 6 and plan["steps"] == 10 and plan["rows_per_second"] > 0
+    assert not Path("runs").exists()
+    main(["train", "sweep.toml", "--set", "temperature=[1.0, 2.0]", "--set", "optimiser=signum"])
+    out = capsys.readouterr().out
+    run = Run.open("runs/sweep")
+    assert len(run.coder_names()) == 2 * 2 * 2 + 2  # continuous coders have no temperature
+    assert "FVU (held out)" in out and out.rstrip().endswith("runs/sweep")
+    assert {c["optimiser"] for c in run.config()["coders"]} == {"signum"}
+    main(["train", "--resume", "runs/sweep", "--tokens", "3840", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["coders"]) == 10 and Run.open("runs/sweep").config()["steps"] == 15
+    code, err = run_main(capsys, "train", "sweep.toml", "--resume", "runs/sweep")
+    assert code == 2 and "tokens may only grow" in err
+    main(["train", "--resume", "runs/sweep", "--add-coders", "--tokens", "5120", "--k", "3",
+          "--hookpoint", "layers.2.mlp", "--n-latents", "64", "--code", "binary"])  # fmt: skip
+    run = Run.open("runs/sweep")
+    assert run.coder(run.coder_names()[-1]).about["rows"] == 1_280

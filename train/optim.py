@@ -1,29 +1,43 @@
-"""Optimisers. Adam is torch's; schedule-free sign SGD is the paper's "Signum".
+"""Optimisers of one coder, over its slices of a bank's stacked parameters.
 
-    y_t     = (1 - beta) z_t + beta x_t           where the gradient is taken, beta = 0.95
-    z_{t+1} = z_t - lr sign(grad f(y_t))
-    x_{t+1} = x_t + (z_{t+1} - x_t) / (t + 1)     the running mean of z: the model that is kept
+adam            torch's, fused
+signum          schedule-free sign SGD, what the paper's code calls Signum:
+                    y_t     = (1 - beta) z_t + beta x_t           where the gradient is taken
+                    z_{t+1} = z_t - lr sign(grad f(y_t))          beta = 0.95
+                    x_{t+1} = x_t + (z_{t+1} - x_t) / (t + 1)     mean of z: the model that is kept
+                The parameter holds y while it trains and x after `finish`. No momentum but the
+                interpolation.
+signum_classic  m = beta m + (1 - beta) grad;  w = w - lr sign(m), beta = 0.9
+muon            torch's for matrices, its step scaled to the size of Adam's; Adam for vectors
 
-The parameter holds y while it trains and x after `finish`. There is no momentum but the
-interpolation, no warm-up and no decay.
-
-Source: Defazio et al. 2024, arXiv:2405.15682 (schedule-free); Bernstein et al. 2018,
-arXiv:1802.04434 (sign SGD). Equal step by step to `schedulefree.ScheduleFreeWrapper` around
-sign SGD, which a test shows.
+Sources: Kingma and Ba 2015, arXiv:1412.6980 (Adam); Defazio et al. 2024, arXiv:2405.15682
+(schedule-free); Bernstein et al. 2018, arXiv:1802.04434 (sign SGD, Signum); Jordan et al. 2024 and
+Liu et al. 2025, arXiv:2502.16982 (Muon and its scale). Tests hold each to its reference step by
+step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["OPTIMISERS", "Optimiser", "ScheduleFreeSignSGD", "default_lr", "make_optimiser"]
+from bsc.errors import ConfigError
 
-Optimiser = Literal["adam", "signum"]
-OPTIMISERS: tuple[Optimiser, ...] = ("adam", "signum")
+__all__ = [
+    "OPTIMISERS",
+    "ClassicSignum",
+    "CoderOptimiser",
+    "Optimiser",
+    "ScheduleFreeSignSGD",
+    "state_bytes",
+]
+
+Optimiser = Literal["adam", "signum", "signum_classic", "muon"]
+OPTIMISERS: tuple[Optimiser, ...] = get_args(Optimiser)
 
 
 class ScheduleFreeSignSGD(torch.optim.Optimizer):
@@ -37,24 +51,30 @@ class ScheduleFreeSignSGD(torch.optim.Optimizer):
             lr: change of every weight per step.
             beta: weight of the mean in the point where gradients are taken, above 0 to 1.
         """
-        super().__init__(params, {"lr": lr, "beta": beta, "steps": 0})
+        super().__init__(params, {"lr": lr, "beta": beta})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step from the gradients in `.grad`."""
+        """One step from the gradients in `.grad`, which are replaced by their signs."""
         assert closure is None
         for group in self.param_groups:
-            group["steps"] += 1
-            beta, mean_weight = group["beta"], 1 / group["steps"]
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 if not self.state[p]:
-                    self.state[p]["z"] = p.detach().clone()
+                    self.state[p] = {"step": torch.zeros(()), "z": p.detach().clone()}
+                self.state[p]["step"] += 1
+            if not params:
+                continue
+            beta, mean_weight = group["beta"], 1 / float(self.state[params[0]]["step"])
             z = [self.state[p]["z"] for p in params]
-            torch._foreach_lerp_(params, z, 1 - 1 / beta)  # y -> x
-            torch._foreach_sub_(z, [p.grad.sign() for p in params], alpha=group["lr"])
+            # With x put in from y and z: y' = y + c (z - y) - lr (1 - beta (1 - c)) sign, where c
+            # is the weight of z' in the mean. Three passes instead of five.
+            signs = [p.grad for p in params]
+            torch._foreach_sign_(signs)
             torch._foreach_lerp_(params, z, mean_weight)
-            torch._foreach_lerp_(params, z, 1 - beta)  # x -> y
+            lr = group["lr"]
+            torch._foreach_add_(params, signs, alpha=-lr * (1 - beta * (1 - mean_weight)))
+            torch._foreach_add_(z, signs, alpha=-lr)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -65,22 +85,134 @@ class ScheduleFreeSignSGD(torch.optim.Optimizer):
                     p.lerp_(self.state[p]["z"], 1 - 1 / group["beta"])
 
 
-_BASE_LR = {
-    ("adam", "continuous"): 3e-3,
-    ("adam", "binary"): 1e-2,
-    ("signum", "continuous"): 3e-3,
-    ("signum", "binary"): 3e-3,
-}
-"""Learning rate at 2^14 latents: benchmarks/records/step_size_2core-epyc_2026-11-20.md."""
+class ClassicSignum(torch.optim.Optimizer):
+    """Sign of the momentum; see the module's head for the rule."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, beta: float = 0.9) -> None:
+        """Take parameters, the change of every weight per step and the memory of the momentum."""
+        super().__init__(params, {"lr": lr, "beta": beta})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step from the gradients in `.grad`."""
+        assert closure is None
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"momentum": torch.zeros_like(p)}
+            momenta = [self.state[p]["momentum"] for p in params]
+            torch._foreach_lerp_(momenta, [p.grad for p in params], 1 - group["beta"])
+            torch._foreach_sub_(params, [m.sign() for m in momenta], alpha=group["lr"])
 
 
-def default_lr(optimiser: Optimiser, code: str, n_latents: int) -> float:
-    """Learning rate where none is given: base / sqrt(n_latents / 2^14)."""
-    return _BASE_LR[optimiser, code] / float((n_latents / 2**14) ** 0.5)
-
-
-def make_optimiser(name: Optimiser, params: list[Tensor], lr: float) -> torch.optim.Optimizer:
-    """An optimiser over `params`, whose `.grad` are set."""
+def _make(name: Optimiser, tensors: list[Tensor], lr: float) -> list[torch.optim.Optimizer]:
+    if name == "signum":
+        return [ScheduleFreeSignSGD(tensors, lr)]
+    if name == "signum_classic":
+        return [ClassicSignum(tensors, lr)]
     if name == "adam":
-        return torch.optim.Adam(params, lr=lr, fused=True)
-    return ScheduleFreeSignSGD(params, lr=lr)
+        return [torch.optim.Adam(tensors, lr=lr, fused=True)]
+    muon = getattr(torch.optim, "Muon", None)
+    if muon is None:
+        raise ConfigError(
+            f"optimiser='muon' needs torch 2.9 or later, here is {torch.__version__}."
+        )
+    matrices = [t for t in tensors if t.ndim == 2]
+    vectors = [t for t in tensors if t.ndim != 2]
+    parts: list[torch.optim.Optimizer] = []
+    if matrices:
+        parts.append(muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    if vectors:
+        parts.append(torch.optim.Adam(vectors, lr=lr, fused=True))
+    return parts
+
+
+class CoderOptimiser:
+    """One coder's optimiser: clipping, the step, averages, and a state of named tensors."""
+
+    def __init__(
+        self,
+        name: Optimiser,
+        tensors: Mapping[str, tuple[Tensor, Tensor]],
+        lr: float,
+        clip_norm: float | None = None,
+    ) -> None:
+        """Take parameters and their gradients, which it reads at every step.
+
+        Args:
+            name: which optimiser.
+            tensors: parameter and gradient by name.
+            lr: learning rate of the first step.
+            clip_norm: length to which all gradients of the coder together are cut; None: any.
+        """
+        self.parameters: dict[str, Tensor] = {}
+        for key, (parameter, gradient) in tensors.items():
+            parameter.requires_grad_()
+            parameter.grad = gradient
+            self.parameters[key] = parameter
+        self.clip_norm = clip_norm
+        self._parts = _make(name, list(self.parameters.values()), lr)
+
+    def step(self, lr: float) -> None:
+        """One step with this learning rate."""
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip_norm)
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+            part.step()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Put the weights that are kept into the parameters. No step may follow."""
+        for part in self._parts:
+            if isinstance(part, ScheduleFreeSignSGD):
+                part.finish()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The weights that would be kept stand in the parameters while the block runs."""
+        if not isinstance(self._parts[0], ScheduleFreeSignSGD):
+            yield
+            return
+        before = [p.detach().clone() for p in self.parameters.values()]
+        self.finish()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in zip(self.parameters.values(), before, strict=True):
+                    p.copy_(value)
+
+    def state(self) -> dict[str, Tensor]:
+        """Its state: tensors by the name of the parameter and of what is kept for it."""
+        return {
+            f"{name}/{key}": value
+            for name, p in self.parameters.items()
+            for part in self._parts
+            if p in part.state
+            for key, value in part.state[p].items()
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave; without any tensors, from the beginning."""
+        for name, p in self.parameters.items():
+            mine = {k.rsplit("/", 1)[1]: v for k, v in state.items() if k.rsplit("/", 1)[0] == name}
+            for part in self._parts:
+                if mine and any(p is q for g in part.param_groups for q in g["params"]):
+                    # Counters of steps live on the CPU unless the optimiser is fused on a GPU.
+                    part.state[p] = {
+                        k: v.to(p.device) if v.ndim or (p.is_cuda and k == "step") else v
+                        for k, v in mine.items()
+                    }
+
+
+def state_bytes(name: Optimiser, tensors: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes that the state of an optimiser takes, given the shapes of float32 parameters."""
+    total = 0
+    for shape in tensors.values():
+        copies = 2 if name == "adam" or (name == "muon" and len(shape) != 2) else 1
+        total += 4 * copies * torch.Size(shape).numel()
+    return total

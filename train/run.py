@@ -2,6 +2,8 @@
 
 config.json     the resolved config, versions, the identity of the store
 metrics.jsonl   one line per coder and logging interval
+checkpoint/     where training goes on from (bsc.train.checkpoint)
+ranks/<rank>/   what each of several processes wrote: its config.json, metrics.jsonl, checkpoint/
 coders/<hookpoint>/<coder>/   coder.safetensors, config.json, after evaluation firing.safetensors
 eval.json       figures, after `bsc eval`
 examples.json   contexts in which latents fire, after `bsc eval`
@@ -10,18 +12,25 @@ report.html     after `bsc report`
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
+import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bsc.errors import StoreError, nearest
+from bsc.errors import StoreError, UserError, nearest
+from bsc.files import check_new_folder
 from bsc.train.coders.coder import SparseCoder
 
-__all__ = ["RUN_VERSION", "Run"]
+__all__ = ["RUN_VERSION", "Run", "claim", "waiting_lock"]
 
 RUN_VERSION = 1
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -46,9 +55,41 @@ class Run:
         return self.folder / "eval.json"
 
     @property
+    def examples_path(self) -> Path:
+        """Contexts in which latents fire."""
+        return self.folder / "examples.json"
+
+    @property
     def report_path(self) -> Path:
         """The report."""
         return self.folder / "report.html"
+
+    def part(self, rank: int, world: int) -> Path:
+        """Folder of what one of `world` processes writes: the run's own where there is one."""
+        return self.folder if world == 1 else self.folder / "ranks" / str(rank)
+
+    def check_new(self, part: Path) -> None:
+        """See that training can begin in `part` of this run's folder.
+
+        Raises:
+            UserError: something is there already.
+        """
+        interrupted = part / "config.json"
+        if interrupted.exists() and "completed" not in Run(part).config():
+            raise UserError(
+                f"{self.folder}: a run that has not ended is here. Go on with it: bsc train "
+                f"--resume {self.folder}, as it was started; or give another --name."
+            )
+        if part != self.folder and self.config_path.exists() and "completed" in self.config():
+            raise UserError(f"{self.folder}: a complete run is here. Give another --name.")
+        if part.is_dir():
+            files = list(part.iterdir())
+            if files and all(p.name == _LOCK or p.name.endswith(".partial") for p in files):
+                with claim(part):  # left by a process that was killed as it began
+                    for p in files:
+                        if p.name != _LOCK:
+                            p.unlink()
+        check_new_folder(part, "run")
 
     def coder_folder(self, name: str) -> Path:
         """Folder of the coder called `name`."""
@@ -76,8 +117,9 @@ class Run:
             )
         if "completed" not in config:
             raise StoreError(
-                f"{folder}: training of this run has not ended, or was interrupted. Train it "
-                f"again under another --name."
+                f"{folder}: training of this run has not ended, or was interrupted. Go on with it: "
+                f"bsc train --resume {folder}"
+                + (f" --rank R --world {config['world']}" if config.get("world", 1) > 1 else "")
             )
         return run
 
@@ -147,3 +189,42 @@ class Run:
         if not isinstance(value, dict):
             raise StoreError(f"{path}: expected a JSON object, found {type(value).__name__}.")
         return value
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Hold a run's folder while the block runs; the kernel lets go when the process ends, however.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    path = folder / _LOCK
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            holder = os.read(descriptor, 200).decode("utf-8", "replace").strip()
+            raise UserError(
+                f"{folder}: this run is in use ({holder or 'another process'}). Wait for it, or "
+                f"stop it."
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def waiting_lock(folder: Path) -> Iterator[None]:
+    """Hold a lock that is held for moments, waiting for it."""
+    descriptor = os.open(folder / ".merge.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -9,6 +9,11 @@ be a list: the table is then the grid of all combinations, each point one coder.
     code = ["binary", "continuous"]
     k = [16, 32, 64, 128]
     seed = [0, 1, 2]
+
+    [[coders]]
+    group = "wide"              # its coders are named wide-...
+    n_latents = 36_864
+    k = 64
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -25,8 +30,9 @@ from bsc.cache.layout import Hookpoint
 from bsc.cache.store import ActivationStore
 from bsc.config import Config, parse_config
 from bsc.errors import ConfigError
-from bsc.train.coders.config import CoderConfig
-from bsc.train.optim import Optimiser, default_lr
+from bsc.train.coders.config import BINARY_ONLY, CoderConfig
+from bsc.train.optim import Optimiser
+from bsc.train.schedule import Decay, default_decay, default_lr, default_warmup, paper_lr
 
 __all__ = ["PlannedCoder", "SweepPoint", "TrainConfig", "expand", "plan_coders"]
 
@@ -39,23 +45,56 @@ class SweepPoint(Config):
 
     hookpoint: str | None = None
     """Module whose rows it is trained on; None: one coder for each hookpoint of the store."""
+    group: str | None = None
+    """Put before the names of a table's coders, to tell tables apart."""
     site: Literal["sae", "transcoder", "skip_transcoder"] = "skip_transcoder"
-    select: Literal["topk"] = "topk"
-    code: Literal["continuous", "binary"] = "continuous"
-    surrogate: Literal["sigmoid"] = "sigmoid"
-    temperature: float = Field(default=2.0, gt=0)
+    select: Literal["topk", "groupmax", "batch_topk"] = "topk"
+    code: Literal["continuous", "binary", "hybrid"] = "continuous"
+    surrogate: Literal["sigmoid", "identity", "rectangle", "gumbel"] = "sigmoid"
+    temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Of the surrogate; None: 2, and 0.5 for gumbel."""
     threshold: Literal["learned", "fixed"] = "learned"
-    threshold_init: float = Field(default=0.004, gt=0)
+    threshold_init: float = Field(default=0.004, gt=0, allow_inf_nan=False)
+    exact_k: bool = False
     k: int = Field(default=32, ge=1)
+    k_binary: int | None = Field(default=None, ge=1)
     n_latents: int | None = Field(default=None, ge=1)
     """Number of latents; None: 32 times the width of the output."""
+    n_binary: int | None = Field(default=None, ge=1)
     decoder_norm: Literal["unit", "free"] | None = None
     """None: unit for SAEs, free for transcoders."""
+    amplitude: Literal["none", "learned"] = "none"
+    auxk_alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    auxk_k: int | None = Field(default=None, ge=1)
+    multi_topk: bool = False
     optimiser: Optimiser = "adam"
-    lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Learning rate; None: `default_lr` of the optimiser, the code and the number of latents."""
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["paper"] | None = None
+    """Learning rate; "paper": by the rules of the authors' code; None: by ours, from the optimiser,
+    the code and the number of latents."""
+    warmup: float | None = Field(default=None, ge=0, le=1)
+    """Share of the steps over which the learning rate rises; None: 0.05, 0 for signum."""
+    decay: Decay | None = None
+    """How it falls afterwards: linear, none; None: linear, none for signum."""
+    clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Length to which the gradients of the coder together are cut; None: not cut."""
+    k_init: int | None = Field(default=None, ge=1)
+    """First k; it goes linearly to k over `anneal` of the steps. None: k from the beginning."""
+    temperature_init: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """First temperature; it goes linearly to the last one over `anneal` of the steps."""
+    anneal: float = Field(default=0.1, gt=0, le=1)
+    """Share of the steps over which k and the temperature change, where they do."""
+    patience: int | None = Field(default=None, ge=1)
+    """Held-out evaluations in a row without an FVU 0.1 % lower, after which the coder is done.
+    None: it trains to the end."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the initial weights. Coders with one seed begin with the same encoder."""
+
+    @field_validator("group")
+    @classmethod
+    def _plain_group(cls, group: str | None) -> str | None:
+        if group is not None and not _NAME.fullmatch(group):
+            raise ValueError(f"letters, digits, '.', '_' and '-' make a name, got {group!r}")
+        return group
 
     def coder_config(self, hook: Hookpoint) -> CoderConfig:
         """The maths of this point at a hookpoint.
@@ -64,11 +103,68 @@ class SweepPoint(Config):
             ConfigError: the point is not possible there, for example k > n_latents.
         """
         values = {f: getattr(self, f) for f in CoderConfig.model_fields if hasattr(self, f)}
+        if self.code == "continuous":
+            # What it does not read must not tell coders apart: a grid then has it once.
+            values = {f: v for f, v in values.items() if f not in BINARY_ONLY}
+            values["amplitude"] = self.amplitude
         values["d_in"] = hook.d_out if self.site == "sae" else hook.d_in
         values["d_out"] = hook.d_out
         values["n_latents"] = self.n_latents or DEFAULT_EXPANSION * hook.d_out
         values["decoder_norm"] = self.decoder_norm or ("unit" if self.site == "sae" else "free")
         return parse_config(CoderConfig, values, f"coder at {hook.name}")
+
+    def planned(self, hook: Hookpoint) -> PlannedCoder:
+        """The coder of this point at a hookpoint, with every default filled in but its name.
+
+        Raises:
+            ConfigError: the point is not possible there.
+        """
+        config = self.coder_config(hook)
+        if self.k_init is not None and config.select == "groupmax":
+            raise ConfigError("k_init: with select='groupmax' k is the number of groups, for good.")
+        if self.k_init is not None and self.k_init > config.n_latents:
+            raise ConfigError(f"k_init={self.k_init} is more than n_latents={config.n_latents}.")
+        if self.lr == "paper":
+            lr = paper_lr(self.optimiser, config.code, config.surrogate, config.n_latents)
+        else:
+            lr = self.lr or default_lr(self.optimiser, config.code, config.n_latents)
+        binary = config.code != "continuous"
+        return PlannedCoder(
+            name="",
+            hookpoint=hook.name,
+            group=self.group,
+            coder=config,
+            optimiser=self.optimiser,
+            lr=lr,
+            warmup=default_warmup(self.optimiser) if self.warmup is None else self.warmup,
+            decay=self.decay or default_decay(self.optimiser),
+            clip_norm=self.clip_norm,
+            k_init=self.k_init or config.k,
+            temperature_init=(self.temperature_init if binary else None) or config.temperature,
+            anneal=self.anneal,
+            patience=self.patience,
+            seed=self.seed,
+        )
+
+
+class PlannedCoder(Config):
+    """A coder that is about to be trained, with nothing left open."""
+
+    name: str
+    """Folder of the coder inside the run's `coders`, unique in the run."""
+    hookpoint: str
+    group: str | None = None
+    coder: CoderConfig
+    optimiser: Optimiser
+    lr: float
+    warmup: float
+    decay: Decay
+    clip_norm: float | None
+    k_init: int
+    temperature_init: float
+    anneal: float
+    patience: int | None
+    seed: int
 
 
 class TrainConfig(Config):
@@ -82,8 +178,12 @@ class TrainConfig(Config):
     """Name of the run: its folder is runs/name."""
     tokens: int | None = Field(default=None, ge=1)
     """Rows to train on; None: every training row of the store once. More rows are more passes."""
-    batch_rows: int = Field(default=2048, ge=1)
+    batch_rows: int = Field(default=2048, ge=1, le=2**24)
     """Rows per step."""
+    micro_rows: int | None = Field(default=None, ge=1)
+    """Rows that are worked on at a time; a step adds up the gradients of its batch. Bounds the
+    memory, changes nothing but rounding (and batch top-k, which selects among these). None: as many
+    as `bsc train --plan` says."""
     without_special_tokens: bool = False
     """Leave out the rows of the tokenizer's special tokens, the begin-of-text token included."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -95,6 +195,23 @@ class TrainConfig(Config):
     """Rows without firing after which a latent counts as dead."""
     log_every: int = Field(default=20, ge=1)
     """Steps between two lines of metrics.jsonl."""
+    eval_every: int | None = Field(default=None, ge=0)
+    """Steps between evaluations on held-out rows; a multiple of log_every is taken. 0: never. None:
+    ten in a run."""
+    eval_rows: int = Field(default=4096, ge=1)
+    """Held-out rows of such an evaluation: the first of the store's held-out split."""
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; None: every ten minutes."""
+    keep_checkpoint: bool = True
+    """Whether the last checkpoint stays when the run has ended, to train on from it later."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the products; parameters and sums are float32 either way. fp32 is the reference."""
+    compile: bool = False
+    """torch.compile what gains by it. The result differs by rounding alone."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, into the run's folder."""
+    wandb: str | None = None
+    """Project at Weights & Biases that the metrics go to; None: none."""
     device: str | None = None
     """cpu, cuda, cuda:1; None: a GPU where there is one."""
     coders: tuple[dict[str, Any], ...] = Field(default=({},), min_length=1)
@@ -111,18 +228,6 @@ class TrainConfig(Config):
     def folder(self) -> Path:
         """Folder of the run."""
         return self.runs / self.name
-
-
-class PlannedCoder(Config):
-    """A coder that is about to be trained, with nothing left open."""
-
-    name: str
-    """Folder of the coder inside the run's `coders`, unique in the run."""
-    hookpoint: str
-    coder: CoderConfig
-    optimiser: Optimiser
-    lr: float
-    seed: int
 
 
 def expand(tables: Iterable[dict[str, Any]], where: str) -> list[SweepPoint]:
@@ -154,42 +259,47 @@ def plan_coders(points: list[SweepPoint], store: ActivationStore) -> list[Planne
     planned = []
     for point in points:
         hooks = [store.hookpoint(point.hookpoint)] if point.hookpoint else store.hookpoints
-        for hook in hooks:
-            config = point.coder_config(hook)
-            lr = point.lr or default_lr(point.optimiser, point.code, config.n_latents)
-            planned.append(
-                PlannedCoder(
-                    name="", hookpoint=hook.name, coder=config, optimiser=point.optimiser,
-                    lr=lr, seed=point.seed,
-                )
-            )  # fmt: skip
+        planned += [point.planned(hook) for hook in hooks]
     return _named(list(dict.fromkeys(planned)))
 
 
-_ALWAYS_NAMED = ("site", "code", "k", "seed")
+_LONGEST_NAME = 200
+_ALWAYS_NAMED = ("group", "site", "code", "k", "seed")
+_NEVER_NAMED = ("name", "hookpoint", "coder", "d_in", "d_out", *_ALWAYS_NAMED)
 
 
 def _named(planned: list[PlannedCoder]) -> list[PlannedCoder]:
-    """Name coders by site, code, k and seed, and by whatever else differs among their like."""
+    """Name coders by group, site, code, k and seed, and by what else differs among their like.
+
+    Raises:
+        ConfigError: two coders would have one name.
+    """
 
     def fields(p: PlannedCoder) -> dict[str, Any]:
-        return p.coder.model_dump() | {"optimiser": p.optimiser, "lr": p.lr, "seed": p.seed}
+        return p.coder.model_dump() | p.model_dump()
 
-    groups: dict[tuple[Any, ...], list[PlannedCoder]] = {}
-    for p in planned:
-        key = (p.hookpoint, *(fields(p)[f] for f in _ALWAYS_NAMED))
-        groups.setdefault(key, []).append(p)
+    def key(mine: dict[str, Any]) -> tuple[Any, ...]:
+        return (mine["hookpoint"], *(mine[f] for f in _ALWAYS_NAMED))
+
+    every = [fields(p) for p in planned]
+    seen: dict[tuple[Any, ...], dict[str, set[str]]] = {}
+    for mine in every:
+        values = seen.setdefault(key(mine), {})
+        for f, v in mine.items():
+            values.setdefault(f, set()).add(str(v))
     named = []
-    for p in planned:
-        key = (p.hookpoint, *(fields(p)[f] for f in _ALWAYS_NAMED))
-        mine = fields(p)
-        differ = [
-            f for f in mine
-            if f not in _ALWAYS_NAMED and len({str(fields(o)[f]) for o in groups[key]}) > 1
-        ]  # fmt: skip
-        parts = [mine["site"], mine["code"], f"k{mine['k']}", f"s{mine['seed']}"]
-        parts += [f"{f}={mine[f]}" for f in differ]
+    for p, mine in zip(planned, every, strict=True):
+        like = seen[key(mine)]
+        parts = [mine["group"]] if mine["group"] else []
+        parts += [mine["site"], mine["code"], f"k{mine['k']}", f"s{mine['seed']}"]
+        parts += [f"{f}={mine[f]}" for f in mine if f not in _NEVER_NAMED and len(like[f]) > 1]
         named.append(p.model_copy(update={"name": f"{p.hookpoint}/{'-'.join(parts)}"}))
     names = [p.name for p in named]
-    assert len(set(names)) == len(names)
+    if long := [n for n in names if max(map(len, n.split("/"))) > _LONGEST_NAME]:
+        raise ConfigError(
+            f"a coder would be called {long[0]}, which is too long for a folder. Divide its table, "
+            f"so that fewer fields differ in each, or give a shorter group."
+        )
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise ConfigError(f"two coders would be called {twice[0]}. Give their tables a `group`.")
     return named

@@ -21,9 +21,9 @@ from matplotlib.ticker import FuncFormatter
 
 __all__ = ["COLOURS", "CoderRow", "against_k", "firing_histograms", "training_curves"]
 
-COLOURS = {"continuous": "#2f7fc1", "binary": "#d9622b"}
+COLOURS = {"continuous": "#2f7fc1", "binary": "#d9622b", "hybrid": "#7d55b3"}
 """Apart for every kind of colour vision, and on light and dark ground."""
-_MARKERS = {"continuous": "o", "binary": "s"}
+_MARKERS = {"continuous": "o", "binary": "s", "hybrid": "^"}
 _INK = "#010203"  # replaced by currentColor, so that text and axes take the colour of the page
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -153,7 +153,7 @@ def against_k(
 
 
 def firing_histograms(coders: list[CoderRow]) -> Markup:
-    """Histograms of log10 firing rates, one panel per k, binary and continuous over each other."""
+    """Histograms of log10 firing rates, one panel per k, the codes over each other."""
     grouped: dict[str, list[CoderRow]] = {}
     for coder in coders:
         grouped.setdefault(f"{coder.panel}, k = {coder.k}", []).append(coder)

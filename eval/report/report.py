@@ -95,7 +95,9 @@ def _summary(rows: list[CoderRow]) -> list[str]:
             if (r.panel, r.seed) == (panel, rows[0].seed):
                 pairs.setdefault(r.k, {}).setdefault(r.code, []).append(r)
         ks = sorted(
-            k for k, p in pairs.items() if len(p) == 2 and all(len(c) == 1 for c in p.values())
+            k
+            for k, p in pairs.items()
+            if all(len(p.get(code, [])) == 1 for code in ("binary", "continuous"))
         )
         if not ks:
             continue

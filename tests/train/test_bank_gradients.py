@@ -21,44 +21,121 @@ SITES = ("sae", "transcoder", "skip_transcoder")
 CODES = ("continuous", "binary")
 
 
-class SigmoidStep(torch.autograd.Function):
-    """1[m > 0] whose derivative is defined as s (1 - s), s = sigmoid(m / T)."""
+class Step(torch.autograd.Function):
+    """1[m > 0] (or 1) whose derivative is that of a surrogate's written definition."""
 
     @staticmethod
-    def forward(ctx, m: Tensor, temperature: float) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, m: Tensor, config: CoderConfig) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(m)
-        ctx.temperature = temperature
-        return (m > 0).to(m.dtype)
+        ctx.config = config
+        return torch.ones_like(m) if config.exact_k else (m > 0).to(m.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        s = torch.sigmoid(ctx.saved_tensors[0] / ctx.temperature)
-        return grad * s * (1 - s), None
+        (m,), t = ctx.saved_tensors, ctx.config.temperature
+        s = torch.sigmoid(m / t)
+        slope = {
+            "sigmoid": s * (1 - s),
+            "identity": torch.ones_like(m),
+            "rectangle": ((m / t > -0.5) & (m / t < 0.5)).to(m.dtype),
+        }
+        return grad * slope[ctx.config.surrogate], None
 
 
-def _sigmoid_step(m: Tensor, temperature: float) -> Tensor:
-    result: Tensor = SigmoidStep.apply(m, temperature)  # type: ignore[no-untyped-call]
+class Threshold(torch.autograd.Function):
+    """exp(l), whose derivative for rectangle and identity is the authors': theta^2 / T."""
+
+    @staticmethod
+    def forward(ctx, log: Tensor, config: CoderConfig) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(log)
+        ctx.config = config
+        return log.exp()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        theta = ctx.saved_tensors[0].exp()
+        if ctx.config.surrogate == "sigmoid":
+            return grad * theta, None
+        return grad * theta * theta / ctx.config.temperature, None
+
+
+def _apply(function: Any, *args: Any) -> Tensor:
+    result: Tensor = function.apply(*args)
     return result
 
 
+def chosen_latents(config: CoderConfig, margin: Tensor, factor: int = 1) -> Tensor:
+    """1 at the selected latents, (N, F); factor: as if k were that many times as large."""
+    n, n_latents = margin.shape
+    border = config.first_binary if config.code == "hybrid" else n_latents
+    k_binary = config.k_binary or 0
+    chosen = torch.zeros_like(margin)
+    for start, stop, k in ((0, border, config.k - k_binary), (border, n_latents, k_binary)):
+        if stop == start:
+            continue
+        part, k = margin.detach()[:, start:stop], min(factor * k, stop - start)
+        if config.select == "topk":
+            mask = torch.zeros_like(part).scatter(1, part.topk(k, dim=1).indices, 1.0)
+        elif config.select == "groupmax":
+            groups = part.view(n, k, -1)
+            mask = (groups == groups.amax(2, keepdim=True)).to(part.dtype).view_as(part)
+        else:
+            floor = part.flatten().sort(descending=True).values[n * k - 1]
+            mask = (part >= floor).to(part.dtype)
+        chosen[:, start:stop] = mask
+    return chosen
+
+
+def code_of(config: CoderConfig, margin: Tensor, factor: int = 1) -> Tensor:
+    """Code (N, F), differentiable."""
+    if config.surrogate == "gumbel":
+        groups = margin.view(len(margin), config.k, -1)
+        floor = groups.topk(min(4, groups.shape[2]), dim=2).values[:, :, -1:]
+        soft = (groups / config.temperature).masked_fill(groups < floor, -torch.inf).softmax(2)
+        hard = (groups == groups.amax(2, keepdim=True)).to(margin.dtype)
+        return (hard - soft.detach() + soft).view_as(margin)
+    is_binary = torch.arange(config.n_latents) >= config.first_binary
+    value = torch.where(is_binary, _apply(Step, margin, config), margin.relu())
+    return value * chosen_latents(config, margin, factor)
+
+
 def reference(
-    config: CoderConfig, p: dict[str, Tensor], x: Tensor, y: Tensor, total_variance: float
-) -> tuple[Tensor, Tensor]:
-    """Loss and code (N, F) from the definitions, differentiable."""
-    pre = (x - p["b_dec"] if config.site == "sae" else x) @ p["encoder.weight"].T + p[
+    config: CoderConfig,
+    p: dict[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+    total_variance: float,
+    dead: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared error, the whole loss and the code (N, F) from the definitions, differentiable."""
+    margin = (x - p["b_dec"] if config.site == "sae" else x) @ p["encoder.weight"].T + p[
         "encoder.bias"
     ]
-    margin = pre - p["log_threshold"].exp() if config.binary else pre
-    chosen = torch.zeros_like(margin).scatter(1, margin.topk(config.k, dim=1).indices, 1.0)
-    step = _sigmoid_step(margin, config.temperature) if config.binary else torch.relu(pre)
-    code = step * chosen
+    if config.code != "continuous" and config.surrogate != "gumbel":
+        binary = (torch.arange(config.n_latents) >= config.first_binary).to(margin.dtype)
+        margin = margin - _apply(Threshold, p["log_threshold"], config) * binary
     w_dec = p["W_dec"]
     if config.decoder_norm == "unit":
         w_dec = w_dec / w_dec.norm(dim=1, keepdim=True)
-    y_hat = code @ w_dec + p["b_dec"]
-    if config.site == "skip_transcoder":
-        y_hat = y_hat + x @ p["W_skip"].T
-    return (y - y_hat).square().sum() / (len(x) * total_variance), code
+    if config.amplitude == "learned":
+        w_dec = w_dec * p["amplitude"].unsqueeze(1)
+    base = p["b_dec"] + (x @ p["W_skip"].T if config.site == "skip_transcoder" else 0)
+    scale = 1 / (len(x) * total_variance)
+    code = code_of(config, margin)
+    residual = y - base - code @ w_dec
+    loss = residual.square().sum() * scale
+    whole = loss
+    if config.multi_topk:
+        whole = whole + (y - base - code_of(config, margin, 4) @ w_dec).square().sum() * scale / 8
+    if dead is not None and config.auxk_alpha and dead.any():
+        wanted = config.auxk_k or config.d_out // 2
+        k = min(wanted, int(dead.sum()))
+        ranked = margin.detach().masked_fill(~dead, -torch.inf)
+        mask = torch.zeros_like(margin).scatter(1, ranked.topk(k, dim=1).indices, 1.0)
+        again = (margin.relu() * mask) @ w_dec
+        aux = (again - residual.detach()).square().sum() * scale
+        whole = whole + config.auxk_alpha * (k / wanted) * aux
+    return loss, whole, code
 
 
 def coder_config(**fields: Any) -> CoderConfig:
@@ -73,6 +150,7 @@ def make_bank(configs: list[CoderConfig], seed: int = 0) -> Bank:
         p.copy_(torch.randn(p.shape, generator=g, dtype=p.dtype))
         if name == "log_threshold":
             p.mul_(0.3).sub_(0.5)
+    bank._centre.copy_(torch.randn(bank.d_in, generator=g, dtype=p.dtype))
     return bank
 
 
@@ -83,20 +161,26 @@ def batch(d_in: int, d_out: int, site: str, n: int = 29) -> tuple[Tensor, Tensor
     return x, y
 
 
-def check(bank: Bank, x: Tensor, y: Tensor) -> list[Tensor]:
+def check(bank: Bank, x: Tensor, y: Tensor, micro_rows: int | None = None) -> list[Tensor]:
     """Compare every coder of a bank with the reference; returns the codes."""
-    result = bank.step(x, y)
+    for gradient in bank.gradients.values():
+        gradient.fill_(7.0)  # a step overwrites what was there
+    result = bank.step(x, y, micro_rows=micro_rows)
     codes = []
     for c, config in enumerate(bank.configs):
         p = {n: t[c].clone().requires_grad_() for n, t in bank.parameters.items()}
-        loss, code = reference(config, p, x, y, bank.total_variance)
-        loss.backward()
+        dead = None if bank.dead is None else bank.dead[c]
+        loss, whole, code = reference(config, p, x, y, bank.total_variance, dead)
+        whole.backward()
         torch.testing.assert_close(result.loss[c], loss.detach())
+        assert not result.loss[c].requires_grad
         for name in bank.names(c):
             expected = p[name].grad
             assert expected is not None
+            if name == "log_threshold":
+                expected = expected[config.first_binary :]
             torch.testing.assert_close(
-                bank.gradients[name][c],
+                bank.trained(c)[name][1],
                 expected,
                 rtol=1e-9,
                 atol=1e-12,
@@ -136,6 +220,110 @@ def test_forward_and_every_gradient_are_those_of_autograd(
         check(bank, *batch(d_in, d_out, site))
 
 
+AXES: dict[str, dict[str, Any]] = {
+    "identity": {"code": "binary", "surrogate": "identity"},
+    "rectangle": {"code": "binary", "surrogate": "rectangle", "temperature": 1.3},
+    "exact k": {"code": "binary", "exact_k": True},
+    "fixed threshold": {"code": "binary", "threshold": "fixed"},
+    "groupmax": {"select": "groupmax"},
+    "binary groupmax": {"code": "binary", "select": "groupmax"},
+    "gumbel": {"code": "binary", "select": "groupmax", "surrogate": "gumbel"},
+    "batch top-k": {"select": "batch_topk"},
+    "binary batch top-k": {"code": "binary", "select": "batch_topk"},
+    "hybrid": {"code": "hybrid"},
+    "uneven hybrid": {"code": "hybrid", "k_binary": 1, "n_binary": 20},
+    "hybrid groupmax": {"code": "hybrid", "select": "groupmax"},
+    "hybrid batch top-k": {"code": "hybrid", "select": "batch_topk"},
+    "multi top-k": {"multi_topk": True},
+    "binary multi top-k": {"code": "binary", "multi_topk": True},
+    "AuxK": {"auxk_alpha": 1 / 32},
+    "binary AuxK": {"code": "binary", "auxk_alpha": 0.5, "auxk_k": 20},
+    "hybrid AuxK and multi top-k": {"code": "hybrid", "auxk_alpha": 0.5, "multi_topk": True},
+}
+
+
+@pytest.mark.parametrize(("axes", "site"), itertools.product(AXES, SITES))
+def test_every_axis_has_the_gradients_of_its_definition(axes: str, site: str) -> None:
+    base: dict[str, Any] = {
+        "site": site,
+        "k": 4,
+        "n_latents": 32,
+        "d_in": 6,
+        "d_out": 6 if site == "sae" else 5,
+    }
+    x, y = batch(6, int(base["d_out"]), site)
+    variants: list[dict[str, Any]] = [{}]
+    if site == "sae":
+        variants.append({"decoder_norm": "unit"})
+        variants.append({"decoder_norm": "unit", "amplitude": "learned"})
+    for variant in variants:
+        bank = make_bank([coder_config(**base | AXES[axes] | variant)])
+        bank.dead = torch.zeros(1, 32, dtype=torch.bool)
+        bank.dead[0, 3:20] = True
+        check(bank, x, y)
+        if AXES[axes].get("select") != "batch_topk":  # which selects among the rows at hand
+            check(bank, x, y, micro_rows=10)
+
+
+def test_the_gradient_of_auxk_reaches_the_encoder_of_dead_latents_alone() -> None:
+    config = coder_config(site="transcoder", k=2, n_latents=16, d_in=5, d_out=6, auxk_alpha=1.0)
+    bank = make_bank([config])
+    bank.parameters["encoder.bias"][0, 8:] = -30.0  # never selected, yet some way above 0 below
+    x, y = batch(5, 6, "transcoder")
+    bank.step(x, y)
+    assert not bank.gradients["encoder.weight"][0, 8:].any()
+    bank.dead = torch.arange(16).unsqueeze(0) >= 12
+    bank.parameters["encoder.bias"][0, 12:] = -1.0
+    bank.k[0] = 1
+    bank.parameters["encoder.bias"][0, 0] = 100.0  # the one that wins everywhere
+    bank.step(x, y)
+    for name in ("encoder.weight", "encoder.bias", "W_dec"):
+        gradient = bank.gradients[name][0]
+        assert gradient[12:].any() and not gradient[1:12].any(), name
+
+
+def test_gumbel_noise_is_drawn_in_training_alone_and_from_its_seed() -> None:
+    config = coder_config(
+        site="transcoder", code="binary", select="groupmax", surrogate="gumbel", k=4, n_latents=32,
+        d_in=6, d_out=6,
+    )  # fmt: skip
+    x, y = batch(6, 6, "transcoder")
+    bank = make_bank([config])
+    quiet = bank.step(x, y).fired
+    bank.generators = [torch.Generator().manual_seed(3)]
+    noisy = [bank.step(x, y).loss.item() for _ in range(2)]
+    bank.generators = [torch.Generator().manual_seed(3)]
+    assert bank.step(x, y).loss.item() == noisy[0] != noisy[1]
+    bank.generators = None
+    assert torch.equal(bank.step(x, y).fired, quiet)
+    assert torch.equal(bank.export(0).encode(x).value, torch.ones(len(x), 4).double())
+
+
+def test_batch_topk_keeps_the_smallest_active_margin_as_its_threshold() -> None:
+    config = coder_config(
+        site="transcoder", select="batch_topk", k=3, n_latents=24, d_in=6, d_out=6
+    )
+    bank = make_bank([config])
+    x, y = batch(6, 6, "transcoder", n=64)
+    for _ in range(3):
+        fired = bank.step(x, y)
+    coder = bank.export(0)
+    margins = x @ coder.W_enc.T + coder.b_enc
+    floor = margins.flatten().sort(descending=True).values[3 * 64 - 1]
+    torch.testing.assert_close(coder.select_threshold, floor.unsqueeze(0))
+    # One batch again and again: the saved coder then selects what training did. (Less what the
+    # bank's centred rows round away: the smallest margin is the threshold itself.)
+    coder.select_threshold.sub_(1e-9)
+    code = coder.encode(x)
+    assert (code.value != 0).sum() == round(fired.l0.item() * 64)
+    torch.testing.assert_close(
+        (coder(x) - y).square().sum() / (64 * bank.total_variance), fired.loss[0]
+    )
+    assert all(len(set(row)) == len(row) for row in code.latent.tolist())
+    # And a row's code does not depend on its company.
+    torch.testing.assert_close(coder(x[:5]), coder(x)[:5])
+
+
 def test_a_bank_of_different_coders_gives_each_its_own_gradients() -> None:
     configs = [
         coder_config(site="skip_transcoder", code=code, k=k, n_latents=20, d_in=6, d_out=5,
@@ -171,7 +359,7 @@ def test_a_tie_takes_each_latent_once_and_its_loss_is_that_of_a_valid_choice() -
     x, y = batch(3, 3, "transcoder")
     result = bank.step(x, y)
     p = {n: t[0] for n, t in bank.parameters.items()}
-    loss, code = reference(config, p, x, y, bank.total_variance)
+    loss, _, code = reference(config, p, x, y, bank.total_variance)
     torch.testing.assert_close(result.loss[0], loss)
     torch.testing.assert_close(result.l0[0].double(), code.sum(1).mean())
     # What the two share between them is what one of them would get alone.

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from bsc.train.coders import kernels
+from bsc.train.coders.kernels import Entries
 
 N, F, D, K = 37, 50, 6, 5
 
@@ -15,43 +18,135 @@ def parts() -> dict[str, torch.Tensor]:
         "pre": torch.randn(N, F, generator=g, dtype=torch.float64),
         "table": torch.randn(F, D, generator=g, dtype=torch.float64),
         "rows": torch.randn(N, D, generator=g, dtype=torch.float64),
-        "weight": torch.randn(N, K, generator=g, dtype=torch.float64),
+        "weight": torch.randn(N * K, generator=g, dtype=torch.float64),
     }
 
 
-def dense(index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(N, F, dtype=weight.dtype).scatter(1, index, weight)
+def ragged(entries: Entries) -> Entries:
+    """The same entries less every third, so that rows differ in number and one row has none."""
+    keep = torch.arange(len(entries.row)) % 3 != 0
+    keep &= entries.row != 4
+    row = entries.row[keep]
+    per_row = torch.bincount(row, minlength=N)
+    return Entries(entries.latent[keep], row, (per_row.cumsum(0) - per_row).int())
 
 
-def test_select_takes_the_k_largest(parts: dict[str, torch.Tensor]) -> None:
-    values, index = kernels.select_topk(parts["pre"], K)
-    floor = parts["pre"].sort(dim=1, descending=True).values[:, K - 1 : K]
-    assert (values >= floor).all() and torch.equal(parts["pre"].gather(1, index), values)
-    assert all(len(set(row.tolist())) == K for row in index)
+def dense(entries: Entries, weight: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros(N, F, dtype=weight.dtype)
+    out[entries.row.long(), entries.latent.long()] = weight
+    return out
 
 
-def test_ties_give_each_latent_at_most_once() -> None:
-    _, index = kernels.select_topk(torch.zeros(4, 9), 3)
-    assert all(len(set(row.tolist())) == 3 for row in index)
+def check_topk(pre: torch.Tensor, k: int) -> None:
+    values, index = kernels.select_topk(pre, k)
+    assert values.shape == index.shape == (len(pre), k)
+    assert torch.equal(pre.gather(1, index), values)
+    expected = pre.float().sort(dim=1, descending=True).values[:, :k]
+    assert torch.equal(values.float().sort(dim=1, descending=True).values, expected)
+    assert (index.sort(dim=1).values.diff(dim=1) > 0).all()  # each latent at most once
 
 
-def test_decode_is_code_times_table(parts: dict[str, torch.Tensor]) -> None:
-    index = kernels.select_topk(parts["pre"], K)[1]
-    expected = dense(index, parts["weight"]) @ parts["table"]
-    torch.testing.assert_close(kernels.decode(index, parts["weight"], parts["table"]), expected)
+@pytest.mark.parametrize(
+    ("n_latents", "k"),
+    [*itertools.product((512, 1536, 1000, 9216), (1, 3, 16, 100)), (50, 50), (64, 16), (97, 7)],
+)
+def test_select_takes_the_k_largest_exactly(n_latents: int, k: int) -> None:
+    g = torch.Generator().manual_seed(k)
+    pre = torch.randn(33, n_latents, generator=g)
+    for values in (pre, pre - 5, pre.abs(), (pre * 3).round(), torch.zeros_like(pre)):
+        for dtype in (torch.bfloat16, torch.float32):
+            check_topk(values.to(dtype), k)
 
 
-def test_decoder_dot_is_grad_times_table(parts: dict[str, torch.Tensor]) -> None:
-    index = kernels.select_topk(parts["pre"], K)[1]
-    expected = (parts["rows"] @ parts["table"].T).gather(1, index)
-    torch.testing.assert_close(kernels.decoder_dot(parts["rows"], parts["table"], index), expected)
+def test_select_works_on_a_slice_of_wider_rows_and_on_infinities() -> None:
+    wide = torch.randn(20, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    check_topk(wide[:, 1024:3072], 8)
+    wide[:, 5] = torch.inf
+    wide[3] = -torch.inf
+    check_topk(wide, 8)
 
 
-def test_latent_sums_are_code_transposed_times_rows(parts: dict[str, torch.Tensor]) -> None:
-    index = kernels.select_topk(parts["pre"], K)[1] % 40  # latents 40 to 49 are never selected
-    index[:, 1:] = (index[:, :1] + torch.arange(1, K)) % 40
-    transposed = kernels.transpose(index, F)
-    expected = dense(index, parts["weight"]).T @ parts["rows"]
-    found = kernels.latent_sums(transposed, parts["weight"], parts["rows"])
-    torch.testing.assert_close(found, expected)
-    assert not found[40:].any()
+def test_the_cascade_is_used_where_it_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the tests above would be of torch.topk."""
+    used = []
+    real = kernels._cascade
+
+    def noted(pre: torch.Tensor, k: int, folds: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        used.append(folds)
+        return real(pre, k, folds)
+
+    monkeypatch.setattr(kernels, "_cascade", noted)
+    for dtype in (torch.bfloat16, torch.float32):
+        for k in (1, 16, 100):
+            kernels.select_topk(torch.randn(3, 9216).to(dtype), k)
+    assert used == [(8, 8), (8, 8), (4, 4)] * 2
+
+
+def test_a_row_of_nan_gives_nan_so_that_it_is_noticed() -> None:
+    pre = torch.randn(4, 2048).bfloat16()
+    pre[2] = torch.nan
+    values, _ = kernels.select_topk(pre, 4)
+    assert values[2].isnan().all() and not values[[0, 1, 3]].isnan().any()
+
+
+def test_groupmax_takes_the_largest_of_every_group(parts: dict[str, torch.Tensor]) -> None:
+    values, index = kernels.groupmax(parts["pre"], K)
+    groups = parts["pre"].view(N, K, F // K)
+    assert torch.equal(values, groups.amax(2))
+    assert torch.equal(index // (F // K), torch.arange(K).expand(N, K))
+    assert torch.equal(parts["pre"].gather(1, index), values)
+    some, where = kernels.group_topk(parts["pre"], K, 3)
+    assert torch.equal(some, groups.sort(2, descending=True).values[:, :, :3])
+    assert torch.equal(parts["pre"].gather(1, where.flatten(1)), some.flatten(1))
+
+
+@pytest.mark.parametrize("lopsided", [False, True])
+def test_batch_topk_takes_the_largest_of_the_batch(
+    parts: dict[str, torch.Tensor], lopsided: bool
+) -> None:
+    pre = parts["pre"].clone()
+    if lopsided:  # one row has more of them than the first look takes
+        pre[7] += 100
+    values, entries, smallest = kernels.batch_topk(pre, 2)
+    floor = pre.flatten().sort(descending=True).values[2 * N - 1]
+    assert smallest == floor and len(values) == 2 * N
+    assert torch.equal(pre[entries.row.long(), entries.latent.long()], values)
+    assert set(zip(*(t.tolist() for t in (pre >= floor).nonzero(as_tuple=True)), strict=True)) == (
+        set(zip(entries.row.tolist(), entries.latent.tolist(), strict=True))
+    )
+    per_row = torch.bincount(entries.row, minlength=N)
+    assert torch.equal(entries.offsets.long(), per_row.cumsum(0) - per_row)
+    assert per_row.max() == (F if lopsided else per_row.max())
+
+
+@pytest.mark.parametrize("shape", ["even", "ragged"])
+def test_sparse_sums_are_those_of_the_dense_code(
+    parts: dict[str, torch.Tensor], shape: str
+) -> None:
+    entries = Entries.of(kernels.select_topk(parts["pre"][:, :40], K)[1])  # the last ten: never
+    if shape == "ragged":
+        entries = ragged(entries)
+    weight = parts["weight"][: len(entries.row)]
+    code = dense(entries, weight)
+    torch.testing.assert_close(
+        kernels.decode(entries, weight, parts["table"]), code @ parts["table"]
+    )
+    products = parts["rows"] @ parts["table"].T
+    torch.testing.assert_close(
+        kernels.decoder_dot(parts["rows"], parts["table"], entries),
+        products[entries.row.long(), entries.latent.long()],
+    )
+    sums = kernels.latent_sums(kernels.transpose(entries, F), weight, parts["rows"])
+    torch.testing.assert_close(sums, code.T @ parts["rows"])
+    assert not sums[40:].any()
+
+
+def test_bfloat16_sums_round_once() -> None:
+    """A bag of thousands of rows in bfloat16 is the float32 bag rounded, not a sum of roundings."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(4000, 64, generator=g).bfloat16()
+    entries = Entries.of(torch.zeros(4000, 1, dtype=torch.int64))
+    weight = torch.rand(4000, generator=g).bfloat16()
+    found = kernels.latent_sums(kernels.transpose(entries, 2), weight, rows)[0]
+    exact = weight.double() @ rows.double()
+    assert ((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-2).all()

@@ -4,8 +4,16 @@ import pytest
 import schedulefree
 import torch
 
-from bsc.train.optim import ScheduleFreeSignSGD, make_optimiser
-from bsc.train.trainer import adam_scale
+from bsc.errors import ConfigError
+from bsc.train.optim import (
+    OPTIMISERS,
+    ClassicSignum,
+    CoderOptimiser,
+    Optimiser,
+    ScheduleFreeSignSGD,
+    state_bytes,
+)
+from bsc.train.schedule import annealed, default_lr, lr_scale, paper_lr
 
 
 class SignSGD(torch.optim.Optimizer):
@@ -43,29 +51,145 @@ def test_signum_equals_the_schedulefree_package_step_by_step() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["adam", "signum"])
-def test_an_optimiser_reaches_a_minimum(name: str) -> None:
-    p = torch.full((4,), 3.0, requires_grad=True)
-    optimiser = make_optimiser(name, [p], lr=0.05)  # type: ignore[arg-type]
-    for _ in range(400):
-        p.grad = p.detach() - 1.0
+def test_classic_signum_is_the_sign_of_the_momentum() -> None:
+    p = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected, momentum = p.clone(), torch.zeros_like(p)
+    optimiser = ClassicSignum([p.requires_grad_()], lr=0.02, beta=0.9)
+    for step in range(40):
+        p.grad = gradient(p, step)
+        momentum = 0.9 * momentum + 0.1 * gradient(expected, step)
+        expected -= 0.02 * momentum.sign()
         optimiser.step()
-    if isinstance(optimiser, ScheduleFreeSignSGD):
-        optimiser.finish()
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-13)
+
+
+def tensors(seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"W": (6, 4), "b": (6,)}
+    return {
+        n: (torch.randn(s, generator=g), torch.randn(s, generator=g)) for n, s in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["adam", "muon"])
+def test_adam_and_muon_are_those_of_torch(name: Optimiser) -> None:
+    """Over slices of a stack, with the learning rate of every step."""
+    ours, theirs = tensors(), tensors()
+    mine = CoderOptimiser(name, ours, lr=1.0)
+    reference: list[torch.optim.Optimizer]
+    if name == "adam":
+        reference = [torch.optim.Adam([p for p, _ in theirs.values()], lr=1.0)]
+    else:
+        reference = [
+            torch.optim.Muon(
+                [theirs["W"][0]], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+            ),
+            torch.optim.Adam([theirs["b"][0]], lr=1.0),
+        ]  # fmt: skip
+    for step in range(20):
+        lr = 0.01 * (1 + step % 3)
+        for name_, (p, g) in ours.items():
+            g.copy_(gradient(p, step))
+            theirs[name_][0].grad = gradient(theirs[name_][0], step)
+        mine.step(lr)
+        for part in reference:
+            part.param_groups[0]["lr"] = lr
+            part.step()
+        for name_, (p, _) in ours.items():
+            torch.testing.assert_close(p, theirs[name_][0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_an_optimiser_reaches_a_minimum(name: Optimiser) -> None:
+    p, g = torch.full((4, 4), 3.0) + torch.eye(4), torch.zeros(4, 4)
+    lr = 0.2 if name == "muon" else 0.05  # whose step is spread over the matrix
+    optimiser = CoderOptimiser(name, {"p": (p, g)}, lr=lr)
+    for step in range(400):
+        g.copy_(p.detach() - 1.0)
+        optimiser.step(lr * lr_scale(step, 400, 0.0, "none" if name == "signum" else "linear"))
+    optimiser.finish()
     assert (p - 1).abs().max() < 0.3, p
 
 
-def test_adam_works_on_slices_of_a_stack_and_leaves_the_others() -> None:
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_a_saved_state_goes_on_as_if_nothing_had_happened(name: Optimiser) -> None:
+    def run(mine: dict[str, tuple[torch.Tensor, torch.Tensor]], o: CoderOptimiser, at: int) -> None:
+        for step in range(at, at + 5):
+            for p, g in mine.values():
+                g.copy_(gradient(p, step))
+            o.step(0.01)
+
+    whole = tensors()
+    one = CoderOptimiser(name, whole, 0.01)
+    run(whole, one, 0)
+    half = {n: (p.detach().clone(), g.clone()) for n, (p, g) in whole.items()}
+    state = {n: t.clone() for n, t in one.state().items()}
+    assert state and all("/" in n for n in state)
+    run(whole, one, 5)
+    other = CoderOptimiser(name, half, 0.01)
+    other.load_state(state)
+    run(half, other, 5)
+    for n in whole:
+        assert torch.equal(whole[n][0], half[n][0]), n
+    assert sum(t.nbytes for t in one.state().values() if t.ndim) == state_bytes(
+        name, {n: tuple(p.shape) for n, (p, _) in whole.items()}
+    )
+
+
+def test_averages_stand_in_for_the_weights_and_leave_them_as_they_were() -> None:
+    mine = tensors()
+    optimiser = CoderOptimiser("signum", mine, 0.1)
+    for step in range(7):
+        for p, g in mine.values():
+            g.copy_(gradient(p, step))
+        optimiser.step(0.1)
+    before = {n: p.detach().clone() for n, (p, _) in mine.items()}
+    with optimiser.averaged():
+        inside = {n: p.detach().clone() for n, (p, _) in mine.items()}
+    assert all(torch.equal(p, before[n]) for n, (p, _) in mine.items())
+    optimiser.finish()
+    assert all(torch.equal(p, inside[n]) for n, (p, _) in mine.items())
+    assert not torch.equal(inside["W"], before["W"])
+
+
+def test_clipping_cuts_the_length_of_all_gradients_together() -> None:
+    mine = tensors()
+    optimiser = CoderOptimiser("adam", mine, 0.1, clip_norm=0.5)
+    optimiser.step(0.1)
+    length = torch.cat([g.flatten() for _, g in mine.values()]).norm()
+    torch.testing.assert_close(length, torch.tensor(0.5))
+
+
+def test_an_optimiser_works_on_slices_of_a_stack_and_leaves_the_others() -> None:
     stack, grads = torch.ones(3, 4), torch.ones(3, 4)
-    part = stack[1].requires_grad_()
-    part.grad = grads[1]
-    make_optimiser("adam", [part], lr=0.1).step()
+    CoderOptimiser("adam", {"p": (stack[1], grads[1])}, lr=0.1).step(0.1)
     assert torch.equal(stack[0], torch.ones(4)) and torch.equal(stack[2], torch.ones(4))
     torch.testing.assert_close(stack[1].detach(), torch.full((4,), 0.9))
 
 
 def test_the_schedule_rises_then_falls_to_nearly_zero() -> None:
-    scales = [adam_scale(s, 200) for s in range(200)]
+    scales = [lr_scale(s, 200, 0.05, "linear") for s in range(200)]
     peak = scales.index(max(scales))
     assert max(scales) == 1.0 and peak == 9 and scales[-1] < 0.01
     assert sorted(scales[peak:], reverse=True) == scales[peak:]
+    assert [lr_scale(s, 10, 0.5, "none") for s in (0, 4, 9)] == [0.2, 1.0, 1.0]
+
+
+def test_k_and_temperature_go_to_their_last_value_and_stay() -> None:
+    values = [annealed(100, 10, s, 100, 0.5) for s in range(100)]
+    assert values[0] == 100 and values[25] == 55 and set(values[50:]) == {10}
+
+
+def test_the_rules_of_the_paper_by_name() -> None:
+    """The values of the authors' code at its two sizes."""
+    for optimiser, code, n_latents, expected in (
+        ("adam", "continuous", 18432, 1.89e-4), ("signum", "continuous", 18432, 4.71e-3),
+        ("adam", "binary", 18432, 4.0e-3), ("signum", "binary", 18432, 4.0e-3),
+        ("adam", "continuous", 36864, 1.33e-4), ("signum", "continuous", 36864, 3.33e-3),
+        ("adam", "binary", 36864, 2.83e-3),
+    ):  # fmt: skip
+        assert paper_lr(optimiser, code, "sigmoid", n_latents) == pytest.approx(expected, rel=0.01)  # type: ignore[arg-type]
+    assert paper_lr("signum", "binary", "gumbel", 36864) == 3e-2
+    with pytest.raises(ConfigError, match="no learning rate for muon and binary"):
+        paper_lr("muon", "binary", "sigmoid", 100)
+    assert default_lr("adam", "hybrid", 2**14) == default_lr("adam", "continuous", 2**14)

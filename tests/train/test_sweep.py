@@ -7,7 +7,7 @@ import pytest
 from bsc.cache.store import ActivationStore
 from bsc.config import parse_config, read_toml
 from bsc.errors import ConfigError, StoreError
-from bsc.train.sweep import SweepPoint, TrainConfig, expand, plan_coders
+from bsc.train.sweep import PlannedCoder, SweepPoint, TrainConfig, expand, plan_coders
 
 
 def test_a_table_is_a_grid_and_tables_add_up(store: ActivationStore) -> None:
@@ -44,7 +44,16 @@ def test_defaults_come_from_the_store(store: ActivationStore) -> None:
     [
         ({"kk": 3}, r"unknown key 'kk' .did you mean 'k'"),
         ({"k": 0}, "k: input should be greater than or equal to 1, got 0"),
-        ({"code": "ternary"}, "code: input should be 'continuous' or 'binary', got 'ternary'"),
+        (
+            {"code": "ternary"},
+            "code: input should be 'continuous', 'binary' or 'hybrid', got 'tern",
+        ),
+        ({"k": True}, "k: should be a number, got True"),
+        ({"k": "8"}, "k: should be a number, got '8'"),
+        ({"multi_topk": 1}, "multi_topk: should be true or false, got 1"),
+        ({"lr": "papper"}, "lr: input should be 'paper', got 'papper'"),
+        ({"lr": 0.0}, "lr: input should be greater than 0"),
+        ({"group": "../x"}, "make a name"),
         ({"k": []}, "k is an empty list"),
     ],
 )
@@ -71,3 +80,74 @@ def test_a_toml_file_is_checked_like_flags(tmp_path: Path) -> None:
     path.write_text("tokens = = 5")
     with pytest.raises(ConfigError, match=r"not a TOML file .*line 1"):
         read_toml(path)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (
+            {"select": "groupmax", "k": 5},
+            "select='groupmax' cuts 64 continuous latents into 5 equal",
+        ),
+        ({"code": "hybrid", "k": 1}, "0 continuous latents"),
+        ({"code": "hybrid", "k": 40, "k_binary": 30, "n_binary": 20}, "30 binary latents of 20"),
+        ({"code": "binary", "k_binary": 2}, "k_binary and n_binary are for code='hybrid'"),
+        ({"code": "binary", "surrogate": "gumbel"}, "needs select='groupmax' and code='binary'"),
+        ({"amplitude": "learned"}, "amplitude='learned' needs decoder_norm='unit'"),
+        ({"decoder_norm": "unit"}, "decoder_norm='unit' is for SAEs"),
+        ({"select": "groupmax", "multi_topk": True}, "multi_topk selects 4 k latents"),
+        ({"select": "groupmax", "k_init": 8}, "k_init: with select='groupmax'"),
+        ({"k_init": 65}, "k_init=65 is more than n_latents=64"),
+        ({"optimiser": "muon", "lr": "paper"}, "the paper has no learning rate for muon"),
+        ({"k": 64}, None),
+        ({"k": 1}, None),
+    ],
+)
+def test_coders_that_cannot_be_are_refused(
+    store: ActivationStore, table: dict[str, object], message: str | None
+) -> None:
+    base = {"k": 4, "n_latents": 64, "hookpoint": "layers.0.mlp"}
+    if message is None:
+        assert len(plan_coders(expand([base | table], "t"), store)) == 1
+        return
+    with pytest.raises(ConfigError, match=message):
+        plan_coders(expand([base | table], "t"), store)
+
+
+def test_what_a_coder_does_not_read_does_not_make_it_another(store: ActivationStore) -> None:
+    table = {"hookpoint": "layers.0.mlp", "n_latents": 64, "k": 4}
+    grid = {"code": ["binary", "continuous"], "surrogate": ["sigmoid", "identity"],
+            "temperature": [1.0, 2.0]}  # fmt: skip
+    planned = plan_coders(expand([table | grid], "t"), store)
+    assert [p.coder.code for p in planned] == ["binary"] * 4 + ["continuous"]
+    assert len({p.name for p in planned}) == 5
+
+
+def test_groups_name_tables_and_two_coders_of_one_name_are_refused(store: ActivationStore) -> None:
+    table = {"hookpoint": "layers.0.mlp", "n_latents": 64, "k": 4}
+    planned = plan_coders(expand([table | {"group": "a"}, table | {"group": "b"}], "t"), store)
+    assert [p.name.split("/")[1] for p in planned] == [
+        f"{g}-skip_transcoder-continuous-k4-s0" for g in "ab"
+    ]
+    # Once is enough of the same coder.
+    assert len(plan_coders(expand([table, table], "t"), store)) == 1
+
+
+def test_a_name_that_no_folder_can_have_is_refused(store: ActivationStore) -> None:
+    with pytest.raises(ConfigError, match="too long for a folder"):
+        plan_coders(expand([{"group": "g" * 190, "k": 4, "n_latents": 64}], "t"), store)
+
+
+def test_the_temperature_follows_the_surrogate(store: ActivationStore) -> None:
+    base = {"hookpoint": "layers.0.mlp", "n_latents": 64, "k": 4, "code": "binary"}
+    (one,) = plan_coders(expand([base], "t"), store)
+    (two,) = plan_coders(expand([base | {"surrogate": "gumbel", "select": "groupmax"}], "t"), store)
+    assert (one.coder.temperature, two.coder.temperature) == (2.0, 0.5)
+
+
+def test_a_resolved_config_reads_back_as_it_was(store: ActivationStore) -> None:
+    tables = [{"k": 4, "n_latents": 64, "code": ["binary", "hybrid"], "lr": "paper"}]
+    tables[0]["optimiser"] = "signum"
+    tables[0]["code"] = ["binary", "continuous"]
+    for planned in plan_coders(expand(tables, "t"), store):
+        assert parse_config(PlannedCoder, planned.model_dump(mode="json"), "t") == planned

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ def config(store_path: Path, runs: Path, **fields: object) -> TrainConfig:
 
 
 def test_a_run_holds_what_it_should_and_training_helps(run: Run) -> None:
-    assert {p.name for p in run.folder.iterdir()} == {"config.json", "metrics.jsonl", "coders"}
+    assert {p.name for p in run.folder.iterdir()} == {
+        "config.json", "metrics.jsonl", "coders", "checkpoint",
+    }  # fmt: skip
     names = run.coder_names()
     assert len(names) == 8
     metrics = list(run.metrics())
@@ -111,8 +114,8 @@ def test_a_coder_that_turns_non_finite_is_named_and_the_others_go_on(
     real = Bank.step
     calls = []
 
-    def poison(self: Bank, x: torch.Tensor, y: torch.Tensor) -> object:
-        result = real(self, x, y)
+    def poison(self: Bank, x: torch.Tensor, y: torch.Tensor, **how: Any) -> object:
+        result = real(self, x, y, **how)
         calls.append(1)
         if len(calls) == 10:
             result.loss[0] = float("nan")
@@ -156,3 +159,17 @@ def test_a_coder_outside_of_the_run_is_not_loaded(run: Run, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(json.dumps(record))
     with pytest.raises(StoreError, match="outside of the run"):
         Run.open(tmp_path).coder("../../elsewhere")
+
+
+def test_rows_that_are_all_the_same_are_refused(store_path: Path, tmp_path: Path) -> None:
+    from bsc.cache.store import Moments
+    from bsc.train.bank_trainer import Scale
+
+    flat = Moments(10, torch.ones(4).double(), torch.zeros(4).double())
+    some = Moments(10, torch.ones(4).double(), torch.ones(4).double())
+    for x, y in ((flat, some), (some, flat)):
+        for normalise in ("rms", "none"):
+            if normalise == "none" and y is some:
+                continue  # constant inputs can be trained on, to no use
+            with pytest.raises(UserError, match=r"layers\.0\.mlp: its rows are all the same"):
+                Scale.of("layers.0.mlp", x, y, normalise)

@@ -1,32 +1,44 @@
-"""A bank: coders of one shape, stacked, trained on the same rows with one encoder GEMM for all.
+"""A bank: coders of one shape, stacked, trained on the same rows.
 
 The forward pass and every gradient are written out (docs/coders.md derives them), on sparse
 operations that never make anything of size N x k x d. Tests hold them to autograd in float64.
 
-Shape letters: C coders, N rows, F latents, k selected latents per row.
+Parameters are float32; the rows, the weights of the encoder and the decoder and the gradients of
+reconstructions are rounded to bfloat16 for the arithmetic, whose sums are float32. Rows are centred
+before they are rounded, and biases go through the encoder's GEMM as two more columns (the rounded
+bias and what was lost in rounding), so that a mean far from zero costs no precision.
+
+Shape letters: C coders, N rows, F latents, k selected latents per row, M selected entries.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bsc.train.coders import kernels
+from bsc.train.coders import kernels, surrogates
+from bsc.train.coders.backward import CoderPass
 from bsc.train.coders.coder import SparseCoder, parameter_shapes
 from bsc.train.coders.config import CoderConfig
+from bsc.train.coders.kernels import Entries
 
-__all__ = ["Bank", "StepResult"]
+__all__ = ["EXTRA_COLUMNS", "Bank", "StepResult"]
+
+EXTRA_COLUMNS = 8
+"""Columns beside those of a row in the encoder's GEMM: bias, its rest, and padding."""
+_THRESHOLD_MEMORY = 0.99
 
 
 class StepResult(NamedTuple):
     """What one forward and backward pass says of each coder."""
 
     loss: Tensor
-    """(C,): squared error of the batch over the total variance that the rows have by the store."""
+    """(C,): squared error of the batch over the total variance that the rows have by the store;
+    without AuxK and multi-TopK."""
     l0: Tensor
     """(C,): mean number of latents per row that are not 0."""
     fired: Tensor
@@ -36,8 +48,9 @@ class StepResult(NamedTuple):
 class Bank:
     """Stacked parameters of C coders and their gradients.
 
-    `parameters[name]` is (C, *shape) and `gradients[name]` the same, by the names on disk. The
-    slice of a coder is a view, so an optimiser may work on one coder alone.
+    `parameters[name]` is (C, *shape) and `gradients[name]` the same, by the names on disk (and
+    `amplitude`). `trained(c)` has the slices of a coder as views, so an optimiser may work on one
+    coder alone.
     """
 
     def __init__(
@@ -48,39 +61,77 @@ class Bank:
         compute_dtype: torch.dtype = torch.bfloat16,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        units: tuple[float, float] = (1.0, 1.0),
+        dot: Callable[[Tensor, Tensor, Entries], Tensor] = kernels.decoder_dot,
     ) -> None:
         """Make a bank with parameters of zeros; `initialise` sets them.
 
         Args:
             configs: one per coder. Site, widths and number of latents are the same for all.
             total_variance: mean squared distance of a target row from the mean target row.
-            compute_dtype: of the encoder GEMM.
-            dtype: of parameters, gradients and everything else.
+            compute_dtype: of the products; their sums are float32 or better.
+            dtype: of parameters and gradients.
             device: where they are.
+            units: what rows that are encoded and rows that are reconstructed are divided by.
+            dot: `kernels.decoder_dot`, or a compiled form of it.
         """
         first = configs[0]
         shared = [(c.site, c.n_latents, c.d_in, c.d_out) for c in configs]
         assert len(set(shared)) == 1, "coders of one bank share site, widths and n_latents"
         self.configs, self.site = tuple(configs), first.site
         self.n_latents, self.d_in, self.d_out = first.n_latents, first.d_in, first.d_out
-        self.total_variance, self.compute_dtype = total_variance, compute_dtype
-        # log_threshold is stacked for all, so that binary and continuous coders share a bank.
-        shapes = parameter_shapes(first) | {"log_threshold": (first.n_latents,)}
+        self.total_variance, self.compute_dtype, self.units = total_variance, compute_dtype, units
+        self.k = [c.k for c in configs]
+        """Latents that each coder selects now; a schedule may change it."""
+        self.temperature = [c.temperature for c in configs]
+        """Of each coder's surrogate now."""
+        self.dead: Tensor | None = None
+        """(C, F) bool: latents that AuxK trains; None: none."""
+        self.generators: list[torch.Generator] | None = None
+        """Of the noise of each gumbel coder; None: no noise."""
         options: dict[str, Any] = {"dtype": dtype, "device": device}
-        stack = (len(configs),)
-        self.parameters = {n: torch.zeros(stack + s, **options) for n, s in shapes.items()}
-        self.gradients = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
-        self._weight = torch.empty(
-            (len(configs) * self.n_latents, self.d_in), dtype=compute_dtype, device=device
-        )
+        shapes = parameter_shapes(first.model_copy(update={"code": "continuous"}))
+        shapes.pop("select_threshold", None)
+        # Stacked for all where one coder needs them, so that different coders share a bank.
+        if any(c.has_threshold for c in configs):
+            shapes["log_threshold"] = (first.n_latents,)
+        if any(c.amplitude == "learned" for c in configs):
+            shapes["amplitude"] = (first.n_latents,)
+        n = len(configs)
+        self.parameters = {name: torch.zeros((n, *s), **options) for name, s in shapes.items()}
+        self.gradients = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.select_minimum = torch.zeros((n, 2, 2), dtype=torch.float64, device=device)
+        """Batch top-k: per coder and part, running sum and weight of the smallest active margin."""
+        self._centre = torch.zeros(self.d_in, **options)
+        unit = any(c.decoder_norm == "unit" for c in configs)
+        self._scratch = torch.empty((self.n_latents if unit else 0, self.d_out), **options)
+        self._along = torch.zeros((n, self.n_latents if unit else 0, 1), **options)
+        options["dtype"] = compute_dtype
+        self._encoder = torch.zeros((n, self.n_latents, self.d_in + EXTRA_COLUMNS), **options)
+        self._decoder = torch.zeros((n, self.n_latents, self.d_out), **options)
+        self._pre = torch.empty((0, self.n_latents), **options)
+        self._rows = torch.zeros((0, self.d_in + EXTRA_COLUMNS), **options)
+        self._dot = dot
 
     def names(self, coder: int) -> list[str]:
         """Names of the tensors that coder number `coder` trains."""
         config = self.configs[coder]
-        names = list(parameter_shapes(config))
-        if config.binary and config.threshold == "fixed":
-            names.remove("log_threshold")
+        names = [n for n in self.parameters if n not in ("log_threshold", "amplitude")]
+        if config.has_threshold and config.threshold == "learned":
+            names.append("log_threshold")
+        if config.amplitude == "learned":
+            names.append("amplitude")
         return names
+
+    def trained(self, coder: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Parameter and gradient of every tensor that a coder trains, as views."""
+        found = {}
+        for name in self.names(coder):
+            part = slice(self.configs[coder].first_binary if name == "log_threshold" else 0, None)
+            found[name] = (
+                self.parameters[name][coder][part], self.gradients[name][coder][part],
+            )  # fmt: skip
+        return found
 
     def initialise(self, seeds: Sequence[int], mean_x: Tensor, mean_y: Tensor) -> None:
         """Set the parameters of every coder from its seed; coders with one seed begin alike.
@@ -96,6 +147,7 @@ class Bank:
         """
         p = self.parameters
         mean_x, mean_y = (m.to(p["b_dec"]) for m in (mean_x, mean_y))
+        self._centre.copy_(mean_x)
         for c, (config, seed) in enumerate(zip(self.configs, seeds, strict=True)):
             generator = torch.Generator().manual_seed(seed)
             bound = 1 / math.sqrt(self.d_in)
@@ -103,112 +155,178 @@ class Bank:
             w = (2 * drawn - 1).mul_(bound).to(p["b_dec"])
             p["encoder.weight"][c] = w
             p["b_dec"][c] = mean_y
-            p["log_threshold"][c] = math.log(config.threshold_init)
+            if "log_threshold" in p:
+                p["log_threshold"][c] = math.log(config.threshold_init)
+            if "amplitude" in p:
+                p["amplitude"][c] = 1
             if self.site == "sae":
                 p["W_dec"][c] = w / w.norm(dim=1, keepdim=True)
             else:
                 p["encoder.bias"][c] = -(w @ mean_x)
 
     def decoder(self, coder: int) -> Tensor:
-        """The decoder that acts, (F, d_out): with rows of length 1 where the config says so."""
+        """The decoder that acts, (F, d_out): unit rows and amplitudes where the config says so."""
         w: Tensor = self.parameters["W_dec"][coder]
-        if self.configs[coder].decoder_norm == "unit":
-            w = w / w.norm(dim=1, keepdim=True)
-        return w
+        return w if self.configs[coder].decoder_norm == "free" else w * self._gain(coder)
 
-    def _pre_activations(self, x_Nd: Tensor) -> Tensor:
-        """Margins of every latent, (N, C, F): one GEMM, biases and thresholds folded in."""
-        p = self.parameters
-        bias = p["encoder.bias"].clone()
-        if self.site == "sae":  # (x - b_dec) W^T + b = x W^T + (b - W b_dec)
-            bias -= torch.einsum("cfd,cd->cf", p["encoder.weight"], p["b_dec"])
-        for c, config in enumerate(self.configs):
-            if config.binary:
-                bias[c] -= p["log_threshold"][c].exp()
-        self._weight.copy_(p["encoder.weight"].view_as(self._weight))
-        pre = torch.nn.functional.linear(
-            x_Nd.to(self.compute_dtype), self._weight, bias.flatten().to(self.compute_dtype)
-        )
-        return pre.view(len(x_Nd), len(self.configs), self.n_latents)
+    def theta(self, coder: int) -> Tensor:
+        """Thresholds of the binary latents, from the first of them on."""
+        log: Tensor = self.parameters["log_threshold"][coder, self.configs[coder].first_binary :]
+        return log.exp()
 
     @torch.no_grad()
-    def step(self, x_Nd: Tensor, y_Nd: Tensor) -> StepResult:
+    def step(
+        self,
+        x_Nd: Tensor,
+        y_Nd: Tensor,
+        *,
+        micro_rows: int | None = None,
+        active: Sequence[int] | None = None,
+    ) -> StepResult:
         """Forward and backward pass over a batch: overwrites `gradients`.
 
         Args:
             x_Nd: rows that are encoded, (N, d_in), any float dtype.
             y_Nd: rows that are reconstructed, (N, d_out), any float dtype.
+            micro_rows: rows that are worked on at a time, which bounds the memory; None: all.
+                Batch top-k selects among these.
+            active: coders to train; None: all. The gradients of the others stand.
 
         Returns:
-            The loss whose gradient was taken, and what fired.
+            The loss whose gradient was taken, and what fired; zeros for coders not active.
         """
-        dtype = self.parameters["b_dec"].dtype
-        pre_NCF = self._pre_activations(x_Nd)
-        x_Nd, y_Nd = x_Nd.to(dtype), y_Nd.to(dtype)
-        results = [self._coder_step(c, pre_NCF[:, c], x_Nd, y_Nd) for c in range(len(self.configs))]
-        loss, l0, fired = (torch.stack(parts) for parts in zip(*results, strict=True))
-        return StepResult(loss, l0, fired)
+        active = range(len(self.configs)) if active is None else active
+        n, size = len(x_Nd), micro_rows or len(x_Nd)
+        device, n_coders = self._centre.device, len(self.configs)
+        self._prepare(min(size, n), active)
+        loss = torch.zeros(n_coders, dtype=torch.float64, device=device)
+        l0 = torch.zeros(n_coders, dtype=torch.float64, device=device)
+        fired = torch.zeros((n_coders, self.n_latents), dtype=torch.bool, device=device)
+        for start in range(0, n, size):
+            x, y = x_Nd[start : start + size], y_Nd[start : start + size]
+            z = self._rows[: len(x)]
+            z[:, : self.d_in] = x.to(self._centre.dtype) / self.units[0] - self._centre
+            y = y.to(self._centre.dtype) / self.units[1]
+            pre = self._pre[: len(x)]
+            for c in active:
+                kernels.pre_activations(z, self._encoder[c], pre)
+                latent, margin, on, error = self._pass(
+                    c, z, y, 1 / (n * self.total_variance), add=start > 0
+                ).run(pre)
+                loss[c] += error
+                l0[c] += on.sum()
+                fired[c, latent[on]] = True
+                if self.configs[c].select == "batch_topk":
+                    self._note_minima(c, latent, margin, on)
+        for c in active:
+            self._finish(c)
+        return StepResult(loss, l0 / n, fired)
 
-    def _coder_step(
-        self, c: int, pre_NF: Tensor, x_Nd: Tensor, y_Nd: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        config, n = self.configs[c], len(x_Nd)
+    def _pass(self, c: int, z: Tensor, y: Tensor, scale: float, *, add: bool) -> CoderPass:
+        return CoderPass(
+            config=self.configs[c],
+            parameters={name: stacked[c] for name, stacked in self.parameters.items()},
+            gradients={name: stacked[c] for name, stacked in self.gradients.items()},
+            w_dec=self._decoder[c],
+            centre=self._centre,
+            z=z,
+            y=y,
+            k=self.k[c],
+            temperature=self.temperature[c],
+            dead=None if self.dead is None else self.dead[c],
+            noise=None if self.generators is None else self.generators[c],
+            along=self._along[c] if self.configs[c].decoder_norm == "unit" else None,
+            dot=self._dot,
+            scale=scale,
+            add=add,
+        )
+
+    def _prepare(self, rows: int, active: Sequence[int]) -> None:
+        """Round the weights of the active coders for a step, and make room for its rows."""
+        p, d = self.parameters, self.d_in
+        if len(self._pre) < rows:
+            self._pre = self._pre.new_empty((rows, self.n_latents))
+            self._rows = self._rows.new_zeros((rows, d + EXTRA_COLUMNS))
+            self._rows[:, d : d + 2] = 1
+        for c in active:
+            weight, config = p["encoder.weight"][c], self.configs[c]
+            bias = torch.addmv(p["encoder.bias"][c], weight, self._origin(c))
+            if config.has_threshold:
+                bias[config.first_binary :] -= self.theta(c)
+            rounded = bias.to(self.compute_dtype)
+            self._encoder[c, :, :d] = weight
+            self._encoder[c, :, d] = rounded
+            self._encoder[c, :, d + 1] = bias - rounded
+            if config.decoder_norm == "free":
+                self._decoder[c] = p["W_dec"][c]
+            else:
+                self._decoder[c] = torch.mul(p["W_dec"][c], self._gain(c), out=self._scratch)
+
+    def _origin(self, c: int) -> Tensor:
+        """What is added to a centred row to give the row that the encoder reads."""
+        return self._centre - self.parameters["b_dec"][c] if self.site == "sae" else self._centre
+
+    def _finish(self, c: int) -> None:
+        """Gradients of the parameters from those to centred rows, folded biases, acting rows."""
+        config = self.configs[c]
         p = {name: stacked[c] for name, stacked in self.parameters.items()}
         grad = {name: stacked[c] for name, stacked in self.gradients.items()}
-        w_dec = self.decoder(c)
-
-        margin, index = kernels.select_topk(pre_NF, config.k)
-        margin = margin.to(x_Nd.dtype)
-        code = (margin > 0).to(margin.dtype) if config.binary else margin.relu()
-        y_hat = kernels.decode(index, code, w_dec).add_(p["b_dec"])
-        if "W_skip" in p:
-            y_hat.addmm_(x_Nd, p["W_skip"].T)
-        error = y_hat.sub_(y_Nd)
-        scale = 1 / (n * self.total_variance)
-        loss = error.square().sum() * scale
-
-        g_y = error.mul_(2 * scale)
-        g_code = kernels.decoder_dot(g_y, w_dec, index)
-        if config.binary:
-            s = torch.sigmoid(margin / config.temperature)
-            g_pre = g_code * s * (1 - s)
-        else:
-            g_pre = g_code * (margin > 0)
-        transposed = kernels.transpose(index, config.n_latents)
-        torch.sum(g_y, dim=0, out=grad["b_dec"])
-        grad["W_dec"].copy_(kernels.latent_sums(transposed, code, g_y))
-        grad["encoder.weight"].copy_(kernels.latent_sums(transposed, g_pre, x_Nd))
-        grad["encoder.bias"].zero_().index_add_(0, index.flatten(), g_pre.flatten())
-        if "W_skip" in grad:
-            torch.mm(g_y.T, x_Nd, out=grad["W_skip"])
-        if config.binary:  # d margin / d log theta = -theta
-            torch.mul(p["log_threshold"].exp(), -grad["encoder.bias"], out=grad["log_threshold"])
-        if self.site == "sae":  # the encoder read x - b_dec
-            grad["b_dec"].addmv_(p["encoder.weight"].T, grad["encoder.bias"], alpha=-1)
-            grad["encoder.weight"].addr_(grad["encoder.bias"], p["b_dec"], alpha=-1)
+        g_bias = grad["encoder.bias"]
+        grad["encoder.weight"].addr_(g_bias, self._origin(c))
+        if config.has_threshold:
+            binary = slice(config.first_binary, None)
+            factor = surrogates.threshold_factor(
+                config.surrogate, self.theta(c), self.temperature[c]
+            )
+            torch.mul(factor, g_bias[binary], out=grad["log_threshold"][binary])
+        if self.site == "sae":  # the encoder reads x - b_dec
+            grad["b_dec"].addmv_(p["encoder.weight"].T, g_bias, alpha=-1)
         if config.decoder_norm == "unit":
-            self._project(grad["W_dec"], w_dec, p["W_dec"])
+            # Of a loss of a W / |W| to W: the part across the row, times a / |W|. The part along
+            # it, <gradient, a W / |W|>, has been summed over the entries of the code.
+            gain, along = self._gain(c), self._along[c]
+            grad["W_dec"] *= gain
+            grad["W_dec"].addcmul_(
+                p["W_dec"], along / p["W_dec"].norm(dim=1, keepdim=True).square(), value=-1
+            )
+            if config.amplitude == "learned":
+                amplitude = p["amplitude"]
+                grad["amplitude"].copy_((along.squeeze(1) / amplitude).nan_to_num_(0.0, 0.0, 0.0))
 
-        on = code != 0
-        fired = torch.zeros(config.n_latents, dtype=torch.bool, device=index.device)
-        fired[index[on]] = True
-        return loss, on.sum() / n, fired
-
-    @staticmethod
-    def _project(grad_Fd: Tensor, unit_Fd: Tensor, w_Fd: Tensor) -> None:
-        """Gradient to W of a loss of W / |W|, in place: the part across a row, over its length."""
-        grad_Fd -= (grad_Fd * unit_Fd).sum(dim=1, keepdim=True) * unit_Fd
-        grad_Fd /= w_Fd.norm(dim=1, keepdim=True)
+    def _gain(self, c: int) -> Tensor:
+        """(F, 1): what a row of the parameter W_dec is multiplied by to give the one that acts."""
+        gain: Tensor = 1 / self.parameters["W_dec"][c].norm(dim=1, keepdim=True)
+        if self.configs[c].amplitude == "learned":
+            gain = gain * self.parameters["amplitude"][c].unsqueeze(1)
+        return gain
 
     @torch.no_grad()
     def renormalise(self, coder: int) -> None:
         """Give the decoder rows of a coder length 1 where its config says so; acts as before."""
         if self.configs[coder].decoder_norm == "unit":
-            self.parameters["W_dec"][coder].copy_(self.decoder(coder))
+            w = self.parameters["W_dec"][coder]
+            w /= w.norm(dim=1, keepdim=True)
+
+    def _note_minima(self, c: int, latent: Tensor, margin: Tensor, on: Tensor) -> None:
+        """Batch top-k: remember the smallest margin of an active latent, per part."""
+        for i, part in enumerate(self.configs[c].parts):
+            mine = margin[on & (latent >= part.start) & (latent < part.stop)]
+            if len(mine):
+                new = torch.stack([mine.min().double(), torch.ones_like(mine[0]).double()])
+                self.select_minimum[c, i].lerp_(new, 1 - _THRESHOLD_MEMORY)
 
     def export(self, coder: int, about: dict[str, Any] | None = None) -> SparseCoder:
         """One coder as it stands, its tensors copied."""
         config = self.configs[coder]
-        tensors = {n: self.parameters[n][coder].detach().clone() for n in parameter_shapes(config)}
+        shapes = parameter_shapes(config)
+        p = self.parameters
+        tensors = {n: p[n][coder].detach().clone() for n in shapes if n in p}
         tensors["W_dec"] = self.decoder(coder).detach().clone()
+        if config.has_threshold:
+            tensors["log_threshold"] = tensors["log_threshold"][config.first_binary :].clone()
+        if "select_threshold" in shapes:
+            total, weight = self.select_minimum[coder, : len(config.parts)].unbind(1)
+            tensors["select_threshold"] = torch.where(weight > 0, total / weight, 0.0).to(
+                tensors["b_dec"].dtype
+            )
         return SparseCoder(config, tensors, about=about)

@@ -1,7 +1,7 @@
 """One coder: encode, decode, and its form on disk.
 
     pre   = (x - b_dec) W_enc^T + b_enc          b_dec is subtracted by SAEs alone
-    S     = the k largest of pre - theta          theta = exp(log_threshold), 0 if continuous
+    S     = k latents by pre - theta              theta = exp(log_threshold), 0 if continuous
     code  = relu(pre)        on S, 0 elsewhere    continuous
     code  = 1[pre > theta]   on S, 0 elsewhere    binary
     y_hat = sum_f code_f W_dec[f] + b_dec (+ x W_skip^T)
@@ -9,8 +9,8 @@
 Shape letters: N rows, F latents, k selected. docs/coders.md has the gradients and the sources.
 
 On disk a coder is a folder with coder.safetensors (encoder.weight [F, d_in], encoder.bias [F],
-W_dec [F, d_out], b_dec [d_out], W_skip [d_out, d_in] and log_threshold [F] where they exist, all
-float32) and config.json.
+W_dec [F, d_out], b_dec [d_out], and where they exist W_skip [d_out, d_in], log_threshold [binary
+latents] and select_threshold [parts], all float32) and config.json.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from bsc.errors import StoreError
 from bsc.files import write_atomically, write_json
 from bsc.train.coders import kernels
 from bsc.train.coders.config import CoderConfig
+from bsc.train.coders.kernels import Entries
+from bsc.train.coders.select import code_values, select_dense
 
 __all__ = ["CODER_VERSION", "Code", "SparseCoder", "parameter_shapes"]
 
@@ -42,7 +44,7 @@ class Code(NamedTuple):
     latent: Tensor
     """The selected latents, int64, no latent twice in a row."""
     value: Tensor
-    """Their code: 0 where a selected latent is off."""
+    """Their code: 0 where a selected latent is off, or fills a row up to k."""
     margin: Tensor
     """pre - theta of the selected latents."""
 
@@ -57,8 +59,10 @@ def parameter_shapes(config: CoderConfig) -> dict[str, tuple[int, ...]]:
     }
     if config.site == "skip_transcoder":
         shapes["W_skip"] = (config.d_out, config.d_in)
-    if config.binary:
-        shapes["log_threshold"] = (config.n_latents,)
+    if config.has_threshold:
+        shapes["log_threshold"] = (config.n_latents - config.first_binary,)
+    if config.select == "batch_topk":
+        shapes["select_threshold"] = (len(config.parts),)
     return shapes
 
 
@@ -139,13 +143,29 @@ class SparseCoder:
         x_Nd = x_Nd.to(self.dtype)
         if self.config.site == "sae":
             x_Nd = x_Nd - self.b_dec
-        bias = self.b_enc - self.log_threshold.exp() if self.config.binary else self.b_enc
+        bias = self.b_enc
+        if self.config.has_threshold:
+            bias = bias.clone()
+            bias[self.config.first_binary :] -= self.log_threshold.exp()
         return torch.nn.functional.linear(x_Nd, self.W_enc, bias)
 
     def encode(self, x_Nd: Tensor) -> Code:
-        """Code of rows: (N, d_in) of any float dtype."""
-        margin, latent = kernels.select_topk(self.margins(x_Nd), self.config.k)
-        value = (margin > 0).to(margin.dtype) if self.config.binary else margin.relu()
+        """Code of rows: (N, d_in) of any float dtype.
+
+        Batch top-k takes what is above the thresholds that training left, so that the code of a row
+        does not depend on its company; k is then what the row with the most of them has.
+        """
+        margins = self.margins(x_Nd)
+        if self.config.select != "batch_topk":
+            margin, latent = select_dense(self.config, margins, self.config.parts)
+            return Code(latent, code_values(self.config, latent, margin), margin)
+        above = torch.zeros_like(margins, dtype=torch.bool)
+        for part, threshold in zip(self.config.parts, self.select_threshold, strict=True):
+            above[:, part.start : part.stop] = margins[:, part.start : part.stop] >= threshold
+        width = max(1, int(above.sum(1).max())) if len(margins) else 1
+        ranked, latent = margins.masked_fill(~above, -torch.inf).topk(width, dim=1)
+        margin = margins.gather(1, latent)
+        value = code_values(self.config, latent, margin).masked_fill(ranked == -torch.inf, 0)
         return Code(latent, value, margin)
 
     def skip(self, x_Nd: Tensor) -> Tensor:
@@ -156,7 +176,9 @@ class SparseCoder:
 
     def decode(self, code: Code, x_Nd: Tensor) -> Tensor:
         """y_hat, (N, d_out), of a code and the rows that it is of (for the skip path)."""
-        return kernels.decode(code.latent, code.value, self.W_dec) + self.skip(x_Nd)
+        return kernels.decode(
+            Entries.of(code.latent), code.value.flatten(), self.W_dec
+        ) + self.skip(x_Nd)
 
     def forward(self, x_Nd: Tensor) -> Tensor:
         """y_hat of rows, (N, d_out)."""

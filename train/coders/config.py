@@ -1,14 +1,28 @@
-"""What a coder is, on the axes of docs/coders.md: site, selection, code, surrogate."""
+"""What a coder is, on four axes: site, select, code, surrogate (docs/coders.md)."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from bsc.config import Config
 
-__all__ = ["CoderConfig"]
+__all__ = ["BINARY_ONLY", "CoderConfig", "Part"]
+
+DEFAULT_TEMPERATURE = {"sigmoid": 2.0, "identity": 2.0, "rectangle": 2.0, "gumbel": 0.5}
+
+BINARY_ONLY = ("surrogate", "temperature", "threshold", "threshold_init", "exact_k", "amplitude")
+"""Fields that a continuous coder does not read; they keep their defaults there."""
+
+
+class Part(NamedTuple):
+    """A run of latents that share a code, ``start`` to ``stop``, of which k are selected."""
+
+    code: str
+    start: int
+    stop: int
+    k: int
 
 
 class CoderConfig(Config):
@@ -18,29 +32,43 @@ class CoderConfig(Config):
     """What it maps: an SAE a module's output to itself, a transcoder the module's input to its
     output, a skip transcoder the same with a linear path beside the latents."""
 
-    select: Literal["topk"] = "topk"
-    """Which latents may be active: the k with the largest pre-activation (or margin)."""
+    select: Literal["topk", "groupmax", "batch_topk"] = "topk"
+    """Which latents may be active: the k largest of a row, the largest of each of k groups, or the
+    k N largest of a batch of N rows (then rows differ in number, and the saved coder has one
+    threshold for all)."""
 
-    code: Literal["continuous", "binary"] = "continuous"
-    """Value of a selected latent: relu(pre), or 1 where its margin is above 0."""
+    code: Literal["continuous", "binary", "hybrid"] = "continuous"
+    """Value of a selected latent: relu(pre), or 1 where its margin is above 0. Hybrid: the first
+    latents are continuous, the last `n_binary` binary, each part with selected latents of its
+    own."""
 
-    surrogate: Literal["sigmoid"] = "sigmoid"
-    """Gradient of a binary latent's step: s (1 - s) with s = sigmoid(margin / temperature)."""
+    surrogate: Literal["sigmoid", "identity", "rectangle", "gumbel"] = "sigmoid"
+    """Gradient of a binary latent's step. Binary coders alone read it."""
 
     temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
-    """Of the surrogate, in units of the pre-activation. Binary coders alone read it."""
+    """Of the surrogate, in units of the pre-activation. None: 2, and 0.5 for gumbel. Binary coders
+    alone read it."""
 
     threshold: Literal["learned", "fixed"] = "learned"
     """Whether a binary latent's threshold is trained. Binary coders alone read it."""
 
-    threshold_init: float = Field(default=0.004, gt=0)
+    threshold_init: float = Field(default=0.004, gt=0, allow_inf_nan=False)
     """First value of every threshold, in units of the pre-activation."""
 
+    exact_k: bool = False
+    """Every selected binary latent is 1, whatever its margin, so that L0 is k and not at most k."""
+
     k: int = Field(ge=1)
-    """Latents selected per row: L0 is at most k."""
+    """Latents selected per row (batch_topk: on average): L0 is at most k."""
+
+    k_binary: int | None = Field(default=None, ge=1)
+    """Hybrid: how many of the k are binary. None: half of k."""
 
     n_latents: int = Field(ge=1)
     """Number of latents, F."""
+
+    n_binary: int | None = Field(default=None, ge=1)
+    """Hybrid: how many of the latents are binary. None: half of them."""
 
     d_in: int = Field(ge=1)
     """Width of the rows that are encoded."""
@@ -50,6 +78,33 @@ class CoderConfig(Config):
 
     decoder_norm: Literal["unit", "free"] = "free"
     """Whether the rows of the decoder have length 1."""
+
+    amplitude: Literal["none", "learned"] = "none"
+    """learned: unit decoder rows times one trained number per latent, so that binary latents of
+    unit rows can express a magnitude. Multiplied into the decoder of the saved coder."""
+
+    auxk_alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Weight of the AuxK loss: dead latents reconstruct what the others leave over."""
+
+    auxk_k: int | None = Field(default=None, ge=1)
+    """Dead latents selected for it. None: half of d_out."""
+
+    multi_topk: bool = False
+    """Adds an eighth of the loss that the coder has with 4 k selected latents."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            values = dict(values)
+            if values.get("temperature") is None:
+                chosen = values.get("surrogate", "sigmoid")
+                values["temperature"] = DEFAULT_TEMPERATURE.get(str(chosen), 2.0)
+            if values.get("code") == "hybrid":
+                for name, of in (("k_binary", "k"), ("n_binary", "n_latents")):
+                    if values.get(name) is None and isinstance(values.get(of), int):
+                        values[name] = max(1, values[of] // 2)
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> CoderConfig:
@@ -63,7 +118,41 @@ class CoderConfig(Config):
             raise ValueError(
                 f"decoder_norm='unit' is for SAEs; a {self.site} begins with a decoder of zeros"
             )
+        if self.amplitude == "learned" and self.decoder_norm != "unit":
+            raise ValueError("amplitude='learned' needs decoder_norm='unit': free rows have one")
+        if (self.k_binary or self.n_binary) and self.code != "hybrid":
+            raise ValueError(f"k_binary and n_binary are for code='hybrid', not {self.code!r}")
+        if self.surrogate == "gumbel" and (self.select != "groupmax" or self.code != "binary"):
+            raise ValueError(
+                "surrogate='gumbel' needs select='groupmax' and code='binary': its softmax is over "
+                "the latents of a group"
+            )
+        if self.multi_topk and self.select == "groupmax":
+            raise ValueError(
+                "multi_topk selects 4 k latents, which select='groupmax' does not have"
+            )
+        for part in self.parts:
+            size = part.stop - part.start
+            if not 1 <= part.k <= size:
+                raise ValueError(f"{part.k} {part.code} latents of {size} cannot be selected")
+            if self.select == "groupmax" and size % part.k:
+                raise ValueError(
+                    f"select='groupmax' cuts {size} {part.code} latents into {part.k} equal "
+                    f"groups, but {size} is not a multiple of {part.k}"
+                )
         return self
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Runs of latents of one code, which select for themselves: two if hybrid, else one."""
+        if self.code != "hybrid":
+            return (Part(self.code, 0, self.n_latents, self.k),)
+        k_binary, n_binary = self.k_binary or 0, self.n_binary or 0
+        border = self.n_latents - n_binary
+        return (
+            Part("continuous", 0, border, self.k - k_binary),
+            Part("binary", border, self.n_latents, k_binary),
+        )
 
     @property
     def side(self) -> str:
@@ -71,6 +160,13 @@ class CoderConfig(Config):
         return "output" if self.site == "sae" else "input"
 
     @property
-    def binary(self) -> bool:
-        """Whether every latent is 0 or 1."""
-        return self.code == "binary"
+    def first_binary(self) -> int:
+        """Latents from this one on are binary; n_latents where none is."""
+        return {"binary": 0, "continuous": self.n_latents}.get(
+            self.code, self.n_latents - (self.n_binary or 0)
+        )
+
+    @property
+    def has_threshold(self) -> bool:
+        """Whether binary latents have a threshold each."""
+        return self.code != "continuous" and self.surrogate != "gumbel"

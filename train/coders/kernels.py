@@ -1,82 +1,279 @@
-"""The sparse operations of a coder, each a named function with its cost.
+"""The operations that a coder's time goes into, each a named function with its cost.
 
-Shape letters: N rows, F latents, d width, k selected latents per row. Costs are per coder.
+Shape letters: N rows, F latents, d width, k selected latents per row, M = N k entries. Costs are
+per coder. None of them makes anything of size N x k x d.
 
-None of them makes anything of size N x k x d. The sparse ones are written on `embedding_bag`: a bag
-is a weighted sum of rows of a table, so decoding is a bag over the decoder's rows, and the gradient
-of the decoder (and of the encoder) is a bag over the batch's rows, with the code transposed. On a
-CPU the transposed bag is about 14 times faster than `index_add`, deterministic and without atomics
-(2 cores, d 576, F 9,216, N 2,048).
+The sparse ones are written on `embedding_bag`: a bag is a weighted sum of rows of a table, so
+decoding is a bag over the decoder's rows, and the gradient of the decoder (and of the encoder) is a
+bag over the batch's rows, with the code transposed. In bfloat16 a bag sums in float32 and rounds
+once. What was tried and lost is in benchmarks/records/train_*.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-__all__ = ["TransposedCode", "decode", "decoder_dot", "latent_sums", "select_topk", "transpose"]
+__all__ = [
+    "Entries",
+    "TransposedCode",
+    "batch_topk",
+    "compiled_decoder_dot",
+    "decode",
+    "decoder_dot",
+    "group_topk",
+    "groupmax",
+    "latent_sums",
+    "pre_activations",
+    "select_topk",
+    "transpose",
+]
+
+
+class Entries(NamedTuple):
+    """Selected (row, latent) pairs of a batch, row by row."""
+
+    latent: Tensor
+    """(M,) int32, no latent twice in a row."""
+    row: Tensor
+    """(M,) int32, ascending."""
+    offsets: Tensor
+    """(N,) int32: where the entries of each row begin."""
+
+    @classmethod
+    def of(cls, index_Nk: Tensor) -> Entries:
+        """Entries of a selection with the same number of latents in every row."""
+        n, k = index_Nk.shape
+        offsets = torch.arange(0, n * k, k, dtype=torch.int32, device=index_Nk.device)
+        rows = torch.arange(n, dtype=torch.int32, device=index_Nk.device)
+        return cls(index_Nk.reshape(-1).int(), rows.repeat_interleave(k), offsets)
+
+
+def pre_activations(x_Nd: Tensor, weight_Fd: Tensor, out_NF: Tensor) -> Tensor:
+    """x W^T into `out_NF`. 2 N F d FLOPs; reads (N + F) d values, writes N F.
+
+    Into memory that is there already: fresh memory costs a third more on a CPU.
+    """
+    return torch.mm(x_Nd, weight_Fd.T, out=out_NF)
+
+
+# --- selection
 
 
 def select_topk(pre_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of every row: values and indices, (N, k), in no particular order.
+    """The k largest entries of every row, exactly: values and indices, (N, k), in no given order.
 
-    Of equal entries any may be taken, but each at most once. Reads N F values.
+    Of equal entries any may be taken, but each at most once. Reads N F values once. Where F is
+    large against k by `_cascade`: half of the time of `torch.topk` on a CPU, on a GPU not measured
+    yet.
     """
+    folds = _folds(pre_NF.shape[1], k)
+    if folds:
+        return _cascade(pre_NF, k, folds)
     values, indices = pre_NF.topk(k, dim=-1, sorted=False)
     return values, indices
 
 
-def decode(index_Nk: Tensor, code_Nk: Tensor, table_Fd: Tensor) -> Tensor:
-    """sum_j code[n, j] * table[index[n, j]], (N, d). 2 N k d FLOPs; reads N k rows of the table."""
-    return embedding_bag(index_Nk, table_Fd, mode="sum", per_sample_weights=code_Nk)
+def _folds(n_latents: int, k: int) -> tuple[int, ...]:
+    """Factors by which a row is folded for its k largest: 4 k groups or more remain.
 
-
-def decoder_dot(grad_Nd: Tensor, table_Fd: Tensor, index_Nk: Tensor) -> Tensor:
-    """<grad[n], table[index[n, j]]>, (N, k): the gradient of a decoded value to its code.
-
-    2 N k d FLOPs; reads N k rows of the table and the N gradients.
+    >>> _folds(9216, 16), _folds(9216, 64), _folds(9216, 128), _folds(9216, 4000), _folds(9215, 2)
+    ((8, 8), (8, 4), (4, 4), (), ())
     """
-    n, k = index_Nk.shape
-    flat = index_Nk.reshape(-1)
-    offsets = torch.arange(0, n * k, k, device=flat.device)
-    bag_of_entry = torch.arange(n, device=flat.device).repeat_interleave(k)
-    out: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad_Nd, table_Fd, flat, offsets, bag_of_entry, 0, -1
+    total = 1
+    while total < 64 and n_latents % (2 * total) == 0 and n_latents // (2 * total) >= 4 * k:
+        total *= 2
+    return {64: (8, 8), 32: (8, 4), 16: (4, 4), 8: (8,), 4: (4,)}.get(total, ())
+
+
+def _cascade(pre_NF: Tensor, k: int, folds: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The k largest of every row by way of the maxima of groups of latents.
+
+    The k groups with the largest maxima hold the k largest entries: were one outside, k maxima
+    would be larger or equal to it. So a row is folded (group j holds columns j, j + n, j + 2n, ...:
+    maxima over such groups run in vector lanes), the k best groups are found among few maxima, and
+    their members are the candidates of the level below. One pass over N F values, then work on
+    N k fold values per level.
+    """
+    levels = [pre_NF]
+    for fold in folds:
+        levels.append(levels[-1].unflatten(1, (fold, -1)).amax(1))
+    index = _best(levels.pop(), k)
+    values = index
+    for fold, level in zip(reversed(folds), reversed(levels), strict=True):
+        n = level.shape[1]
+        members = torch.arange(0, n, n // fold, device=index.device)
+        candidates = (index.unsqueeze(2) + members).flatten(1)
+        values = level.gather(1, candidates)
+        best = _best(values, k)
+        index, values = candidates.gather(1, best), values.gather(1, best)
+    return values, index
+
+
+def _best(values_Nn: Tensor, k: int) -> Tensor:
+    """Columns of the k largest of few values per row, (N, k) int64.
+
+    In bfloat16 on a CPU, value and column go into one int32, whose order is that of the values:
+    numpy then partitions integers with vector instructions, 2 to 5 times as fast as torch finds the
+    k largest of short rows, and the columns come along.
+    """
+    n_rows, n = values_Nn.shape
+    if values_Nn.dtype != torch.bfloat16 or values_Nn.device.type != "cpu" or n > 1 << 16:
+        return values_Nn.topk(k, dim=1, sorted=False).indices
+    bits = values_Nn.view(torch.int16)
+    ranks = bits >> 15  # bfloat16 as sign and magnitude -> two's complement
+    ranks &= 0x7FFF
+    ranks ^= bits
+    keys = torch.add(torch.arange(n, dtype=torch.int32), ranks, alpha=1 << 16)
+    array = keys.numpy()
+    workers = torch.get_num_threads()
+    bounds = [n_rows * i // workers for i in range(workers + 1)]
+    list(_pool(workers).map(
+        lambda a, b: array[a:b].partition(n - k, axis=1), bounds[:-1], bounds[1:]
+    ))  # fmt: skip
+    return (keys[:, n - k :] & 0xFFFF).long()
+
+
+@cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="select")
+
+
+def groupmax(pre_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The largest entry of each of k groups of F / k adjacent latents, values and indices (N, k).
+
+    Reads N F values; no sorting.
+    """
+    size = pre_NF.shape[1] // k
+    values, inside = pre_NF.unflatten(1, (k, size)).max(dim=2)
+    return values, inside + torch.arange(0, k * size, size, device=inside.device)
+
+
+def group_topk(pre_NF: Tensor, k: int, candidates: int) -> tuple[Tensor, Tensor]:
+    """The largest entries of each of k groups of F / k adjacent latents, descending.
+
+    Returns:
+        Values and indices, (N, k, candidates); fewer candidates where a group has fewer latents.
+    """
+    size = pre_NF.shape[1] // k
+    values, inside = pre_NF.unflatten(1, (k, size)).topk(min(candidates, size), dim=2)
+    return values, inside + torch.arange(0, k * size, size, device=inside.device).view(1, k, 1)
+
+
+def batch_topk(pre_NF: Tensor, k: int) -> tuple[Tensor, Entries, Tensor]:
+    """The k N largest entries of a whole batch, exactly.
+
+    First the 4 k largest of every row, then the k N largest of those, of which the smallest is a
+    floor. Where all candidates of a row are above it, more of that row may be: all of its values
+    from the floor on then take part too. Cost of `select_topk` with 4 k, and some passes over 4 k N
+    values.
+
+    Returns:
+        Their values (M,), row by row, the entries, and the smallest value, a scalar.
+    """
+    n, n_latents = pre_NF.shape
+    wide = min(4 * k, n_latents)
+    values_Nw, index_Nw = select_topk(pre_NF, wide)
+    taken = torch.zeros(n * wide, dtype=torch.bool, device=pre_NF.device)
+    taken[values_Nw.flatten().topk(n * k, sorted=False).indices] = True
+    taken = taken.view(n, wide)
+    full = taken.all(1)
+    if wide == n_latents or not bool(full.any()):
+        values, latent, per_row = values_Nw[taken], index_Nw[taken], taken.sum(1)
+    else:
+        floor = values_Nw[taken].min()
+        rows_of_full = full.nonzero().flatten()
+        some = taken & ~full.unsqueeze(1)
+        more = pre_NF[rows_of_full] >= floor
+        row = torch.cat([some.nonzero()[:, 0], rows_of_full[more.nonzero()[:, 0]]])
+        values = torch.cat([values_Nw[some], pre_NF[rows_of_full][more]])
+        latent = torch.cat([index_Nw[some], more.nonzero()[:, 1]])
+        best = values.topk(min(n * k, len(values)), sorted=False).indices
+        row, order = row[best].sort(stable=True)
+        values, latent = values[best][order], latent[best][order]
+        per_row = torch.bincount(row, minlength=n)
+    offsets = per_row.cumsum(0) - per_row
+    rows = torch.arange(n, dtype=torch.int32, device=pre_NF.device).repeat_interleave(per_row)
+    return values, Entries(latent.int(), rows, offsets.int()), values.min()
+
+
+# --- sparse sums
+
+
+def decode(entries: Entries, code_M: Tensor, table_Fd: Tensor) -> Tensor:
+    """sum over a row's entries of code * table[latent], (N, d).
+
+    2 M d FLOPs; reads M rows of the table, writes N.
+    """
+    return embedding_bag(
+        entries.latent, table_Fd, entries.offsets, mode="sum", per_sample_weights=code_M
     )
-    return out.view(n, k)
+
+
+def decoder_dot(grad_Nd: Tensor, table_Fd: Tensor, entries: Entries) -> Tensor:
+    """<grad[row], table[latent]> of every entry, (M,): the gradient of a decoded value to its code.
+
+    2 M d FLOPs; reads M rows of the table and N gradients.
+    """
+    out: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad_Nd, table_Fd, entries.latent, entries.offsets, entries.row, 0, -1
+    )
+    return out
+
+
+@cache
+def compiled_decoder_dot() -> Callable[[Tensor, Tensor, Entries], Tensor]:
+    """`decoder_dot` as torch.compile makes it: one loop that gathers, multiplies and sums.
+
+    Products in the dtype given, sums in float32 (float64 for float64). On a CPU 1.3 times as fast
+    as the eager form in bfloat16; needs a C++ compiler, and some ten seconds at its first call.
+    """
+
+    def dot(grad_Nd: Tensor, table_Fd: Tensor, latent: Tensor, row: Tensor) -> Tensor:
+        wide = torch.promote_types(table_Fd.dtype, torch.float32)
+        products = table_Fd[latent].to(wide) * grad_Nd[row].to(wide)
+        return products.sum(1).to(table_Fd.dtype)
+
+    compiled = torch.compile(dot, dynamic=True)
+
+    def decoder_dot(grad_Nd: Tensor, table_Fd: Tensor, entries: Entries) -> Tensor:
+        out: Tensor = compiled(grad_Nd, table_Fd, entries.latent, entries.row)
+        return out
+
+    return decoder_dot
 
 
 class TransposedCode(NamedTuple):
-    """The selected entries of a batch ordered by latent, for sums over the rows of each latent."""
+    """The entries of a batch ordered by latent, for sums over the rows of each latent."""
 
     order: Tensor
-    """(N k,): positions in the flattened (N, k) selection, stably sorted by latent."""
+    """(M,) int64: positions among the entries, stably sorted by latent."""
     row: Tensor
-    """(N k,): the row of each entry."""
+    """(M,) int32: the row of each."""
     offsets: Tensor
-    """(F,): where the entries of each latent begin; an unselected latent has none."""
+    """(F,) int32: where those of each latent begin; an unselected latent has none."""
 
 
-def transpose(index_Nk: Tensor, n_latents: int) -> TransposedCode:
-    """Order the selected entries by latent. One sort of N k integers serves every gradient."""
-    latent, order = index_Nk.reshape(-1).sort(stable=True)
-    row = order.div(index_Nk.shape[1], rounding_mode="floor")
-    every = torch.arange(n_latents, device=latent.device)
-    return TransposedCode(order, row, torch.searchsorted(latent, every))
+def transpose(entries: Entries, n_latents: int) -> TransposedCode:
+    """Order the entries by latent. One sort of M int32 serves every gradient."""
+    latent, order = entries.latent.sort(stable=True)
+    every = torch.arange(n_latents, dtype=torch.int32, device=latent.device)
+    offsets = torch.searchsorted(latent, every, out_int32=True)
+    return TransposedCode(order, entries.row[order], offsets)
 
 
-def latent_sums(code: TransposedCode, weight_Nk: Tensor, rows_Nd: Tensor) -> Tensor:
-    """sum_n weight[n, f] * rows[n] for every latent f, (F, d); 0 where f was not selected.
+def latent_sums(code: TransposedCode, weight_M: Tensor, rows_Nd: Tensor) -> Tensor:
+    """sum over a latent's entries of weight * rows[row], (F, d); 0 where it was not selected.
 
-    2 N k d FLOPs; reads N k rows.
+    2 M d FLOPs; reads M rows, writes F. On a CPU about 14 times as fast as `index_add`,
+    deterministic and without atomics.
     """
     return embedding_bag(
-        code.row,
-        rows_Nd,
-        code.offsets,
-        mode="sum",
-        per_sample_weights=weight_Nk.reshape(-1)[code.order],
+        code.row, rows_Nd, code.offsets, mode="sum", per_sample_weights=weight_M[code.order]
     )

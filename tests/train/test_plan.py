@@ -1,0 +1,133 @@
+"""What is said before a sweep is what it then takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bsc.errors import UserError
+from bsc.train.job import make_job
+from bsc.train.memory import group_banks, plan_memory
+from bsc.train.plan import plan_sweep
+from bsc.train.sweep import SweepPoint, TrainConfig, plan_coders
+
+CPU = torch.device("cpu")
+
+PEAK = """
+import sys, threading, time
+from pathlib import Path
+import torch
+from bsc.train.bank_trainer import BankTrainer
+from bsc.train.memory import group_banks
+from bsc.train.sweep import TrainConfig
+from bsc.train.job import make_job
+from bsc.train.plan import plan_sweep
+import numpy
+
+def anonymous():
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(text.split("RssAnon:")[1].split()[0])
+
+# What the libraries themselves take at their first use is not the sweep's.
+a = torch.randn(256, 256).bfloat16()
+(a @ a).topk(4)
+zeros = torch.zeros(8, dtype=torch.int)
+torch.nn.functional.embedding_bag(zeros, a, zeros[:1])
+config = TrainConfig(**eval(sys.argv[1]))
+job = make_job(config, "test")
+planned = plan_sweep(job, measure=False).memory["total"]
+before, peak, stop = anonymous(), [0], threading.Event()
+
+def watch():
+    while not stop.is_set():
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.001)
+
+threading.Thread(target=watch, daemon=True).start()
+banks = [
+    BankTrainer(g, job.store, config, job.device, job.micro_rows) for g in group_banks(job.mine)
+]
+names = {n: b.bank.d_in for b in banks for n in (b.x_name, b.y_name)}
+batch = {n: torch.randn(config.batch_rows, d).bfloat16() for n, d in names.items()}
+held_out = {n: torch.randn(config.eval_rows, d).bfloat16() for n, d in names.items()}
+for step in range(3):
+    for bank in banks:
+        bank.step(batch, step, 3)
+        bank.evaluate(held_out, step)
+stop.set()
+print(planned, peak[0] - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"coders": ({"code": ["binary", "continuous"], "k": [16, 64], "n_latents": 262144},)},
+        {"coders": ({"site": "sae", "code": ["binary", "continuous"], "k": 16, "n_latents": 524288,
+                     "optimiser": "signum"},), "batch_rows": 256},
+        {"coders": ({"code": "hybrid", "k": 128, "n_latents": 65536, "seed": [0, 1]},),
+         "batch_rows": 4096, "micro_rows": 4096},
+    ],
+    ids=["transcoders", "unit SAEs with signum", "many rows at a time"],
+)  # fmt: skip
+def test_peak_memory_is_the_planned_one_within_ten_percent(
+    store_path: Path, fields: dict[str, Any]
+) -> None:
+    values: dict[str, Any] = {
+        "store": str(store_path),
+        "batch_rows": 1024,
+        "eval_rows": 512,
+    } | fields
+    values["coders"] = tuple({"hookpoint": "layers.2.mlp"} | c for c in values["coders"])
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, repr(values)], capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    planned, peak = map(int, done.stdout.split())
+    assert 0.9 < peak / planned < 1.1, (planned, peak)
+
+
+def test_less_memory_means_fewer_rows_at_a_time_and_then_a_refusal(store: Any) -> None:
+    planned = plan_coders([SweepPoint(hookpoint="layers.2.mlp", n_latents=4096)], store)
+    config = TrainConfig(batch_rows=8192)
+    much = plan_memory(planned, config, CPU, 2**40)
+    assert much.micro_rows == 8192
+    some = plan_memory(planned, config, CPU, much.total - 1)
+    assert some.micro_rows == 4096 and some.total < much.total
+    with pytest.raises(UserError, match=r"1 coders need .* but 1.0 MB may be used on cpu\. Train"):
+        plan_memory(planned, config, CPU, 10**6)
+    with pytest.raises(UserError, match="divide the sweep over processes"):
+        plan_memory(planned, config.model_copy(update={"micro_rows": 8192}), CPU, some.total)
+
+
+def test_the_plan_of_a_sweep_in_words_and_figures(store_path: Path) -> None:
+    config = TrainConfig(
+        store=store_path, tokens=12_000, batch_rows=256,
+        coders=({"code": ["binary", "continuous"], "k": [2, 4], "n_latents": [32, 64]},),
+    )  # fmt: skip
+    made = plan_sweep(make_job(config, "test"))
+    assert (made.coders, made.banks, made.steps, made.rows) == (16, 4, 46, 46 * 256)
+    assert made.rows_per_second is not None and made.rows_per_second > 0 and made.hours is not None
+    text = "\n".join(made.lines())
+    assert "16 in 4 bank(s)" in text and "46 steps of 256" in text and "rows/s" in text
+    assert made.to_json()["memory"]["total"] == sum(
+        v for k, v in made.memory.items() if k != "total"
+    )
+
+
+def test_banks_are_coders_of_one_shape(store: Any) -> None:
+    points = [
+        SweepPoint(site=site, n_latents=n, code=code)
+        for site in ("sae", "skip_transcoder")
+        for n in (32, 64)
+        for code in ("binary", "continuous")
+    ]
+    banks = group_banks(plan_coders(points, store))
+    assert len(banks) == 8 and all(len(b) == 2 for b in banks)

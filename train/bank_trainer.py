@@ -1,0 +1,324 @@
+"""A bank in training: its coders' optimisers, schedules, counters and state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bsc.cache.kept import kept_moments
+from bsc.cache.store import ActivationStore, Moments
+from bsc.errors import ConfigError
+from bsc.train.coders import kernels
+from bsc.train.coders.bank import Bank
+from bsc.train.coders.coder import SparseCoder
+from bsc.train.memory import EVALUATION_ROWS
+from bsc.train.optim import CoderOptimiser
+from bsc.train.schedule import annealed, lr_scale
+from bsc.train.sweep import PlannedCoder, TrainConfig
+
+__all__ = ["BankTrainer", "Progress", "Scale", "left_out_tokens"]
+
+_IMPROVEMENT = 0.999
+"""A held-out FVU below this share of the best so far is an improvement."""
+
+
+def left_out_tokens(store: ActivationStore, config: TrainConfig) -> tuple[int, ...]:
+    """Token ids whose rows a run does not read."""
+    if not config.without_special_tokens:
+        return ()
+    return tuple(store.attributes["model"]["special_token_ids"])
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Means and units of the two sides of a hookpoint, from the sums of the store."""
+
+    x: float
+    y: float
+    mean_x: Tensor
+    mean_y: Tensor
+    variance_y: float
+    """Total variance of the targets in their unit: what errors are divided by."""
+
+    @classmethod
+    def of(cls, hook: str, x: Moments, y: Moments, normalise: str) -> Scale:
+        """From the moments of the two arrays; units are 1 unless `normalise` is ``"rms"``.
+
+        Raises:
+            ConfigError: the rows are all the same.
+        """
+        units = [
+            (m.total_variance / len(m.mean)) ** 0.5 if normalise == "rms" else 1.0 for m in (x, y)
+        ]
+        if not all(units) or y.total_variance == 0:
+            raise ConfigError(f"{hook}: its rows are all the same, so nothing can be learned.")
+        return cls(
+            units[0], units[1], x.mean / units[0], y.mean / units[1],
+            y.total_variance / units[1] ** 2,
+        )  # fmt: skip
+
+
+@dataclass
+class Progress:
+    """How far a coder is, beside its tensors. Goes into the checkpoint."""
+
+    first_step: int = 0
+    """Step of the run at which it began; above 0 for a coder that was added later."""
+    frozen_at: int | None = None
+    """Step at which it turned non-finite and was left as it was."""
+    stopped_at: int | None = None
+    """Step after which its held-out FVU no longer fell."""
+    best: float | None = None
+    """Lowest held-out FVU."""
+    waited: int = 0
+    """Held-out evaluations since then."""
+    rows: int = 0
+    """Rows that it was trained on."""
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """Of loss, of L0, and number of steps, since the last line of metrics."""
+    lr: float = 0.0
+    """Of the last step."""
+
+    @property
+    def active(self) -> bool:
+        """Whether it still trains."""
+        return self.frozen_at is None and self.stopped_at is None
+
+
+class BankTrainer:
+    """A bank with its optimisers and counters."""
+
+    def __init__(
+        self,
+        coders: list[PlannedCoder],
+        store: ActivationStore,
+        config: TrainConfig,
+        device: torch.device,
+        micro_rows: int,
+    ) -> None:
+        """Make the bank and give its coders their first weights.
+
+        Args:
+            coders: of one hookpoint, site and number of latents.
+            store: that they are trained on.
+            config: of the run.
+            device: where they are.
+            micro_rows: rows that are worked on at a time.
+
+        Raises:
+            ConfigError: the rows are all the same.
+        """
+        self.coders, self.device, self.micro_rows = coders, device, micro_rows
+        self.dead_after = config.dead_after
+        hook, first = coders[0].hookpoint, coders[0].coder
+        self.x_name, self.y_name = f"{hook}/{first.side}", f"{hook}/output"
+        left_out = left_out_tokens(store, config)
+        moments = [kept_moments(store.train, n, left_out) for n in (self.x_name, self.y_name)]
+        self.scale = Scale.of(hook, moments[0], moments[1], config.normalise)
+        self.bank = Bank(
+            [c.coder for c in coders],
+            total_variance=self.scale.variance_y,
+            compute_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+            device=device,
+            units=(self.scale.x, self.scale.y),
+            dot=kernels.compiled_decoder_dot() if config.compile else kernels.decoder_dot,
+        )
+        self.bank.initialise([c.seed for c in coders], self.scale.mean_x, self.scale.mean_y)
+        self.optimisers = [
+            CoderOptimiser(c.optimiser, self.bank.trained(i), c.lr, c.clip_norm)
+            for i, c in enumerate(coders)
+        ]
+        n = len(coders)
+        self.progress = [Progress() for _ in coders]
+        self.last_fired = torch.zeros((n, self.bank.n_latents), dtype=torch.int64, device=device)
+        """Rows that each coder had seen when a latent last fired."""
+        self._aux = any(c.coder.auxk_alpha > 0 for c in coders)
+        self._noisy = any(c.coder.surrogate == "gumbel" for c in coders)
+        if self._noisy:
+            self.bank.generators = [torch.Generator(device=device) for _ in coders]
+
+    def step(self, batch: Mapping[str, Tensor], step: int, steps: int) -> list[str]:
+        """Train every coder that is still active on one batch.
+
+        Args:
+            batch: rows by array, bfloat16.
+            step: of the run, from 0.
+            steps: of the run.
+
+        Returns:
+            Names of coders that turned non-finite at this step.
+        """
+        active = [c for c, p in enumerate(self.progress) if p.active]
+        if not active:
+            return []
+        y = batch[self.y_name].to(self.device, non_blocking=True)
+        x = y
+        if self.x_name != self.y_name:
+            x = batch[self.x_name].to(self.device, non_blocking=True)
+        self._schedule(active, step, steps)
+        result = self.bank.step(x, y, micro_rows=self.micro_rows, active=active)
+        finite = self._finite(result.loss)
+        frozen = []
+        rows = torch.zeros(len(self.coders), dtype=torch.int64)
+        for c, loss, l0 in zip(active, result.loss[active].tolist(), result.l0[active].tolist(),
+                               strict=True):  # fmt: skip
+            coder, progress = self.coders[c], self.progress[c]
+            if not finite[c]:
+                progress.frozen_at = step
+                frozen.append(coder.name)
+                continue
+            progress.rows += len(x)
+            rows[c] = progress.rows
+            progress.sums = [s + v for s, v in zip(progress.sums, (loss, l0, 1.0), strict=True)]
+            own, whole = step - progress.first_step, steps - progress.first_step
+            progress.lr = coder.lr * lr_scale(own, whole, coder.warmup, coder.decay)
+            self.optimisers[c].step(progress.lr)
+            if coder.optimiser != "signum":  # whose averages are normalised when they are used
+                self.bank.renormalise(c)
+        seen = rows.to(self.device).unsqueeze(1).expand_as(self.last_fired)
+        self.last_fired = torch.where(result.fired & (seen > 0), seen, self.last_fired)
+        return frozen
+
+    def _schedule(self, active: list[int], step: int, steps: int) -> None:
+        """Set what changes over a run: k, temperature, dead latents, the seed of noise."""
+        for c in active:
+            coder, progress = self.coders[c], self.progress[c]
+            own, whole = step - progress.first_step, steps - progress.first_step
+            config = coder.coder
+            self.bank.k[c] = round(annealed(coder.k_init, config.k, own, whole, coder.anneal))
+            self.bank.temperature[c] = annealed(
+                coder.temperature_init, config.temperature, own, whole, coder.anneal
+            )
+            if self.bank.generators is not None:
+                # Of (seed, step) alone, so that a resumed run draws what it would have drawn.
+                self.bank.generators[c].manual_seed((coder.seed * 0x9E3779B1 + step) % 2**63)
+        if self._aux:
+            self.bank.dead = self._silent_rows() >= self.dead_after
+
+    def _silent_rows(self) -> Tensor:
+        """(C, F): rows of its coder since a latent last fired."""
+        rows = torch.tensor([p.rows for p in self.progress], device=self.device)
+        return rows.unsqueeze(1) - self.last_fired
+
+    def _finite(self, loss: Tensor) -> list[bool]:
+        """Which coders have a finite loss and finite gradients.
+
+        A value that is not finite anywhere in a row, a code or a gradient of the decoder shows in
+        the loss, or in the gradients of the biases, which sum over all rows.
+        """
+        finite = loss.isfinite()
+        for gradient in self.bank.gradients.values():
+            if gradient.ndim == 2:
+                finite &= gradient.sum(dim=1).isfinite()
+        return [bool(f) for f in finite.tolist()]
+
+    def take_metrics(self) -> list[dict[str, Any]]:
+        """Means since the last call, one line per coder that trains."""
+        # In a run shorter than dead_after: what never fired.
+        after = [max(1, min(self.dead_after, p.rows)) for p in self.progress]
+        silent = self._silent_rows() >= torch.tensor(after, device=self.device).unsqueeze(1)
+        shares = silent.double().mean(dim=1).tolist()
+        lines = []
+        for coder, progress, dead in zip(self.coders, self.progress, shares, strict=True):
+            loss, l0, steps = progress.sums
+            progress.sums = [0.0, 0.0, 0.0]
+            if progress.active and steps:
+                lines.append(
+                    {
+                        "coder": coder.name, "fvu": loss / steps, "l0": l0 / steps, "dead": dead,
+                        "lr": progress.lr,
+                    }
+                )  # fmt: skip
+        return lines
+
+    @torch.no_grad()
+    def evaluate(self, rows: Mapping[str, Tensor], step: int) -> dict[str, dict[str, float]]:
+        """FVU and L0 of every active coder, as it would be saved now, on held-out rows.
+
+        Also stops a coder whose `patience` is over.
+
+        Args:
+            rows: by array; the same rows every time.
+            step: after which this is.
+        """
+        x = rows[self.x_name].to(self.device).float() / self.scale.x
+        y = rows[self.y_name].to(self.device).float() / self.scale.y
+        total = float((y - y.mean(0)).square().sum())
+        if total == 0:  # one row, or all the same
+            return {}
+        found = {}
+        for c, (coder, progress) in enumerate(zip(self.coders, self.progress, strict=True)):
+            if not progress.active:
+                continue
+            with self.optimisers[c].averaged():
+                exported = self.bank.export(c)
+            error = on = 0.0
+            for at in range(0, len(x), EVALUATION_ROWS):
+                part = slice(at, at + EVALUATION_ROWS)
+                code = exported.encode(x[part])
+                error += float((exported.decode(code, x[part]) - y[part]).square().sum())
+                on += float((code.value != 0).sum())
+            fvu = error / total
+            if not isfinite(fvu):
+                progress.frozen_at = step
+                continue
+            found[coder.name] = {"held_out_fvu": fvu, "held_out_l0": on / len(x)}
+            if progress.best is None or fvu < _IMPROVEMENT * progress.best:
+                progress.best, progress.waited = fvu, 0
+            else:
+                progress.waited += 1
+                if coder.patience is not None and progress.waited >= coder.patience:
+                    progress.stopped_at = step
+        return found
+
+    def newly_frozen(self, step: int) -> list[str]:
+        """Names of coders that an evaluation after this step found to be not finite."""
+        return [
+            coder.name
+            for coder, progress in zip(self.coders, self.progress, strict=True)
+            if progress.frozen_at == step
+        ]
+
+    def state(self, c: int) -> dict[str, Tensor]:
+        """Every tensor that decides how coder `c` goes on, by name."""
+        tensors = {f"parameters/{n}": t[c] for n, t in self.bank.parameters.items()}
+        tensors |= {f"optimiser/{n}": t for n, t in self.optimisers[c].state().items()}
+        tensors["last_fired"] = self.last_fired[c]
+        tensors["select_minimum"] = self.bank.select_minimum[c]
+        return {n: t.detach() for n, t in tensors.items()}
+
+    @torch.no_grad()
+    def load_state(self, c: int, tensors: Mapping[str, Tensor], progress: Progress) -> None:
+        """Put coder `c` where `state` was taken."""
+        for name, stacked in self.bank.parameters.items():
+            if f"parameters/{name}" in tensors:  # what another coder of the bank needs may be new
+                stacked[c].copy_(tensors[f"parameters/{name}"])
+        prefix = "optimiser/"
+        self.optimisers[c].load_state(
+            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        )
+        self.last_fired[c].copy_(tensors["last_fired"])
+        self.bank.select_minimum[c].copy_(tensors["select_minimum"])
+        self.progress[c] = progress
+
+    def finish(self, about: dict[str, Any], step: int) -> list[SparseCoder]:
+        """The trained coders in the units of the store, after `step` steps."""
+        trained = []
+        for c, (coder, progress) in enumerate(zip(self.coders, self.progress, strict=True)):
+            self.optimisers[c].finish()
+            exported = self.bank.export(c)
+            if not all(t.isfinite().all() for t in exported.tensors.values()):
+                progress.frozen_at = step if progress.frozen_at is None else progress.frozen_at
+            facts = about | {
+                "name": coder.name, "hookpoint": coder.hookpoint, "optimiser": coder.optimiser,
+                "lr": coder.lr, "seed": coder.seed, "rows": progress.rows,
+                "frozen_at_step": progress.frozen_at, "stopped_at_step": progress.stopped_at,
+            }  # fmt: skip
+            exported.about.update(facts)
+            trained.append(exported.in_units(x=self.scale.x, y=self.scale.y))
+        return trained

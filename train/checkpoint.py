@@ -1,0 +1,121 @@
+"""Checkpoints of a run: everything that decides how it goes on, safetensors and JSON alone.
+
+checkpoint/latest.json     which folder counts, and the size and xxh3_128 of each of its files
+checkpoint/<step>/state.json          cursor of the data, per coder its progress
+checkpoint/<step>/<number>.safetensors    tensors of one coder
+
+A checkpoint is written beside the last one and made durable, then `latest.json` is replaced, then
+the last one is removed: at every instant a whole one counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bsc.errors import StoreError
+from bsc.files import fsync_folder, make_durable_folder, write_json
+
+__all__ = ["CHECKPOINT_VERSION", "load_checkpoint", "save_checkpoint"]
+
+CHECKPOINT_VERSION = 1
+_LATEST, _STATE = "latest.json", "state.json"
+
+
+def save_checkpoint(
+    folder: Path, step: int, state: dict[str, Any], coders: Sequence[Mapping[str, Tensor]]
+) -> None:
+    """Write a checkpoint and let it count.
+
+    Args:
+        folder: of the run's checkpoints.
+        step: steps that were taken.
+        state: JSON.
+        coders: tensors of each coder.
+    """
+    make_durable_folder(folder)
+    name = f"{step:09d}"
+    target = folder / name
+    assert _counts(folder) != name, "the checkpoint that counts is never written over"
+    shutil.rmtree(target, ignore_errors=True)  # of a process that was killed while it wrote
+    target.mkdir()
+    write_json(target / _STATE, state)
+    for number, tensors in enumerate(coders):
+        path = target / f"{number}.safetensors"
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    fsync_folder(target)
+    fsync_folder(folder)
+    files = {p.name: [p.stat().st_size, _digest(p)] for p in sorted(target.iterdir())}
+    write_json(
+        folder / _LATEST,
+        {"version": CHECKPOINT_VERSION, "folder": name, "coders": len(coders), "files": files},
+    )
+    for other in folder.iterdir():
+        if other.is_dir() and other != target:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[dict[str, Tensor]]] | None:
+    """State and tensors of the checkpoint that counts; None where none was written.
+
+    Raises:
+        StoreError: it is damaged, cut short, or of another version.
+    """
+    path = folder / _LATEST
+    if not path.exists():
+        return None
+    try:
+        latest = json.loads(path.read_text())
+        version = latest["version"]
+        if version != CHECKPOINT_VERSION:
+            raise StoreError(
+                f"{folder}: a checkpoint of format version {version}; this bsc reads "
+                f"{CHECKPOINT_VERSION}. Resume with the bsc that wrote it."
+            )
+        name, files, count = latest["folder"], latest["files"], int(latest["coders"])
+        if not str(name).isdigit():
+            raise ValueError(f"folder {name!r}")
+        target = folder / str(name)
+        for file in (_STATE, *(f"{i}.safetensors" for i in range(count))):
+            size, digest = files[file]
+            if (target / file).stat().st_size != size or _digest(target / file) != digest:
+                raise StoreError(
+                    f"{target / file}: damaged or cut short. This checkpoint cannot be resumed; "
+                    f"train the run again under another --name."
+                )
+        state = json.loads((target / _STATE).read_text())
+        return state, [load_file(target / f"{i}.safetensors") for i in range(count)]
+    except StoreError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise StoreError(f"{folder}: the checkpoint cannot be read ({error!r}).") from None
+
+
+def _counts(folder: Path) -> str | None:
+    """Folder that `latest.json` names, if it can be read."""
+    try:
+        return str(json.loads((folder / _LATEST).read_text())["folder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,204 @@
+"""What a sweep needs of a machine: banks, memory, arithmetic. Known before anything is made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+
+from bsc.errors import ConfigError
+from bsc.progress import format_bytes
+from bsc.train.coders.bank import EXTRA_COLUMNS
+from bsc.train.coders.coder import parameter_shapes
+from bsc.train.coders.config import CoderConfig
+from bsc.train.optim import state_bytes
+from bsc.train.sweep import PlannedCoder, TrainConfig
+
+__all__ = [
+    "EVALUATION_ROWS",
+    "MemoryPlan",
+    "available_bytes",
+    "flops_per_row",
+    "group_banks",
+    "plan_memory",
+]
+
+_MICRO_ROWS = {"cpu": 8192, "cuda": 65536}
+"""Rows that are worked on at a time where memory allows: more gain nothing."""
+_LEAST_ROWS = 256
+_LIBRARIES = 64 << 20
+"""What torch and its libraries take for themselves at their first products; measured."""
+EVALUATION_ROWS = 256
+"""Rows of an evaluation that are worked on at a time, in float32."""
+_SHARE = 0.9
+"""Of the free memory that a plan may use."""
+
+
+def group_banks(planned: Sequence[PlannedCoder]) -> list[list[PlannedCoder]]:
+    """Coders that share hookpoint, site and number of latents, together."""
+    groups: dict[tuple[Any, ...], list[PlannedCoder]] = {}
+    for coder in planned:
+        key = (coder.hookpoint, coder.coder.site, coder.coder.n_latents)
+        groups.setdefault(key, []).append(coder)
+    return list(groups.values())
+
+
+def flops_per_row(config: CoderConfig) -> float:
+    """Multiplications and additions of a training step per row, the optimiser left out.
+
+    2 F d_in for the encoder; 2 k d each for the decoder, its gradients and that of the encoder;
+    6 d_in d_out for a skip path.
+    """
+    sparse = 2 * config.k * (3 * config.d_out + config.d_in)
+    skip = 6 * config.d_in * config.d_out if config.site == "skip_transcoder" else 0
+    return float(2 * config.n_latents * config.d_in + sparse + skip)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the device, by what they are for."""
+
+    weights: int
+    """Parameters and gradients, float32."""
+    optimisers: int
+    products: int
+    """The rounded copies of encoder and decoder that products are taken with."""
+    workspace: int
+    """Pre-activations, selections and sums of the rows that are worked on at a time."""
+    batches: int
+    """Rows of a batch, as read, and those for held-out evaluation."""
+    micro_rows: int
+    """Rows that are worked on at a time."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.optimisers + self.products + self.workspace + self.batches
+
+
+class _Fixed(NamedTuple):
+    """Bytes of a bank that do not depend on the rows that are worked on at a time."""
+
+    weights: int
+    optimisers: int
+    products: int
+    step: int
+    """Workspace of a step."""
+    evaluation: int
+    """Workspace of an evaluation, which comes between steps."""
+
+
+def _fixed(bank: Sequence[PlannedCoder], bytes_each: int) -> _Fixed:
+    first = bank[0].coder
+    shapes = parameter_shapes(first.model_copy(update={"code": "continuous", "select": "topk"}))
+    if any(c.coder.has_threshold for c in bank):
+        shapes["log_threshold"] = (first.n_latents,)
+    if any(c.coder.amplitude == "learned" for c in bank):
+        shapes["amplitude"] = (first.n_latents,)
+    parameters = sum(4 * prod(s) for s in shapes.values())
+    n, latents = len(bank), first.n_latents
+    weights = 2 * n * parameters + 8 * n * latents
+    optimisers = sum(state_bytes(c.optimiser, shapes) for c in bank)
+    columns = first.d_in + EXTRA_COLUMNS
+    products = n * latents * (columns + first.d_out) * bytes_each
+    sums = latents * max(columns, first.d_out) * bytes_each
+    if any(c.coder.decoder_norm == "unit" for c in bank):
+        products += latents * (4 * first.d_out + 4 * n)
+    # Signs or steps of one coder's gradients; when coders are evaluated, a copy of one, and for
+    # signum one of its weights.
+    step = max((parameters for c in bank if c.optimiser in ("signum_classic", "muon")), default=0)
+    copies = 2 if any(c.optimiser == "signum" for c in bank) else 1
+    wide = 4 if any(c.coder.select == "batch_topk" for c in bank) else 1
+    evaluation = copies * parameters + EVALUATION_ROWS * latents * 4 * wide
+    return _Fixed(weights, optimisers, products, max(sums, step), evaluation)
+
+
+def _row_bytes(coder: PlannedCoder, bytes_each: int) -> int:
+    """Workspace of one row beside its pre-activations, at the widest point of a pass."""
+    config = coder.coder
+    k = max(config.k, coder.k_init) * (
+        4 if config.multi_topk or config.surrogate == "gumbel" else 1
+    )
+    wide = 4 * k if config.select == "batch_topk" else k
+    pre = config.n_latents * bytes_each // 6  # the folds
+    if config.surrogate == "gumbel":
+        pre += config.n_latents * (4 + 4 + bytes_each)
+    if config.auxk_alpha:
+        pre += config.n_latents * bytes_each
+    candidates = 8 * wide * 28
+    if config.select == "batch_topk":
+        candidates += wide * 48  # sorted together over the rows
+    entries = k * 64
+    rows = (config.d_in + EXTRA_COLUMNS) * bytes_each + config.d_out * 4 * 4
+    return pre + max(candidates, entries) + rows
+
+
+def plan_memory(
+    planned: Sequence[PlannedCoder], config: TrainConfig, device: torch.device, free: int
+) -> MemoryPlan:
+    """Memory of a sweep, with as many rows at a time as fit.
+
+    Args:
+        planned: the coders of this process.
+        config: of the run.
+        device: that they are trained on.
+        free: bytes that may be used.
+
+    Raises:
+        ConfigError: it does not fit, however few rows are worked on at a time.
+    """
+    bytes_each = 2 if config.precision == "bf16" else 4
+    banks = group_banks(planned)
+    parts = [_fixed(bank, bytes_each) for bank in banks]
+    weights, optimisers, products = (sum(p[i] for p in parts) for i in range(3))
+    # Every bank keeps its buffers; what a pass makes on its way is freed before the next one.
+    kept = sum(bank[0].coder.n_latents * bytes_each for bank in banks)
+    passing = max(_row_bytes(c, bytes_each) for c in planned)
+    step, evaluation = max(p.step for p in parts), max(p.evaluation for p in parts)
+    widths = {
+        (c.hookpoint, side): width
+        for c in planned
+        for side, width in ((c.coder.side, c.coder.d_in), ("output", c.coder.d_out))
+    }
+    copies = 1 if device.type == "cpu" else 2
+    batches = copies * 2 * config.batch_rows * sum(widths.values())
+    batches += 2 * config.eval_rows * sum(widths.values())
+
+    def plan(rows: int) -> MemoryPlan:
+        work = _LIBRARIES + rows * kept + max(step + rows * passing, evaluation)
+        return MemoryPlan(weights, optimisers, products, work, batches, rows)
+
+    if config.micro_rows is not None:
+        made = plan(min(config.micro_rows, config.batch_rows))
+    else:
+        rows = min(_MICRO_ROWS.get(device.type, 8192), config.batch_rows)
+        while plan(rows).total > free and rows > _LEAST_ROWS:
+            rows //= 2
+        made = plan(rows)
+    if made.total > free:
+        raise ConfigError(
+            f"{len(planned)} coders need {format_bytes(made.total)} of memory "
+            f"({format_bytes(weights)} weights and gradients, {format_bytes(optimisers)} "
+            f"optimisers, {format_bytes(products)} rounded copies, "
+            f"{format_bytes(made.workspace + batches)} for rows), but {format_bytes(free)} may be "
+            f"used on {device}. Train fewer coders or latents, give a smaller batch_rows or "
+            f"micro_rows, or divide the sweep over processes (torchrun, or --rank and --world)."
+        )
+    return made
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a run may plan with: 0.9 of what is free now."""
+    if device.type == "cuda":
+        return int(_SHARE * torch.cuda.mem_get_info(device)[0])
+    with open("/proc/meminfo") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                # Processes that torchrun starts on one machine share its memory.
+                local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+                return int(_SHARE * 1024 * int(line.split()[1])) // local
+    return 2**62

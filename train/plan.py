@@ -1,0 +1,125 @@
+"""What a sweep comes to before it is started: coders, banks, memory, rows, hours."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bsc.progress import format_bytes
+from bsc.train.bank_trainer import BankTrainer
+from bsc.train.job import Job
+from bsc.train.memory import available_bytes, flops_per_row, group_banks, plan_memory
+
+__all__ = ["SweepPlan", "plan_sweep"]
+
+_PROBE_STEPS = 3
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """The figures of a sweep, of this process where several share it."""
+
+    coders: int
+    banks: int
+    rows: int
+    passes: float
+    steps: int
+    batch_rows: int
+    micro_rows: int
+    memory: dict[str, int]
+    """Bytes by purpose, and their total."""
+    free: int
+    """Bytes that may be used."""
+    checkpoint: int
+    """Bytes of a checkpoint on disk."""
+    flops_per_row: float
+    rows_per_second: float | None
+    """Measured here, without reading rows; None: not measured."""
+
+    @property
+    def hours(self) -> float | None:
+        """At the measured rate."""
+        return None if self.rows_per_second is None else self.rows / self.rows_per_second / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures for machines."""
+        return dict(self.__dict__) | {"hours": self.hours}
+
+    def lines(self) -> list[str]:
+        """The figures for people."""
+        parts = ", ".join(f"{k} {format_bytes(v)}" for k, v in self.memory.items() if k != "total")
+        lines = [
+            f"coders      {self.coders} in {self.banks} bank(s)",
+            f"rows        {self.rows:,} ({self.passes:.2f} passes), {self.steps:,} steps of "
+            f"{self.batch_rows:,}, {self.micro_rows:,} at a time",
+            f"memory      {format_bytes(self.memory['total'])} of {format_bytes(self.free)} "
+            f"({parts})",
+            f"checkpoint  {format_bytes(self.checkpoint)} on disk, twice while one is written",
+            f"arithmetic  {self.flops_per_row / 1e9:.2f} GFLOP a row",
+        ]
+        if self.rows_per_second is not None and self.hours is not None:
+            took = (
+                f"{self.hours:.1f} hours" if self.hours >= 1 else f"{self.hours * 60:.1f} minutes"
+            )
+            lines.append(
+                f"time        {took} at {self.rows_per_second:,.0f} rows/s, measured here without "
+                f"reading the store"
+            )
+        return lines
+
+
+def plan_sweep(job: Job, *, measure: bool = True) -> SweepPlan:
+    """Say what a sweep comes to.
+
+    Args:
+        job: the sweep, with the coders of this process.
+        measure: whether to make the banks and time some steps on random rows.
+    """
+    free = available_bytes(job.device)
+    config = job.config.model_copy(update={"micro_rows": job.micro_rows})
+    memory = plan_memory(job.mine, config, job.device, free)
+    parts = {
+        name: getattr(memory, name)
+        for name in ("weights", "optimisers", "products", "workspace", "batches")
+    }
+    return SweepPlan(
+        coders=len(job.mine),
+        banks=len(group_banks(job.mine)),
+        rows=job.steps * config.batch_rows,
+        passes=job.steps * config.batch_rows / job.rows,
+        steps=job.steps,
+        batch_rows=config.batch_rows,
+        micro_rows=job.micro_rows,
+        memory=parts | {"total": memory.total},
+        free=free,
+        checkpoint=memory.weights // 2 + memory.optimisers,
+        flops_per_row=sum(flops_per_row(c.coder) for c in job.mine),
+        rows_per_second=_measure(job) if measure else None,
+    )
+
+
+def _measure(job: Job) -> float:
+    """Rows per second of whole steps on random rows."""
+    banks = [
+        BankTrainer(g, job.store, job.config, job.device, job.micro_rows)
+        for g in group_banks(job.mine)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    batch: dict[str, torch.Tensor] = {}
+    for bank in banks:
+        for name, width in ((bank.x_name, bank.bank.d_in), (bank.y_name, bank.bank.d_out)):
+            if name not in batch:
+                drawn = torch.randn((job.config.batch_rows, width), generator=generator)
+                batch[name] = (drawn * bank.scale.y).bfloat16()
+    seconds = []
+    for step in range(_PROBE_STEPS + 1):
+        started = time.perf_counter()
+        for bank in banks:
+            bank.step(batch, step, job.steps)
+        if job.device.type == "cuda":
+            torch.cuda.synchronize(job.device)
+        seconds.append(time.perf_counter() - started)
+    return job.config.batch_rows / sorted(seconds[1:])[_PROBE_STEPS // 2]

@@ -1,0 +1,195 @@
+"""Going on with a run: after a kill, with more tokens, or with more coders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bsc.cache.store import ActivationStore
+from bsc.config import parse_config
+from bsc.errors import ConfigError, StoreError, UserError, nearest
+from bsc.train.checkpoint import load_checkpoint
+from bsc.train.job import Job, make_job
+from bsc.train.ranks import merge_parts
+from bsc.train.run import Run
+from bsc.train.sweep import PlannedCoder, TrainConfig, expand, plan_coders
+from bsc.train.trainer import CoderSummary, run_job
+
+__all__ = ["resume"]
+
+_FREE = frozenset(
+    {
+        "device",
+        "checkpoint_every",
+        "keep_checkpoint",
+        "tensorboard",
+        "wandb",
+        "runs",
+        "name",
+        "store",
+    }
+)
+"""Settings that change nothing in the result."""
+
+
+def resume(
+    folder: str | Path,
+    changes: dict[str, Any] | None = None,
+    *,
+    where: str = "bsc train --resume",
+    add_coders: bool = False,
+    rank: int = 0,
+    world: int = 1,
+) -> tuple[Run, list[CoderSummary]]:
+    """Go on with a run from its last checkpoint, or from the beginning where it has none.
+
+    On a CPU with as many threads the result is the same bytes as that of a run that was never
+    interrupted.
+
+    Args:
+        folder: of the run.
+        changes: fields of `TrainConfig` that the user gave again. They must be those of the run,
+            but for `tokens`, which may grow, and for settings that change nothing in the result.
+        where: what the changes come from, for messages.
+        add_coders: whether `changes["coders"]` are new ones, which begin where the run is.
+        rank: of this process.
+        world: number of processes, as it was.
+
+    Returns:
+        The run, and the last training figures of every coder of this process.
+
+    Raises:
+        UserError: the run cannot be resumed, or not like this. Nothing is changed then.
+    """
+    run = Run(Path(folder).resolve())
+    if not run.folder.is_dir():
+        raise StoreError(f"{folder}: no such run. `bsc train` makes one.")
+    part = Run(run.part(rank, world))
+    record = part.config() if part.config_path.exists() else {}
+    known = record or (run.config() if run.config_path.exists() else {})
+    if (record.get("rank"), record.get("world")) != (rank, world):
+        raise StoreError(
+            f"{folder}: nothing of rank {rank} of {world} here; it was trained by "
+            f"{known.get('world', 1)} process(es). Resume it as it was started, each with its "
+            f"--rank and --world."
+        )
+    if "config" not in record:
+        raise StoreError(f"{folder}: trained by a bsc that wrote no checkpoints.")
+    saved = parse_config(TrainConfig, record["config"], f"{part.config_path}: config")
+    planned = [
+        parse_config(PlannedCoder, c, f"{part.config_path}: coder") for c in record["coders"]
+    ]
+    changes = dict(changes or {})
+    tables = changes.pop("coders", None)
+    config = _same_but_tokens(saved, changes, where)
+    if tables is not None:
+        given = plan_coders(expand(tables, where), ActivationStore(config.store))
+        planned = _added(planned, given) if add_coders else _same_coders(planned, given, where)
+    job = make_job(
+        config, where, rank=rank, world=world, planned=planned, micro_rows=record["micro_rows"],
+        run=run, assigned=record["assigned"],
+    )  # fmt: skip
+    _check_store(job, record)
+    if job.steps < record["steps"]:
+        raise ConfigError(
+            f"{where}: --tokens {config.tokens} are {job.steps:,} steps, but the run has "
+            f"{record['steps']:,}. A run goes on as it began; tokens may only grow."
+        )
+    checkpoint = load_checkpoint(job.part / "checkpoint")
+    old = {c["name"] for c in record["coders"]}
+    if checkpoint is not None:
+        lost = {c.name for c in job.mine} & old - {c["name"] for c in checkpoint[0]["coders"]}
+        if lost:
+            raise StoreError(f"{job.part}: its checkpoint has no coder {min(lost)}.")
+    if "completed" in record:
+        if checkpoint is None:
+            raise UserError(f"{folder}: this run is complete, and its checkpoint was not kept.")
+        if not _has_work(job, checkpoint[0]):
+            if world > 1 and "completed" not in run.config() and merge_parts(run, world):
+                return run, []
+            raise UserError(
+                f"{folder}: this run is complete. To train it longer give more --tokens than "
+                f"{record['completed']['rows']:,}; coders that were done or not finite stay so."
+            )
+    return run_job(job, checkpoint, new=False)
+
+
+def _has_work(job: Job, state: dict[str, Any]) -> bool:
+    """Whether a coder is there that still trains, and a step to train it."""
+    ended = {
+        c["name"]
+        for c in state["coders"]
+        if c["progress"]["frozen_at"] is not None or c["progress"]["stopped_at"] is not None
+    }
+    left = {c.name for c in job.mine} - ended
+    return int(state["step"]) < job.steps and bool(left)
+
+
+def _same_but_tokens(saved: TrainConfig, changes: dict[str, Any], where: str) -> TrainConfig:
+    """The config of the run, with more tokens and what is free to change.
+
+    Raises:
+        ConfigError: names what is different.
+    """
+    wanted = parse_config(TrainConfig, saved.model_dump() | changes, where)
+    update: dict[str, Any] = {}
+    for name in changes:
+        old, new = getattr(saved, name), getattr(wanted, name)
+        # Whether tokens are enough is seen from the steps.
+        if name in _FREE or (name == "tokens" and new is not None):
+            update[name] = new
+        elif str(old) != str(new):
+            raise ConfigError(
+                f"{where}: {name} is {new}, but the run has {old}. A run goes on as it began; for "
+                f"other settings train a new run, under another --name."
+            )
+    return saved.model_copy(update=update)
+
+
+def _same_coders(
+    planned: list[PlannedCoder], given: list[PlannedCoder], where: str
+) -> list[PlannedCoder]:
+    def bare(coders: list[PlannedCoder]) -> dict[PlannedCoder, str]:
+        return {c.model_copy(update={"name": ""}): c.name for c in coders}
+
+    old, new = bare(planned), bare(given)
+    gone = [name for coder, name in old.items() if coder not in new]
+    more = [name for coder, name in new.items() if coder not in old]
+    if gone:
+        raise ConfigError(
+            f"{where}: the run has a coder {gone[0]}, which is not in these tables"
+            f"{nearest(gone[0], more)}. A run goes on with the coders that it has."
+        )
+    if more:
+        raise ConfigError(
+            f"{where}: {more[0]} is not in the run. Give --add-coders to begin it where the run is."
+        )
+    return planned
+
+
+def _added(planned: list[PlannedCoder], given: list[PlannedCoder]) -> list[PlannedCoder]:
+    have = {c.model_copy(update={"name": ""}) for c in planned}
+    new = [c for c in given if c.model_copy(update={"name": ""}) not in have]
+    if not new:
+        raise ConfigError("--add-coders: the run has all of these coders already.")
+    names = {c.name for c in planned}
+    if clash := [c.name for c in new if c.name in names]:
+        raise ConfigError(
+            f"--add-coders: the run has another coder called {clash[0]}. Give the new ones a group."
+        )
+    return planned + new
+
+
+def _check_store(job: Job, record: dict[str, Any]) -> None:
+    store = job.store
+    if store.ring is not None:
+        raise UserError(
+            f"{store.folder}: a ring; its rows are gone once they were read, so this run cannot be "
+            f"resumed."
+        )
+    for what, now in (("store_id", store.store_id), ("rows", job.rows)):
+        if record[what] != now:
+            raise UserError(
+                f"{store.folder}: {what} is {now}, but the run began with {record[what]}. It can "
+                f"only go on with the rows that it began with."
+            )
