@@ -1,18 +1,21 @@
-"""Which learning rate is best for each code and optimiser, on one pass over a store?
+"""Which learning rate is best, by optimiser, code, width, batch and number of steps?
 
-Trains one coder per learning rate, all in one run on the same rows, and prints FVU over the last
-tenth of the pass: rows that no coder had seen, before their update. The last line is JSON. The
-figures choose the defaults of `bsc.train.optim.default_lr`; they are not test figures.
+Trains one coder per learning rate, all of a setting in one run on the same rows, and prints FVU
+over the last tenth of the run: training rows before their update (in runs of more than one pass
+they were seen before). The last line is JSON. The figures choose the defaults of
+`bsc.train.schedule`; they are not test figures.
 
-    python benchmarks/bench_step_size.py --store bsc-demo/acts
+    python benchmarks/bench_step_size.py --store bsc-demo/acts [--settings base wide narrow ...]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,52 +24,78 @@ from bsc.train.sweep import TrainConfig
 from bsc.train.trainer import train
 from bsc.versions import versions
 
-GRID = {
-    ("adam", "continuous"): [1e-3, 3e-3, 1e-2, 3e-2],
-    ("adam", "binary"): [3e-3, 1e-2, 3e-2, 6e-2],
-    ("signum", "continuous"): [1e-3, 3e-3, 1e-2, 3e-2],
-    ("signum", "binary"): [1e-3, 3e-3, 1e-2, 3e-2],
+RATES = {
+    "adam": [1e-3, 3e-3, 1e-2, 3e-2, 6e-2],
+    "signum": [1e-3, 3e-3, 1e-2, 3e-2],
+    "signum_classic": [3e-4, 1e-3, 3e-3, 1e-2],
+    "muon": [3e-3, 1e-2, 3e-2, 1e-1],
 }
+TWO = ("adam", "signum")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "base": {"n_latents": 1536, "batch_rows": 2048, "passes": 1, "optimisers": tuple(RATES)},
+    "narrow": {"n_latents": 384, "batch_rows": 2048, "passes": 1, "optimisers": TWO},
+    "wide": {"n_latents": 6144, "batch_rows": 2048, "passes": 1, "optimisers": TWO},
+    "short": {"n_latents": 1536, "batch_rows": 8192, "passes": 1, "optimisers": TWO},
+    "long": {"n_latents": 1536, "batch_rows": 2048, "passes": 4, "optimisers": TWO},
+    "large batch": {"n_latents": 1536, "batch_rows": 8192, "passes": 4, "optimisers": TWO},
+    "sae": {"n_latents": 1536, "batch_rows": 2048, "passes": 1, "optimisers": TWO, "site": "sae"},
+}  # fmt: skip
 
 
-def main() -> None:
-    """Run the sweep and print a Markdown table and one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--store", type=Path, default=Path("bsc-demo/acts"))
-    parser.add_argument("--site", default="skip_transcoder")
-    parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--n-latents", type=int, default=1536)
-    args = parser.parse_args()
+def run_setting(store: Path, k: int, setting: dict[str, Any]) -> list[dict[str, Any]]:
+    """Train a setting's grid; one line per coder."""
+    rows = setting["passes"] * 655_360
     with tempfile.TemporaryDirectory() as folder:
-        run, _ = train(
+        run, summaries = train(
             TrainConfig(
-                store=args.store,
+                store=store,
                 runs=Path(folder),
+                batch_rows=setting["batch_rows"],
+                tokens=rows,
+                eval_every=0,
+                keep_checkpoint=False,
+                log_every=4,
                 coders=tuple(
-                    {"site": args.site, "k": args.k, "n_latents": args.n_latents,
-                     "optimiser": optimiser, "code": code, "lr": rates}
-                    for (optimiser, code), rates in GRID.items()
+                    {"site": setting.get("site", "skip_transcoder"), "k": k, "optimiser": o,
+                     "n_latents": setting["n_latents"], "code": ["binary", "continuous"],
+                     "lr": RATES[o]}
+                    for o in setting["optimisers"]
                 ),
             )
         )  # fmt: skip
         config, metrics = run.config(), list(run.metrics())
     late = 0.9 * config["completed"]["rows"]
-    results = []
-    print("| optimiser | code | learning rate | FVU, last tenth | L0 |\n|---|---|---|---|---|")
+    frozen = {s.name: s.frozen_at for s in summaries}
+    found = []
     for planned in config["coders"]:
-        mine = [m for m in metrics if m["coder"] == planned["name"] and m["rows"] > late]
-        fvu, l0 = (float(np.mean([m[key] for m in mine])) for key in ("fvu", "l0"))
-        row = {"optimiser": planned["optimiser"], "code": planned["coder"]["code"],
-               "lr": planned["lr"], "fvu": round(fvu, 4), "l0": round(l0, 1)}  # fmt: skip
-        results.append(row)
-        print(f"| {' | '.join(str(v) for v in row.values())} |")
-    facts = {
-        "store_id": config["store_id"], "rows": config["completed"]["rows"],
-        "batch_rows": config["batch_rows"], "site": args.site, "k": args.k,
-        "n_latents": args.n_latents, "threads": torch.get_num_threads(), "versions": versions(),
-        "results": results,
-    }  # fmt: skip
-    print(json.dumps(facts))
+        name = planned["name"]
+        mine = [m for m in metrics if m["coder"] == name and m["rows"] > late]
+        line: dict[str, Any] = {
+            "optimiser": planned["optimiser"], "code": planned["coder"]["code"],
+            "lr": planned["lr"], "fvu": None, "l0": None,
+        }  # fmt: skip
+        if mine and frozen[name] is None:
+            line["fvu"] = round(float(np.mean([m["fvu"] for m in mine])), 4)
+            line["l0"] = round(float(np.mean([m["l0"] for m in mine])), 1)
+        found.append(line)
+    return found
+
+
+def main() -> None:
+    """Run the settings, print Markdown tables and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--store", type=Path, default=Path("bsc-demo/acts"))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--k", type=int, default=32)
+    args = parser.parse_args()
+    results = {}
+    for name in args.settings:
+        results[name] = run_setting(args.store, args.k, SETTINGS[name])
+        print(f"\n{name}: {SETTINGS[name]}\n", file=sys.stderr)
+        for line in results[name]:
+            print(f"| {' | '.join(str(v) for v in line.values())} |", file=sys.stderr, flush=True)
+    facts = {"k": args.k, "threads": torch.get_num_threads(), "versions": versions()}
+    print(json.dumps({"benchmark": "step_size", "results": results} | facts))
 
 
 if __name__ == "__main__":
