@@ -8,16 +8,13 @@ import resource
 import shlex
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import typer
 
-from bsc.cli import app
-from bsc.config import parse_config
-from bsc.train.sweep import TrainConfig, expand
+from bsc.cli import app, main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -69,10 +66,22 @@ def test_every_bsc_command_of_the_readme_is_accepted_by_the_command_line() -> No
         command.make_context(name, arguments)
 
 
-def test_the_sweep_of_the_readme_is_24_coders() -> None:
+@pytest.mark.slow
+def test_the_sweep_of_the_readme_has_the_table_below_it(
+    demo: Demo, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same coders, best arms and all; figures within what another Python's library changes."""
     (block,) = blocks("toml")
-    config = parse_config(TrainConfig, tomllib.loads(block), "README.md")
-    assert len(expand(config.coders, "README.md")) == 24
+    monkeypatch.chdir(demo.folder)
+    Path("sweep.toml").write_text(block)
+    main(["train", "sweep.toml"])
+    match = re.search(r"<!-- output: sweep -->\n```\n(.*?)```", README, flags=re.S)
+    assert match
+    shown, found = table(match[1]), table(capsys.readouterr().out)
+    assert list(shown) == list(found) and len(shown) == 6
+    for name in shown:
+        assert found[name][1] == pytest.approx(shown[name][1], rel=0.15), name  # held-out FVU
+        assert found[name][2] == pytest.approx(shown[name][2], rel=0.15), name  # L0
 
 
 def test_the_commands_that_ci_runs_are_those_of_the_readme() -> None:
