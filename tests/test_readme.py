@@ -74,7 +74,9 @@ def test_the_sweep_of_the_readme_has_the_table_below_it(
     (block,) = blocks("toml")
     monkeypatch.chdir(demo.folder)
     Path("sweep.toml").write_text(block)
-    main(["train", "sweep.toml"])
+    with pytest.raises(SystemExit) as done:
+        main(["train", "sweep.toml"])
+    assert not done.value.code
     match = re.search(r"<!-- output: sweep -->\n```\n(.*?)```", README, flags=re.S)
     assert match
     shown, found = table(match[1]), table(capsys.readouterr().out)

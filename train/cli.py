@@ -28,8 +28,10 @@ def _field(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError:
-        name, _, value = text.partition("=")
+        name, given, value = text.partition("=")
         try:
+            if not given:
+                raise tomllib.TOMLDecodeError
             return tomllib.loads(f"{name} = '''{value.strip()}'''")
         except tomllib.TOMLDecodeError:
             raise typer.BadParameter(f"FIELD=VALUE, got {text!r}") from None

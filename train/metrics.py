@@ -81,7 +81,9 @@ class MetricsWriter:
         if tensorboard is not None:
             self._board = self._stack.enter_context(_summary_writer()(str(tensorboard)))
         if wandb is not None:
-            self._wandb = _wandb().init(project=wandb, name=name, resume="allow")
+            self._wandb = _wandb().init(
+                project=wandb, name=name, resume="allow", dir=str(path.parent)
+            )
             self._stack.callback(self._wandb.finish)
         self._file = self._stack.enter_context(path.open("ab"))
         if self._file.seek(0, os.SEEK_END) < keep_bytes:

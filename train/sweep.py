@@ -276,7 +276,11 @@ def _named(planned: list[PlannedCoder]) -> list[PlannedCoder]:
     """
 
     def fields(p: PlannedCoder) -> dict[str, Any]:
-        return p.coder.model_dump() | p.model_dump()
+        found = p.coder.model_dump() | p.model_dump()
+        for first, last in (("k_init", "k"), ("temperature_init", "temperature")):
+            if found[first] == found[last]:
+                found[first] = None  # it does not change
+        return found
 
     def key(mine: dict[str, Any]) -> tuple[Any, ...]:
         return (mine["hookpoint"], *(mine[f] for f in _ALWAYS_NAMED))

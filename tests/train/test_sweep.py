@@ -121,6 +121,7 @@ def test_what_a_coder_does_not_read_does_not_make_it_another(store: ActivationSt
     planned = plan_coders(expand([table | grid], "t"), store)
     assert [p.coder.code for p in planned] == ["binary"] * 4 + ["continuous"]
     assert len({p.name for p in planned}) == 5
+    assert planned[0].name.endswith("binary-k4-s0-surrogate=sigmoid-temperature=1.0")
 
 
 def test_groups_name_tables_and_two_coders_of_one_name_are_refused(store: ActivationStore) -> None:
