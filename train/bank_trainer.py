@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -12,16 +12,17 @@ from torch import Tensor
 
 from bsc.cache.kept import kept_moments
 from bsc.cache.store import ActivationStore, Moments
-from bsc.errors import ConfigError
+from bsc.errors import ConfigError, UserError
 from bsc.train.coders import kernels
 from bsc.train.coders.bank import Bank
 from bsc.train.coders.coder import SparseCoder
+from bsc.train.coders.kernels import Entries
 from bsc.train.memory import EVALUATION_ROWS
 from bsc.train.optim import CoderOptimiser
 from bsc.train.schedule import annealed, lr_scale
 from bsc.train.sweep import PlannedCoder, TrainConfig
 
-__all__ = ["BankTrainer", "Progress", "Scale", "left_out_tokens"]
+__all__ = ["BankTrainer", "Progress", "Scale", "compiled_dot", "left_out_tokens"]
 
 _IMPROVEMENT = 0.999
 """A held-out FVU below this share of the best so far is an improvement."""
@@ -32,6 +33,25 @@ def left_out_tokens(store: ActivationStore, config: TrainConfig) -> tuple[int, .
     if not config.without_special_tokens:
         return ()
     return tuple(store.attributes["model"]["special_token_ids"])
+
+
+def compiled_dot(device: torch.device) -> Callable[[Tensor, Tensor, Entries], Tensor]:
+    """`kernels.compiled_decoder_dot`, tried once.
+
+    Raises:
+        UserError: torch.compile does not work here.
+    """
+    dot = kernels.compiled_decoder_dot()
+    rows = torch.ones((2, 4), dtype=torch.bfloat16, device=device)
+    try:
+        dot(rows, rows, Entries.of(torch.tensor([[0], [1]], device=device)))
+    except Exception as error:  # whatever a compiler's absence or a strange path makes of it
+        lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+        raise UserError(
+            f"--compile: torch.compile does not work here ({lines[0]}). It needs a C++ compiler, "
+            f"and an installation whose path has no blanks. Leave the flag out."
+        ) from None
+    return dot
 
 
 @dataclass(frozen=True)
@@ -126,7 +146,7 @@ class BankTrainer:
             compute_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
             device=device,
             units=(self.scale.x, self.scale.y),
-            dot=kernels.compiled_decoder_dot() if config.compile else kernels.decoder_dot,
+            dot=compiled_dot(device) if config.compile else kernels.decoder_dot,
         )
         self.bank.initialise([c.seed for c in coders], self.scale.mean_x, self.scale.mean_y)
         self.optimisers = [

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from bsc.errors import UserError
+from bsc.train.bank_trainer import compiled_dot
 from bsc.train.coders import kernels
 from bsc.train.coders.bank import Bank
 from bsc.train.coders.config import CoderConfig
@@ -121,16 +123,26 @@ def test_a_bias_that_cancels_a_large_product_keeps_its_digits() -> None:
 def test_compiled_is_eager() -> None:
     """To the rounding of bfloat16: the compiled sum keeps float32 until its end."""
     configs = [coder(code="binary"), coder(code="continuous", k=20)]
-    eager, compiled = (
-        make(configs, [0, 1], dot=dot)
-        for dot in (kernels.decoder_dot, kernels.compiled_decoder_dot())
-    )
+    try:
+        dots = (kernels.decoder_dot, compiled_dot(torch.device("cpu")))
+    except UserError as error:  # no compiler; every other test is of the eager form
+        pytest.skip(str(error))
+    eager, compiled = (make(configs, [0, 1], dot=dot) for dot in dots)
     x = rows()
     a, b = eager.step(x, x), compiled.step(x, x)
     assert torch.equal(a.loss, b.loss) and torch.equal(a.fired, b.fired)
     for name, g in eager.gradients.items():
         other = compiled.gradients[name]
         assert (g - other).norm() <= 0.01 * g.norm(), name
+
+
+def test_a_compiler_that_does_not_work_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> torch.Tensor:
+        raise RuntimeError("g++: command not found")
+
+    monkeypatch.setattr(kernels, "compiled_decoder_dot", lambda: broken)
+    with pytest.raises(UserError, match=r"--compile: .*g\+\+: command not found.*Leave the flag"):
+        compiled_dot(torch.device("cpu"))
 
 
 @pytest.mark.slow
@@ -147,4 +159,5 @@ def test_hundreds_of_small_coders_cost_no_more_than_their_number() -> None:
             times.append(time.perf_counter() - started)
         assert result.loss.isfinite().all() and len(result.loss) == n
         seconds[n] = statistics.median(times)
-    assert seconds[256] < 2 * 8 * seconds[32], seconds
+    # Far from quadratic; how linear it is stands in benchmarks/records/train_*.md.
+    assert seconds[256] < 4 * 8 * seconds[32], seconds
