@@ -26,19 +26,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from bsc.devices import keep_freed_memory
 from bsc.train.coders import kernels
 from bsc.train.coders.bank import Bank
 from bsc.train.coders.config import CoderConfig
 from bsc.train.coders.kernels import Entries
-from bsc.train.optim import CoderOptimiser
+from bsc.train.optim import CoderOptimiser, Optimiser
 
 K = (16, 32, 64, 128)
 D = 576
@@ -211,9 +211,7 @@ def bench_step(
             started = time.perf_counter()
             check(other, x[:4096], y[:4096])
             compile_seconds = time.perf_counter() - started if how else compile_seconds
-            runs[name] = lambda other=other, micro=micro, x=x, y=y: other.step(  # type: ignore[misc]
-                x, y, micro_rows=micro
-            )
+            runs[name] = partial(other.step, x, y, micro_rows=micro)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         n = max(3, repeats * 4 // len(ks)) if len(ks) > 4 or n_latents > 9216 else repeats
@@ -241,14 +239,14 @@ def bench_accumulate(device: torch.device, repeats: int, quick: bool) -> list[di
     rows = 2**16 if device.type == "cuda" else 2**14
     n_latents = 36864 if device.type == "cuda" else 9216
     found = []
+    optimisers_timed: tuple[Optimiser, ...] = ("adam", "signum")
     for site in ("sae", "skip_transcoder")[: 1 if quick else 2]:
-        for optimiser in ("adam", "signum")[: 1 if quick else 2]:
+        for optimiser in optimisers_timed[: 1 if quick else 2]:
             for micro in (2048, 8192) if device.type == "cpu" else (16384, 65536):
                 bank, x, y = make_bank(site, n_latents, K, device, rows=rows)
                 check(bank, x[:4096], y[:4096], micro_rows=1000)
                 optimisers = [
-                    CoderOptimiser(optimiser, bank.trained(c), 1e-4)  # type: ignore[arg-type]
-                    for c in range(len(K))
+                    CoderOptimiser(optimiser, bank.trained(c), 1e-4) for c in range(len(K))
                 ]
 
                 def whole(
@@ -281,7 +279,7 @@ def bench_scale(device: torch.device, repeats: int, quick: bool) -> list[dict[st
     for n in (8, 64, 256):
         bank, x, y = make_bank("sae", 512, (K[:2] * n)[:n], device, rows=1024)
         check(bank, x, y)
-        ms = alternate({"step": lambda bank=bank, x=x, y=y: bank.step(x, y)}, device, repeats)  # type: ignore[misc]
+        ms = alternate({"step": partial(bank.step, x, y)}, device, repeats)
         found.append({"coders": n, "ms": spread(ms["step"]),
                       "ms_per_coder": round(statistics.median(ms["step"]) / n, 3)})  # fmt: skip
         print(found[-1], file=sys.stderr, flush=True)
@@ -303,7 +301,6 @@ def bench_parts(device: torch.device, repeats: int, quick: bool) -> list[dict[st
         entries = Entries.of(index)
         code = values.relu().flatten()
         transposed = kernels.transpose(entries, n_latents)
-        rows_of = transposed.row.long()
         wide_x = x.float()
         weights = code.float()
 
@@ -322,19 +319,17 @@ def bench_parts(device: torch.device, repeats: int, quick: bool) -> list[dict[st
         )
         runs: dict[str, Callable[[], object]] = {
             "gemm": lambda: torch.mm(x, narrow.T, out=pre),
-            "select: ours": lambda k=k: kernels.select_topk(pre, k),  # type: ignore[misc]
-            "select: torch.topk": lambda k=k: pre.topk(k, sorted=False),  # type: ignore[misc]
-            "groupmax": lambda k=k: kernels.groupmax(pre, k),  # type: ignore[misc]
-            "decode: bf16": lambda e=entries, c=code: kernels.decode(e, c, narrow),  # type: ignore[misc]
-            "decode: fp32": lambda e=entries, c=weights: kernels.decode(e, c, table),  # type: ignore[misc]
-            "dot: bf16": lambda e=entries: kernels.decoder_dot(x, narrow, e),  # type: ignore[misc]
-            "dot: bf16 compiled": lambda e=entries: compiled(x, narrow, e),  # type: ignore[misc]
-            "dot: fp32": lambda e=entries, x=wide_x: kernels.decoder_dot(x, table, e),  # type: ignore[misc]
-            "transpose": lambda e=entries: kernels.transpose(e, n_latents),  # type: ignore[misc]
-            "sums: bf16": lambda t=transposed, c=code: kernels.latent_sums(t, c, x),  # type: ignore[misc]
-            "sums: fp32": lambda t=transposed, c=weights, r=rows_of, x=wide_x: embedding_bag(  # type: ignore[misc]
-                r, x, t.offsets.long(), mode="sum", per_sample_weights=c[t.order]
-            ),
+            "select: ours": partial(kernels.select_topk, pre, k),
+            "select: torch.topk": partial(pre.topk, k, sorted=False),
+            "groupmax": partial(kernels.groupmax, pre, k),
+            "decode: bf16": partial(kernels.decode, entries, code, narrow),
+            "decode: fp32": partial(kernels.decode, entries, weights, table),
+            "dot: bf16": partial(kernels.decoder_dot, x, narrow, entries),
+            "dot: bf16 compiled": partial(compiled, x, narrow, entries),
+            "dot: fp32": partial(kernels.decoder_dot, wide_x, table, entries),
+            "transpose": partial(kernels.transpose, entries, n_latents),
+            "sums: bf16": partial(kernels.latent_sums, transposed, code, x),
+            "sums: fp32": partial(kernels.latent_sums, transposed, weights, wide_x),
             "sums: index_add": by_index_add,
         }
         ms = alternate(runs, device, repeats)
