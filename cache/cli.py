@@ -82,6 +82,9 @@ World = Annotated[
     int | None, typer.Option(help="Processes that write the store. Default: torchrun's.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Revision of the model on the hub.")]
+RandomWeights = Annotated[
+    int | None, typer.Option(help="Seed of untrained weights instead of the model's: a control.")
+]
 Dtype = Annotated[
     str, typer.Option(help="Of the model's arithmetic: auto, float32, bfloat16, float16.")
 ]
@@ -147,6 +150,7 @@ def cache(
         float, typer.Option(help="Share of rows with NaN or inf above which to stop.")
     ] = 1e-6,
     revision: Revision = None,
+    random_weights: RandomWeights = None,
     dtype: Dtype = "auto",
     device: Device = None,
     seed: Seed = 0,
@@ -168,6 +172,7 @@ def cache(
         held_out_tokens=held_out_tokens, context=context, batch_tokens=batch_tokens,
         packing=packing, codec=codec, rank=own_rank, world=of, ring=ring, window=window,
         max_non_finite=max_non_finite, revision=revision, device=device,
+        random_weights=random_weights,
     )  # fmt: skip
     result = capture(config)
     if as_json:

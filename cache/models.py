@@ -17,7 +17,14 @@ from safetensors import SafetensorError
 import bsc.demo
 from bsc.errors import UserError, nearest
 
-__all__ = ["SHORT_NAMES", "LanguageModel", "load_architecture", "load_model", "resolve_model"]
+__all__ = [
+    "SHORT_NAMES",
+    "LanguageModel",
+    "load_architecture",
+    "load_model",
+    "load_tokenizer",
+    "resolve_model",
+]
 
 SHORT_NAMES = {
     "SmolLM2-135M": "HuggingFaceTB/SmolLM2-135M",
@@ -37,10 +44,13 @@ class LanguageModel:
     revision: str | None
     """Commit on the hub; None for a folder."""
     weights_sha256: str | None
-    """Of the safetensors files of a local folder, in the order of their names."""
+    """Of the safetensors files of a local folder, in the order of their names; of random
+    weights, of the base model's tensors."""
     model: Any
     """The transformers model, on its device, in evaluation mode."""
     tokenizer: Any
+    random_weights: int | None = None
+    """Seed of random weights in the place of the trained ones."""
 
     @property
     def base(self) -> torch.nn.Module:
@@ -55,7 +65,8 @@ class LanguageModel:
 
     def identity(self) -> dict[str, Any]:
         """What to record about the model beside anything that was made with it."""
-        return {
+        random = {} if self.random_weights is None else {"random_weights": self.random_weights}
+        return random | {
             "name": self.name,
             "revision": self.revision,
             "weights_sha256": self.weights_sha256,
@@ -122,6 +133,7 @@ def load_model(
     dtype: str = "auto",
     device: str | torch.device = "cpu",
     with_head: bool = False,
+    random_weights: int | None = None,
 ) -> LanguageModel:
     """Load a model and its tokenizer.
 
@@ -131,6 +143,8 @@ def load_model(
         dtype: ``"auto"`` (that of the checkpoint), ``"float32"``, ``"bfloat16"``, ``"float16"``.
         device: where to put it.
         with_head: with the language model head (to measure its loss), or the base model alone.
+        random_weights: seed of weights drawn as before training, in the place of the trained ones:
+            a control for what is said about a trained model.
 
     Raises:
         UserError: there is no such model, no network, or it cannot be loaded safely.
@@ -140,7 +154,7 @@ def load_model(
 
     source = resolve_model(name)
     local = Path(source) if Path(source).is_dir() else None
-    if local is not None and not list(local.glob("*.safetensors")):
+    if random_weights is None and local is not None and not list(local.glob("*.safetensors")):
         raise UserError(
             f"--model {name}: the folder has no *.safetensors weights. bsc loads no pickled "
             f"weights; save the model again with `save_pretrained`, which writes safetensors."
@@ -152,7 +166,10 @@ def load_model(
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         with _quiet_loading():
-            model = kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+            if random_weights is None:
+                model = kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+            else:
+                model = _untrained(source, dtype, random_weights, options)
     except GatedRepoError:
         raise UserError(
             f"--model {name}: {source} is gated on the hub. Accept its terms there and log in "
@@ -179,13 +196,59 @@ def load_model(
             f"--model {name}: {source} cannot be loaded: {first_line} {hint}"
         ) from error
     torch.nn.Module.to(model, device).eval().requires_grad_(False)
+    sha256 = _weights_hash(local) if local else None
     return LanguageModel(
         name=name if name == EMBEDDED else source,
         revision=None if local else revision,
-        weights_sha256=_weights_hash(local) if local else None,
+        weights_sha256=sha256 if random_weights is None else _tensors_hash(model.base_model),
         model=model,
         tokenizer=tokenizer,
+        random_weights=random_weights,
     )
+
+
+def _untrained(source: str, dtype: str, seed: int, options: dict[str, Any]) -> Any:
+    """A model of the same config with weights as they are before training.
+
+    Always with its head, so that the same seed gives the same weights with and without it.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source, **options)
+    chosen = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=chosen, trust_remote_code=False
+        )
+
+
+def _tensors_hash(module: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a model alone.
+
+    Raises:
+        UserError: there is no such model, or its tokenizer cannot be loaded.
+    """
+    import transformers
+
+    source = resolve_model(name)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first_line = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise UserError(
+            f"--model {name}: the tokenizer of {source} cannot be loaded: {first_line}"
+        ) from error
 
 
 def load_architecture(name: str, *, revision: str | None = None) -> tuple[torch.nn.Module, int]:

@@ -69,6 +69,8 @@ class CaptureConfig:
     """How rows are stored (cache/codec.py)."""
     revision: str | None = None
     """Of the model on the hub."""
+    random_weights: int | None = None
+    """Seed of random weights in the place of the trained ones: a control."""
     dtype: str = "auto"
     """Of the model's arithmetic; rows are stored as bfloat16 whatever it is."""
     device: str | None = None
@@ -141,7 +143,10 @@ def open_source(config: CaptureConfig) -> Source:
     """
     resolve_model(config.model)
     device = pick_device(config.device)
-    lm = load_model(config.model, revision=config.revision, dtype=config.dtype, device=device)
+    lm = load_model(
+        config.model, revision=config.revision, dtype=config.dtype, device=device,
+        random_weights=config.random_weights,
+    )  # fmt: skip
     patterns = list(config.hookpoints) or list(default_hookpoints(lm.base))
     tap = RowTap(lm.base, match_hookpoints(lm.base, patterns))
     context = config.context or min(lm.context, MAX_DEFAULT_CONTEXT)
