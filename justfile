@@ -29,7 +29,7 @@ demo *ARGS:
 
 # one benchmark: just bench step_size
 bench NAME *ARGS:
-    python benchmarks/bench_{{NAME}}.py {{ARGS}}
+    python -m benchmarks.bench_{{NAME}} {{ARGS}}
 
 # train the embedded model again (an hour on two cores); writes bsc/demo/model
 demo-model *ARGS:

@@ -23,7 +23,7 @@ from bsc.cache.layout import Split
 from bsc.cache.manifest import TextPoint
 from bsc.cache.text import TextDocument
 
-__all__ = ["PACKINGS", "ContextBatch", "Packing", "context_batches"]
+__all__ = ["PACKINGS", "ContextBatch", "Packing", "context_batches", "tokenise"]
 
 Packing = Literal["masked", "joined", "none"]
 PACKINGS: tuple[Packing, ...] = ("masked", "joined", "none")
@@ -147,7 +147,7 @@ def _document_groups(source: Iterable[TextDocument]) -> Iterator[list[TextDocume
         yield group
 
 
-def _tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of documents, with the special tokens that the tokenizer itself adds.
 
     One that adds none gets its BOS, else its EOS, before each document: a separator that models of
@@ -204,7 +204,7 @@ def context_batches(
         return packer if packer.added < wanted[packer.split] + context else None
 
     for group in _document_groups(d for d in source if open_packer(d)):
-        encoded = _tokenise(tokenizer, [d.text for d in group])
+        encoded = tokenise(tokenizer, [d.text for d in group])
         for document, ids in zip(group, encoded, strict=True):
             if packer := open_packer(document):
                 packer.add(np.array(ids, dtype=np.int64), document.number)

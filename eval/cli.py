@@ -1,9 +1,9 @@
-"""Commands of stage 3: `bsc eval` and `bsc report`. They parse, call and print."""
+"""Commands of stage 3: eval, examples, compare, report. They parse, call and print."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,24 +23,106 @@ def evaluate(
     ce_tokens: Annotated[
         int, typer.Option(help="Held-out tokens for the model's loss.", parser=parse_count)
     ] = 100_000,
+    rows: Annotated[
+        int | None,
+        typer.Option(help="Held-out rows for all else.  [default: all]", parser=parse_count),
+    ] = None,
+    ablation_bins: Annotated[
+        int, typer.Option(help="Bins of latents that are turned off in turn; 0: none.")
+    ] = 10,
+    ablation_tokens: Annotated[
+        int, typer.Option(help="Held-out tokens for ablations.", parser=parse_count)
+    ] = 8_192,
+    ablation_score: Annotated[
+        str, typer.Option(help="Order of latents: rate, or a .csv/.jsonl of coder, latent, score.")
+    ] = "rate",
+    ultra_ablations: Annotated[
+        int, typer.Option(help="Latents above 10 % that are turned off one by one, per coder.")
+    ] = 4,
+    probe: Annotated[
+        list[str] | None,
+        typer.Option(help="Labelled texts (.csv, .jsonl); several times.  [default: stdlib]"),
+    ] = None,
+    no_probe: Annotated[bool, typer.Option("--no-probe", help="No sparse probing.")] = False,
+    probe_texts: Annotated[
+        int, typer.Option(help="Labelled texts of a class at most.", parser=parse_count)
+    ] = 2_000,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: a GPU if any]")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Measure every coder of a run on held-out documents and write RUN/eval.json."""
+    """Measure every coder of a run on held-out documents and write RUN/eval.json.
+
+    Goes on where it was when it is stopped and started again.
+    """
+    from bsc.config import parse_config
+    from bsc.eval.evaluate import EvalConfig
     from bsc.eval.evaluate import evaluate as evaluate_run
     from bsc.eval.table import figures_table
     from bsc.files import canonical_json
     from bsc.train.run import Run
 
-    result = evaluate_run(
-        Run.open(run), store=store, model=model, ce_tokens=ce_tokens, device=device
-    )
+    values: dict[str, Any] = {
+        "ce_tokens": ce_tokens, "rows": rows, "ablation_bins": ablation_bins,
+        "ablation_tokens": ablation_tokens, "ablation_score": ablation_score,
+        "ultra_ablations": ultra_ablations, "probe_texts": probe_texts,
+    }  # fmt: skip
+    if probe or no_probe:
+        values["probes"] = tuple(probe or ())
+    config = parse_config(EvalConfig, values, "bsc eval")
+    result = evaluate_run(Run.open(run), config, store=store, model=model, device=device)
     if as_json:
         typer.echo(canonical_json(result), nl=False)
     else:
         figures_table(result)
+
+
+def examples(
+    run: Annotated[Path, typer.Argument(help="Folder of an evaluated run.")],
+    coder: Annotated[str, typer.Argument(help="Name of a coder, or a part of it.")],
+    latent: Annotated[int, typer.Argument(help="Number of a latent.")],
+    part: Annotated[str, typer.Option(help="Documents: explain, test or all.")] = "all",
+    per_stratum: Annotated[int, typer.Option(help="Contexts of each tenth of its firings.")] = 1,
+    store: Annotated[
+        Path | None, typer.Option(help="Where the store is now.  [default: as in training]")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the model is now.  [default: as at the capture]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON lines.")] = False,
+) -> None:
+    """Show contexts in which any latent of an evaluated coder fires, strongest first."""
+    from bsc.eval.show import latent_examples, print_examples
+    from bsc.files import canonical_json
+    from bsc.train.run import Run
+
+    found = latent_examples(
+        Run.open(run), coder, latent, part=part, per_stratum=per_stratum, store=store, model=model
+    )
+    if as_json:
+        for context in found["contexts"]:
+            typer.echo(canonical_json(context, indent=None), nl=False)
+    else:
+        print_examples(found)
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of an evaluated run.")],
+    second: Annotated[Path, typer.Argument(help="Folder of another one, or the same.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Compare the coders of two runs: figures paired by context, and latents matched."""
+    from bsc.eval.compare import compare_runs
+    from bsc.eval.table import comparison_table
+    from bsc.files import canonical_json
+    from bsc.train.run import Run
+
+    result = compare_runs(Run.open(first), Run.open(second))
+    if as_json:
+        typer.echo(canonical_json(result), nl=False)
+    else:
+        comparison_table(result)
 
 
 def report(
@@ -48,15 +130,25 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="File to write.  [default: RUN/report.html of the first]")
     ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the figures as SVG and PDF and the numbers as CSV and JSON."),
+    ] = None,
 ) -> None:
     """Write one static HTML page about one or several runs."""
+    from bsc.eval.report.export import write_figures
     from bsc.eval.report.report import write_report
     from bsc.train.run import Run
 
-    typer.echo(str(write_report([Run.open(r) for r in runs], out)))
+    opened = [Run.open(r) for r in runs]
+    typer.echo(str(write_report(opened, out)))
+    if figures is not None:
+        typer.echo(str(write_figures(opened, figures)))
 
 
 def add_commands(app: typer.Typer) -> None:
     """Put the commands of this stage into the command line."""
     app.command("eval")(evaluate)
+    app.command()(examples)
+    app.command()(compare)
     app.command()(report)

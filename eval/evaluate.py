@@ -1,7 +1,21 @@
-"""Stage 3: figures of every coder of a run, on documents that no coder was trained on."""
+"""Stage 3: figures of every coder of a run, on documents that no coder was trained on.
+
+One pass over the held-out rows and one over the held-out contexts serve all coders; both go on
+where they stopped. What is written:
+
+    RUN/eval.json                   every figure
+    RUN/eval/examples.json          contexts of some latents of each coder, for the report
+    RUN/eval/documents.safetensors  sums by document, which `bsc compare` pairs runs by
+    RUN/eval/codes/<coder>/         every firing (eval/codes.py)
+    RUN/eval/samples/<coder>.safetensors     sampled firings of every latent (eval/examples.py)
+    RUN/eval/{rows,losses,ablation}/         pieces that an interrupted evaluation goes on from
+"""
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,177 +23,297 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save
+from pydantic import Field
+from safetensors.numpy import save as save_arrays
 
-from bsc.cache.attention import Separation, document_separation
-from bsc.cache.hookpoints import RowTap
-from bsc.cache.models import LanguageModel, load_model
+from bsc.cache.ring import first_kept
 from bsc.cache.store import ActivationStore
-from bsc.devices import pick_device
-from bsc.errors import StoreError, UserError
-from bsc.eval.examples import collect_examples
-from bsc.eval.fidelity import measure
-from bsc.eval.loss import Contexts, context_losses, contexts_of, paired_difference
-from bsc.eval.splice import coder_replacement, mean_replacement, zero_replacement
+from bsc.config import Config
+from bsc.devices import keep_freed_memory
+from bsc.errors import StoreError
+from bsc.eval.ablation import AblationPlan, ablate
+from bsc.eval.batches import document_numbers, piece_ranges
+from bsc.eval.codes import Codes
+from bsc.eval.controls import CALIBRATION_ROWS, TOLERANCE, Calibration, calibrate
+from bsc.eval.fidelity import fidelity_figures, fvu, fvu_difference
+from bsc.eval.firing import firing_figures
+from bsc.eval.labelled import EMBEDDED, LabelledTexts, read_sets
+from bsc.eval.latents import latent_figures
+from bsc.eval.loss import CLEAN, Contexts, LossSums, added_loss, contexts_of
+from bsc.eval.loss_figures import loss_figures, loss_sums, loss_variants, together
+from bsc.eval.pieces import Pieces
+from bsc.eval.probing import probing_figures
+from bsc.eval.rows import Sums, add_up, pass_over_rows
+from bsc.eval.setting import Setting, open_setting
+from bsc.eval.stability import run_stability
 from bsc.files import write_atomically, write_json
-from bsc.progress import console, stage
-from bsc.train.run import RUN_VERSION, Run
+from bsc.progress import console, format_bytes, stage
+from bsc.train.run import EVAL_VERSION, Run, claim
 from bsc.versions import versions
 
-__all__ = ["evaluate"]
-
-CE_TOKENS = 100_000
+__all__ = ["EvalConfig", "evaluate"]
 
 
-def _matching_model(
-    store: ActivationStore, name: str | None, device: torch.device
-) -> LanguageModel:
-    """The model that the store was captured from, with its head.
+class EvalConfig(Config):
+    """How much is measured. What is measured does not depend on it."""
 
-    Raises:
-        StoreError: the model of that name has other weights now.
-    """
-    saved = store.attributes["model"]
-    lm = load_model(
-        name or str(saved["name"]), revision=saved["revision"], dtype=str(saved["dtype"]),
-        device=device, with_head=True,
-    )  # fmt: skip
-    found = lm.identity()
-    for key in ("revision", "weights_sha256"):
-        if found[key] != saved[key]:
-            raise StoreError(
-                f"{store.folder}: captured from {saved['name']} with {key} {saved[key]}, but that "
-                f"model now has {found[key]}. Name the model of the capture with --model."
-            )
-    return lm
+    ce_tokens: int = Field(default=100_000, ge=1)
+    """Held-out tokens for the losses of the language model."""
+
+    rows: int | None = Field(default=None, ge=1)
+    """Held-out rows at most for everything else. None: all."""
+
+    ablation_bins: int = Field(default=10, ge=0)
+    """Bins of equal firing mass that are turned off one after the other. 0: none."""
+
+    ablation_tokens: int = Field(default=8_192, ge=1)
+    """Held-out tokens for the losses of ablations."""
+
+    ablation_score: str = "rate"
+    """What latents are put in order by: ``"rate"``, or a CSV or JSONL file with the fields coder,
+    latent and score."""
+
+    ultra_ablations: int = Field(default=4, ge=0)
+    """Latents of ultra-high frequency of each coder that are turned off one by one."""
+
+    probes: tuple[str, ...] = (EMBEDDED,)
+    """Sets of labelled texts for sparse probing: ``"stdlib"`` or files."""
+
+    probe_texts: int = Field(default=2_000, ge=4)
+    """Texts of a class that are read at most."""
 
 
-def _open_store(run: Run, store: Path | None) -> ActivationStore:
-    config = run.config()
-    if store is None and "://" not in config["store"] and not Path(config["store"]).exists():
+def _rows(
+    setting: Setting, config: EvalConfig, folder: Path, identity: dict[str, Any]
+) -> tuple[dict[str, Sums], dict[str, Codes], dict[str, Calibration]]:
+    """The pass over the rows of every hookpoint."""
+    split, store = setting.split, setting.store
+    ranges = piece_ranges(split, config.rows)
+    rows = ranges[-1][1]
+    _check_room(setting, folder, rows)
+    calibrations = {}
+    with stage("calibrate", len(setting.coders), "coders") as progress:
+        for name, coder in setting.coders.items():
+            if coder.config.code != "binary":
+                hook = setting.hookpoint(name)
+                calibrations[name] = calibrate(
+                    coder, store.train, hook, without_tokens=setting.without_tokens,
+                    first=_first_training_row(store, hook),
+                )  # fmt: skip
+            progress.advance(1)
+    sums: dict[str, Sums] = {}
+    codes: dict[str, Codes] = {}
+    document = document_numbers(split)
+    with stage("rows", rows * len(setting.hookpoints), "rows") as progress:
+        for hook in setting.hookpoints:
+            coders = setting.coders_at(hook)
+            own = identity | {
+                "hookpoint": hook, "evaluated": rows, "calibration": [CALIBRATION_ROWS, TOLERANCE]
+            }  # fmt: skip
+            pieces = Pieces.open(folder / "rows" / hook, own)
+            places = {n: Pieces.open(folder / "codes" / n, own) for n in coders}
+            for done in pass_over_rows(
+                coders, calibrations, split, hook, document=document, pieces=pieces,
+                codes=places, max_rows=config.rows, without_tokens=setting.without_tokens,
+            ):  # fmt: skip
+                progress.advance(done)
+            sums |= add_up(pieces, len(ranges), list(coders), int(document.max()) + 1)
+            codes |= {n: Codes(places[n], sums[n].counts) for n in coders}
+    return sums, codes, calibrations
+
+
+def _first_training_row(store: ActivationStore, hook: str) -> int:
+    """Of a ring the first shards are gone."""
+    if store.ring is None:
+        return 0
+    spec = store.train.spec(f"{hook}/input")
+    return first_kept(store.folder, spec, store.train.shards) * store.train.grid.shard_rows
+
+
+def _check_room(setting: Setting, folder: Path, rows: int) -> None:
+    """See that the codes fit on the disk before they are made."""
+    needed = sum(
+        rows * c.config.k * (8 + (4 if c.config.n_latents > 1 << 16 else 2))
+        for c in setting.coders.values()
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    there = sum(path.stat().st_size for path in folder.glob("codes/**/*.safetensors"))
+    free = shutil.disk_usage(folder).free
+    if needed - there > 0.95 * free:
         raise StoreError(
-            f"{run.folder}: trained on store {config['store']}, which is not there any more. Say "
-            f"where it is now with --store."
+            f"{folder}: the codes of {len(setting.coders)} coders on {rows:,} rows take up to "
+            f"{format_bytes(needed)}, but {format_bytes(free + there)} are free. Evaluate on fewer "
+            f"rows with --rows."
         )
-    opened = ActivationStore(store or config["store"])
-    if opened.store_id != config["store_id"]:
-        raise StoreError(
-            f"{opened.folder}: this is store {opened.store_id}, but run {run.folder} was trained "
-            f"on store {config['store_id']}. Name that one with --store."
-        )
-    return opened
 
 
-def _losses(
-    lm: LanguageModel, contexts: Contexts, hookpoints: list[str], store: ActivationStore
-) -> tuple[NDArray[np.float64], dict[str, Any]]:
-    """Losses of the model as it is, and what ablating each hookpoint adds."""
-    clean = context_losses(lm, contexts, {})
-    ablations = {}
-    for hook in hookpoints:
-        mean = store.train.moments(f"{hook}/output").mean.to(lm.model.device)
-        figures = {}
-        for name, replace in (("zero", zero_replacement), ("mean", mean_replacement(mean))):
-            ablated = context_losses(lm, contexts, {hook: replace})
-            delta, interval = paired_difference(ablated, clean, contexts.counts)
-            figures[name] = {"delta_ce": delta, "interval": list(interval)}
-        ablations[hook] = figures
-    return clean, ablations
+def _coder_hash(run: Run, name: str) -> str:
+    """Of a coder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(run.coder_folder(name).glob("co*.*")):  # coder.safetensors, config.json
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def evaluate(
     run: Run,
+    config: EvalConfig | None = None,
     *,
     store: Path | None = None,
     model: str | None = None,
-    ce_tokens: int = CE_TOKENS,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Measure every coder of a run and write eval.json, examples.json and firing counts.
+    """Measure every coder of a run and write eval.json and what is in the folder eval.
 
     Args:
         run: a run whose training has ended.
+        config: how much is measured; None: the defaults.
         store: where the store is now; None: where it was in training.
         model: where the model is now; None: where it was at the capture.
-        ce_tokens: held-out tokens for the losses of the language model.
         device: where to compute; None: a GPU where there is one.
 
     Returns:
         What eval.json holds.
 
     Raises:
-        UserError: the store, its held-out rows or the model are not there or not the same.
+        UserError: the store, its held-out rows or the model are not there or not the same, or a
+            file of labels or scores is not as it should be.
     """
-    if ce_tokens < 1:
-        raise UserError(f"--ce-tokens {ce_tokens}: at least 1 is needed.")
-    opened = _open_store(run, store)
-    split = opened.held_out
-    on = pick_device(device)
-    lm = _matching_model(opened, model, on)
-    names = run.coder_names()
-    hooks = list(dict.fromkeys(str(c["hookpoint"]) for c in run.config()["coders"]))
-    separation: Separation = "positions"
-    if opened.packing == "masked":
-        separation = document_separation(
-            RowTap(lm.base, hooks).rows, dtype=lm.model.dtype, device=on,
-            vocabulary=int(lm.model.get_input_embeddings().weight.shape[0]),
+    config = config or EvalConfig()
+    sets = read_sets(config.probes)
+    setting = open_setting(run, store=store, model=model, device=device)
+    if setting.lm.model.device.type == "cpu":
+        keep_freed_memory()
+    with claim(run.folder):
+        return _evaluate(setting, config, sets)
+
+
+def _evaluate(setting: Setting, config: EvalConfig, sets: list[LabelledTexts]) -> dict[str, Any]:
+    run, folder = setting.run, setting.run.eval_folder
+    contexts = contexts_of(setting.store, config.ce_tokens, setting.separation)
+    identity = {
+        "version": EVAL_VERSION,
+        "store_id": setting.store.store_id,
+        "coders": {n: _coder_hash(run, n) for n in setting.coders},
+        "rows": {split: part.rows for split, part in setting.store.splits.items()},
+        "separation": setting.separation,
+        "without_tokens": list(setting.without_tokens),
+        "device": setting.lm.model.device.type,
+        "torch": torch.__version__,
+    }
+    # Examples of another evaluation are not left beside the codes of this one.
+    Pieces.open(folder / "samples", identity | {"evaluated": config.rows})
+    figures: dict[str, dict[str, Any]] = {}
+    result: dict[str, Any] = {
+        "ablations": {}, "together": {}, "probing": {}, "stability": [], "ce_clean": None,
+        "top1_clean": None,
+    }  # fmt: skip
+    shown: dict[str, Any] = {}
+    if setting.coders:
+        sums, codes, calibrations = _rows(setting, config, folder, identity)
+        _leave_out(setting, {n: [fvu(own)] for n, own in sums.items()})
+        by_latent, shown = latent_figures(setting, folder, config.rows, sums, codes, calibrations)
+        identity |= {"ce_tokens": config.ce_tokens}
+        pieces = Pieces.open(folder / "losses", identity)
+        variants = loss_variants(setting, calibrations)
+        losses = loss_sums(setting, "losses", contexts, variants, pieces)
+        _leave_out(
+            setting,
+            {n: [losses[n].nats.sum(), losses[n].kl.sum()] for n in setting.coders},
+        )
+        for name in setting.coders:
+            figures[name] = (
+                fidelity_figures(sums[name])
+                | firing_figures(sums[name].counts, sums[name].rows)
+                | loss_figures(name, losses, contexts, [setting.hookpoint(name)])
+                | by_latent[name]
+            )
+        plan = AblationPlan(
+            config.ablation_bins, config.ablation_tokens, config.ablation_score,
+            config.ultra_ablations,
         )  # fmt: skip
-    left_out_tokens = ()
-    if run.config().get("without_special_tokens"):
-        left_out_tokens = tuple(opened.attributes["model"]["special_token_ids"])
-    contexts = contexts_of(opened, ce_tokens, separation)
-    predicted = int(contexts.counts.sum())
-    figures: dict[str, Any] = {}
-    examples: dict[str, Any] = {}
-    counts: dict[str, torch.Tensor] = {}
-    left_out: list[str] = []
-    with stage("evaluate", len(names) + len(hooks), "coders and baselines") as progress:
-        clean, ablations = _losses(lm, contexts, hooks, opened)
-        progress.advance(len(hooks))
-        for name in names:
-            coder = run.coder(name).to(on)
-            hook = str(coder.about["hookpoint"])
-            if coder.about["frozen_at_step"] is not None:
-                left_out.append(name)
-                console.print(
-                    f"{name}: left out, it turned non-finite at step "
-                    f"{coder.about['frozen_at_step']} of its training"
-                )
-                progress.advance(1)
-                continue
-            fidelity = measure(coder, split, hook, without_tokens=left_out_tokens)
-            spliced = context_losses(lm, contexts, {hook: coder_replacement(coder)})
-            delta, interval = paired_difference(spliced, clean, contexts.counts)
-            ablated = ablations[hook]["mean"]["delta_ce"]
-            figures[name] = fidelity.to_json() | {
-                "ce_spliced": float(spliced.sum() / predicted),
-                "delta_ce": delta,
-                "delta_ce_interval": list(interval),
-                "loss_recovered_from_mean": 1 - delta / ablated if ablated else None,
-            }
-            examples[name] = collect_examples(coder, split, hook, fidelity.counts, lm.tokenizer)
-            counts[name] = fidelity.counts
-            progress.advance(1, name)
-    result = {
-        "version": RUN_VERSION,
-        "store_id": opened.store_id,
-        "model": opened.attributes["model"],
-        "held_out_rows": split.rows,
+        ablate(setting, plan, contexts, folder, identity, sums, figures)
+        result |= _run_figures(setting, losses, contexts)
+        result["probing"] = probing_figures(setting, sets, config.probe_texts)
+        result["stability"] = run_stability(setting, codes)
+        for pair in result["stability"]:
+            a, b = pair["a"], pair["b"]
+            difference = fvu_difference(sums[a], sums[b])
+            pair |= dict(zip(("fvu_difference", "fvu_interval"), difference, strict=True))
+            difference = added_loss(losses[a], losses[b], contexts)
+            pair |= dict(zip(("delta_ce_difference", "delta_ce_interval"), difference, strict=True))
+        _write(setting, folder, sums, losses, contexts)
+    write_json(run.examples_path, shown)
+    result |= {
+        "version": EVAL_VERSION,
+        "store_id": setting.store.store_id,
+        "model": setting.store.attributes["model"],
+        "held_out_rows": setting.split.rows,
         "contexts": len(contexts.token_id),
-        "predicted_tokens": predicted,
-        "context": opened.context,
-        "ce_clean": float(clean.sum() / predicted),
-        "ablations": ablations,
+        "documents": int((contexts.counts > 0).sum()),
+        "predicted_tokens": int(contexts.counts.sum()),
+        "context": setting.store.context,
+        "config": config.model_dump(mode="json"),
         "coders": figures,
-        "left_out": left_out,
+        "left_out": setting.left_out,
         "versions": versions(),
-        "device": on.type,
+        "device": setting.lm.model.device.type,
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    # All at the end, eval.json last: an interrupted evaluation leaves the one before as it was.
-    for name, count in counts.items():
-        write_atomically(run.coder_folder(name) / "firing.safetensors", save({"counts": count}))
-    write_json(run.folder / "examples.json", examples)
+    # Last: an interrupted evaluation leaves the one before as it was.
     write_json(run.eval_path, result)
-    console.print(f"{run.eval_path}: {len(figures)} coders on {split.rows:,} held-out rows")
+    console.print(f"{run.eval_path}: {len(figures)} coders on {setting.split.rows:,} held-out rows")
     return result
+
+
+def _leave_out(setting: Setting, figures: Mapping[str, Sequence[float]]) -> None:
+    """Go on without coders whose figures are not finite, and name them."""
+    for name, values in figures.items():
+        if not np.isfinite(values).all():
+            del setting.coders[name]
+            setting.left_out.append(name)
+            console.print(f"{name}: left out, it gives values that are not finite")
+
+
+def _run_figures(
+    setting: Setting, losses: Mapping[str, LossSums], contexts: Contexts
+) -> dict[str, Any]:
+    """Figures that are not of one coder."""
+    clean, predicted = losses[CLEAN], contexts.counts.sum()
+    return {
+        "ablations": {
+            hook: {
+                kind: loss_figures(f"{hook}|{kind}", losses, contexts, [hook])
+                for kind in ("zero", "mean")
+            }
+            for hook in setting.hookpoints
+        },
+        "together": {
+            label: {"coders": names} | loss_figures(f"together|{label}", losses, contexts, [])
+            for label, names in together(setting).items()
+        },
+        "top1_clean": float(clean.right.sum() / predicted),
+        "ce_clean": float(clean.nats.sum() / predicted),
+    }
+
+
+def _write(
+    setting: Setting, folder: Path, sums: Mapping[str, Sums], losses: Mapping[str, LossSums],
+    contexts: Contexts,
+) -> None:  # fmt: skip
+    """Sums by document, which `bsc compare` pairs runs by, and how often latents fire."""
+    arrays: dict[str, NDArray[Any]] = {
+        "predicted": contexts.counts, f"{CLEAN}/nats": losses[CLEAN].nats,
+    }  # fmt: skip
+    for name in setting.coders:
+        own = sums[name]
+        write_atomically(
+            setting.run.coder_folder(name) / "firing.safetensors",
+            save_arrays({"counts": own.counts}),
+        )
+        arrays |= {
+            f"{name}/nats": losses[name].nats,
+            f"{name}/squared_error": own.block["coder"],
+            f"{name}/squared_deviation": own.block["total"],
+        }
+    write_atomically(folder / "documents.safetensors", save_arrays(arrays))

@@ -10,19 +10,41 @@ import torch
 from torch import Tensor
 
 from bsc.cache.hookpoints import modules_of
-from bsc.train.coders.coder import SparseCoder
+from bsc.eval.batches import rows_at_once
+from bsc.train.coders.coder import Code, SparseCoder
 
-__all__ = ["Replacement", "coder_replacement", "mean_replacement", "splice", "zero_replacement"]
+__all__ = [
+    "Edit",
+    "Replacement",
+    "coder_replacement",
+    "mean_replacement",
+    "splice",
+    "zero_replacement",
+]
+
+Edit = Callable[[Code], Code]
 
 Replacement = Callable[[Tensor, Tensor], Tensor]
 """Input and output rows of a module, (N, d_in) and (N, d_out), to rows that replace the output."""
 
 
-def coder_replacement(coder: SparseCoder) -> Replacement:
-    """What the coder makes of the module's output (SAE) or of its input (transcoders)."""
-    if coder.config.site == "sae":
-        return lambda x, y: coder(y)
-    return lambda x, y: coder(x)
+def coder_replacement(coder: SparseCoder, edit: Edit | None = None) -> Replacement:
+    """What the coder makes of the module's output (SAE) or of its input (transcoders).
+
+    Args:
+        coder: the coder.
+        edit: changes the code before it is decoded, such as setting latents to 0.
+    """
+
+    def replace(x: Tensor, y: Tensor) -> Tensor:
+        rows = y if coder.config.site == "sae" else x
+        parts = []
+        for part in rows.split(rows_at_once(coder.config.n_latents)):
+            code = coder.encode(part)
+            parts.append(coder.decode(code if edit is None else edit(code), part))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return replace
 
 
 def zero_replacement(x: Tensor, y: Tensor) -> Tensor:
@@ -36,13 +58,17 @@ def mean_replacement(mean: Tensor) -> Replacement:
 
 
 @contextmanager
-def splice(base: torch.nn.Module, replacements: dict[str, Replacement]) -> Iterator[None]:
+def splice(
+    base: torch.nn.Module, replacements: dict[str, Replacement], kept: Tensor | None = None
+) -> Iterator[None]:
     """While the block runs, replace the outputs of modules.
 
     Args:
         base: the model without its head; module names are relative to it.
         replacements: by hookpoint. A module that returns a tuple has its first element replaced.
-            The new rows take the dtype of the old ones.
+            The new rows take the dtype of the old ones. Rows that hold values that are not finite
+            stay as they are, for no coder was trained on such rows.
+        kept: (N,) bool, rows that stay as they are; None: none.
     """
     handles = []
     inputs: dict[str, Tensor] = {}
@@ -58,8 +84,12 @@ def splice(base: torch.nn.Module, replacements: dict[str, Replacement]) -> Itera
             x = inputs.pop(name)
             several = isinstance(output, (tuple, list))
             y = output[0] if several else output
-            rows = replace(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
-            new = rows.to(y.dtype).view_as(y)
+            flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+            stay = ~(flat_x.isfinite().all(dim=1) & flat_y.isfinite().all(dim=1))
+            if kept is not None:
+                stay |= kept
+            rows = replace(flat_x, flat_y).to(y.dtype)
+            new = torch.where(stay.unsqueeze(1), flat_y, rows).view_as(y)
             return type(output)((new, *output[1:])) if several else new
 
         return hook

@@ -78,13 +78,12 @@ def store_copy(store_path: Path, tmp_path: Path) -> Path:
     return shutil.copytree(store_path, tmp_path / "acts")
 
 
-@pytest.fixture(scope="session")
-def run(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A trained run: binary and continuous, every site, two k. Copy it before changing it."""
+def train_small(store_path: Path, runs: Path) -> Run:
+    """A trained run: binary and continuous, every site, two k."""
     run, _ = train(
         TrainConfig(
             store=store_path,
-            runs=tmp_path_factory.mktemp("runs"),
+            runs=runs,
             name="small",
             tokens=12_000,
             batch_rows=256,
@@ -102,3 +101,9 @@ def run(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         )
     )  # fmt: skip
     return run
+
+
+@pytest.fixture(scope="session")
+def run(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Of `train_small`. Copy it before changing it."""
+    return train_small(store_path, tmp_path_factory.mktemp("runs"))

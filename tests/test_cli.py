@@ -108,7 +108,7 @@ MISTAKES = [
     (["train", "{empty}", "--store", "{store}"], "the file is empty"),
     (["train", "--store", "{store}", "--n-latents", "10000000000"],
      "may be used on cpu. Train fewer coders or latents"),
-    (["eval", "{run}", "--ce-tokens", "0"], "--ce-tokens 0: at least 1"),
+    (["eval", "{run}", "--ce-tokens", "0"], "ce_tokens: input should be greater than or equal"),
     (["report", "{run}", "--out", "."], "name a file"),
     (["eval", "{store}"], "config.json is missing"),
     (["eval", "nowhere"], "no such run"),
@@ -214,7 +214,8 @@ def test_the_commands_of_the_issue_work_in_a_row(tiny_model: Path, tmp_path: Pat
         ["train", "--store", "./acts", "--code", "binary", "--code", "continuous", "--k", "8",
          "--k", "16", "--site", "skip_transcoder", "--seed", "0", "--n-latents", "64",
          "--batch-rows", "256", "--json"],
-        ["eval", "runs/run", "--ce-tokens", "256", "--json"],
+        ["eval", "runs/run", "--ce-tokens", "256", "--ablation-bins", "2",
+         "--no-probe", "--json"],
         ["report", "runs/run"],
     ]  # fmt: skip
     outputs = []
@@ -232,8 +233,8 @@ def test_the_commands_of_the_issue_work_in_a_row(tiny_model: Path, tmp_path: Pat
         "config.json",
         "metrics.jsonl",
         "coders",
+        "eval",
         "eval.json",
-        "examples.json",
         "report.html",
     }
 

@@ -114,7 +114,7 @@ def test_the_demo_looks_like_science(demo: Demo) -> None:
         assert curve == sorted(curve, reverse=True) and curve[0] < 0.6, fvu
     assert all(b > c for b, c in zip(fvu["binary"], fvu["continuous"], strict=True)), fvu
     cost = {
-        code: [figures[f"layers.3.mlp/skip_transcoder-{code}-k{k}-s0"][6] for k in KS]
+        code: [figures[f"layers.3.mlp/skip_transcoder-{code}-k{k}-s0"][7] for k in KS]
         for code in ("binary", "continuous")
     }
     assert sum(cost["binary"]) > sum(cost["continuous"]) > 0, cost

@@ -6,7 +6,7 @@ checkpoint/     where training goes on from (bsc.train.checkpoint)
 ranks/<rank>/   what each of several processes wrote: its config.json, metrics.jsonl, checkpoint/
 coders/<hookpoint>/<coder>/   coder.safetensors, config.json, after evaluation firing.safetensors
 eval.json       figures, after `bsc eval`
-examples.json   contexts in which latents fire, after `bsc eval`
+eval/           codes, sampled firings, sums by context, after `bsc eval` (bsc.eval.evaluate)
 report.html     after `bsc report`
 """
 
@@ -27,9 +27,10 @@ from bsc.errors import StoreError, UserError, nearest
 from bsc.files import check_new_folder
 from bsc.train.coders.coder import SparseCoder
 
-__all__ = ["RUN_VERSION", "Run", "claim", "waiting_lock"]
+__all__ = ["EVAL_VERSION", "RUN_VERSION", "Run", "claim", "waiting_lock"]
 
 RUN_VERSION = 1
+EVAL_VERSION = 2
 _LOCK = ".lock"
 
 
@@ -55,9 +56,14 @@ class Run:
         return self.folder / "eval.json"
 
     @property
+    def eval_folder(self) -> Path:
+        """What the evaluation leaves beside its figures."""
+        return self.folder / "eval"
+
+    @property
     def examples_path(self) -> Path:
         """Contexts in which latents fire."""
-        return self.folder / "examples.json"
+        return self.eval_folder / "examples.json"
 
     @property
     def report_path(self) -> Path:
@@ -140,7 +146,7 @@ class Run:
         if not self.eval_path.exists():
             raise StoreError(f"{self.folder}: not evaluated yet. Run `bsc eval {self.folder}`.")
         found = self._json(self.eval_path, "evaluation")
-        expected = (RUN_VERSION, self.config()["store_id"])
+        expected = (EVAL_VERSION, self.config()["store_id"])
         if (found.get("version"), found.get("store_id")) != expected:
             raise StoreError(
                 f"{self.eval_path}: of another version of bsc, or of another store than the run. "

@@ -11,7 +11,7 @@ from bsc.cache.capture import CaptureConfig, capture
 from bsc.cache.text import TextSource
 from bsc.cache.verify import verify
 from bsc.errors import StoreError
-from bsc.eval.evaluate import evaluate
+from bsc.eval.evaluate import EvalConfig, evaluate
 from bsc.eval.report.report import write_report
 from bsc.files import check_new_folder
 from bsc.train.sweep import TrainConfig
@@ -24,7 +24,9 @@ T = TypeVar("T")
 HOOKPOINT = "layers.3.mlp"
 TOKENS = 655_360
 HELD_OUT_TOKENS = 65_536
-CE_TOKENS = 32_768
+EVALUATION = EvalConfig(
+    ce_tokens=32_768, ablation_bins=4, ablation_tokens=2_048, ultra_ablations=2, probe_texts=40
+)
 N_LATENTS = 1_536
 KS = (8, 16, 32, 64)
 
@@ -79,6 +81,6 @@ def run_demo(out: Path) -> DemoResult:
         ),
     )  # fmt: skip
     run, _ = timed("train", lambda: train(sweep, "bsc demo"))
-    evaluation = timed("evaluate", lambda: evaluate(run, ce_tokens=CE_TOKENS))
+    evaluation = timed("evaluate", lambda: evaluate(run, EVALUATION))
     report = timed("report", lambda: write_report([run], out / "report.html"))
     return DemoResult(report, evaluation, seconds)

@@ -1,181 +1,135 @@
-"""The plots of the report, as inline SVG that follows the colours of the page.
-
-The same numbers give the same bytes: no dates, and ids that depend on the name of the plot alone.
-"""
+"""The plots of the report."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import numpy as np
-from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-__all__ = ["COLOURS", "CoderRow", "against_k", "firing_histograms", "training_curves"]
+from bsc.eval.firing import ULTRA
+from bsc.eval.report.drawing import COLOURS, INK, MARKERS, Drawing, panels
+from bsc.eval.report.rows import CoderRow, by_panel
 
-COLOURS = {"continuous": "#2f7fc1", "binary": "#d9622b", "hybrid": "#7d55b3"}
-"""Apart for every kind of colour vision, and on light and dark ground."""
-_MARKERS = {"continuous": "o", "binary": "s", "hybrid": "^"}
-_INK = "#010203"  # replaced by currentColor, so that text and axes take the colour of the page
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.color": _INK,
-    "grid.alpha": 0.12,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    **dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
-    ),
-}
+__all__ = ["ablations", "curves", "firing_histograms", "probing", "training_curves"]
 
 
-@dataclass(frozen=True)
-class CoderRow:
-    """One coder with its config, figures and metrics, as the report shows it."""
+class Curve(NamedTuple):
+    """One figure of eval.json to draw, of coders of some codes."""
 
-    run: str
-    name: str
-    hookpoint: str
-    site: str
-    code: str
-    k: int
-    seed: int
-    optimiser: str
-    lr: float
-    n_latents: int
-    figures: dict[str, Any]
-    """Of eval.json."""
-    metrics: list[dict[str, Any]]
-    """Of metrics.jsonl."""
-    examples: list[dict[str, Any]]
-
-    @property
-    def variant(self) -> tuple[str, ...]:
-        """What coders share that differ in k and seed alone: they are one line of a plot."""
-        return (self.run, self.name.rsplit("/", 1)[-1].split(f"-s{self.seed}")[-1], self.optimiser)
-
-    @property
-    def label(self) -> str:
-        """Short name within a panel."""
-        return f"{self.code}, k = {self.k}"
-
-    @property
-    def panel(self) -> str:
-        """What the coders of one panel share."""
-        return f"{self.hookpoint}, {self.site.replace('_', ' ')}, {self.n_latents:,} latents"
+    key: str
+    codes: tuple[str, ...] = ("continuous", "binary", "hybrid")
+    interval: str | None = None
+    label: str = "{code}"
+    dashed: bool = False
 
 
-def _svg(figure: Figure, title: str) -> Markup:
-    """The figure as an inline SVG element with a title for screen readers."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r' id="[a-z_]+_\d+"', "", svg)  # figure_1, axes_2: nothing refers to them
-    svg = re.sub(r"font: ([^;\"]*?)'?sans-serif'?", r"font: \1inherit", svg)
-    alt = str(Markup.escape(title))
-    return Markup(svg.replace(">", f' role="img" aria-label="{alt}">', 1))
-
-
-@contextmanager
-def _figure(name: str, panels: int, height: float = 2.7) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure with up to three panels in a row; four make two rows."""
-    columns = 2 if panels == 4 else min(3, panels)
-    rows = -(-panels // columns)
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
-        width = 3.6 * columns if columns > 1 else 5.2
-        figure = Figure(figsize=(width, height * rows), layout="constrained")
-        axes = [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
-        yield figure, axes
-
-
-def _panels(coders: list[CoderRow]) -> dict[str, list[CoderRow]]:
-    grouped: dict[str, list[CoderRow]] = {}
-    for coder in coders:
-        grouped.setdefault(coder.panel, []).append(coder)
-    return grouped
-
-
-def against_k(
-    coders: list[CoderRow], key: str, label: str, *, interval: str | None = None
-) -> Markup:
-    """A figure of eval.json against k, one panel per hookpoint, site and width.
+def curves(
+    name: str,
+    rows: Sequence[CoderRow],
+    x: Callable[[CoderRow], float],
+    x_label: str,
+    y_label: str,
+    what: Sequence[Curve],
+) -> Drawing:
+    """Figures against something on a log scale, one panel per hookpoint, site and width.
 
     Lines join the means over seeds, one line per run and variant; every coder is a mark, with its
     interval where there is one.
     """
-    grouped = _panels(coders)
-    with _figure(f"{key}-against-k", len(grouped), 2.9) as (figure, axes):
+    grouped = by_panel(rows)
+    words = []
+    with panels(len(grouped), 2.9) as (figure, axes):
         for axis, (panel, members) in zip(axes, grouped.items(), strict=True):
-            ks = sorted({c.k for c in members})
-            for code, colour in COLOURS.items():
-                of_code = [c for c in members if c.code == code]
-                for variant in dict.fromkeys(c.variant for c in of_code):
-                    line = [c for c in of_code if c.variant == variant]
-                    by_k = {k: [c.figures[key] for c in line if c.k == k] for k in ks}
-                    points = [(k, float(np.mean(v))) for k, v in by_k.items() if v]
-                    axis.plot(*zip(*points, strict=True), color=colour, lw=1.6)
-                for coder in of_code:
-                    value = coder.figures[key]
-                    low, high = coder.figures[interval] if interval else (value, value)
-                    axis.errorbar(
-                        [coder.k], [value], yerr=[[max(0, value - low)], [max(0, high - value)]],
-                        color=colour, marker=_MARKERS[code], ms=4.5, lw=1, capsize=2,
-                    )  # fmt: skip
-                if of_code:
-                    axis.plot([], [], color=colour, marker=_MARKERS[code], ms=4.5, label=code)
+            words.append(f"{panel}:")
+            for curve in what:
+                for code in curve.codes:
+                    of_code = [c for c in members if c.code == code and curve.key in c.figures]
+                    if of_code:
+                        label = curve.label.format(code=code)
+                        _draw(axis, of_code, curve, x, label)
+                        words.append(f"{label} {_extent([c.figures[curve.key] for c in of_code])};")
+            ticks = sorted({x(c) for c in members})
             axis.set_xscale("log", base=2)
-            axis.set_xticks(ks, [str(k) for k in ks])
+            if all(float(t).is_integer() for t in ticks) and len(ticks) < 9:
+                axis.set_xticks(ticks, [f"{t:,.0f}" for t in ticks])
+            else:
+                axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axis.minorticks_off()
             if axis.get_ylim()[0] > 0:
                 axis.set_ylim(bottom=0)
-            axis.set_xlabel("k, latents selected per token")
-            axis.set_ylabel(label)
+            axis.set_xlabel(x_label)
+            axis.set_ylabel(y_label)
             axis.set_title(panel)
             axis.legend()
-        return _svg(figure, f"{label} against k")
+        return Drawing(name, f"{y_label} against {x_label}. {' '.join(words)}", figure)
 
 
-def firing_histograms(coders: list[CoderRow]) -> Markup:
+def _draw(
+    axis: Axes, of_code: list[CoderRow], curve: Curve, x: Callable[[CoderRow], float], label: str
+) -> None:
+    code = of_code[0].code
+    style: dict[str, Any] = {
+        "color": COLOURS[code], "ls": "--" if curve.dashed else "-", "marker": MARKERS[code],
+        "ms": 4.5, "mfc": "none" if curve.dashed else COLOURS[code],
+    }  # fmt: skip
+    for variant in dict.fromkeys(c.variant for c in of_code):
+        line = [c for c in of_code if c.variant == variant]
+        points = []
+        for k in sorted({c.k for c in line}):
+            same = [c for c in line if c.k == k]
+            points.append(
+                (np.mean([x(c) for c in same]), np.mean([c.figures[curve.key] for c in same]))
+            )
+        axis.plot(*zip(*points, strict=True), **(style | {"marker": ""}), lw=1.6)
+    for coder in of_code:
+        value = coder.figures[curve.key]
+        interval = coder.figures[curve.interval] if curve.interval else None
+        low, high = interval or (value, value)
+        axis.errorbar(
+            [x(coder)], [value], yerr=[[max(0, value - low)], [max(0, high - value)]],
+            **style, lw=1, capsize=2,
+        )  # fmt: skip
+    axis.plot([], [], **style, label=label)
+
+
+def _extent(values: Sequence[float]) -> str:
+    """The range of some numbers in words."""
+    low, high = min(values), max(values)
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+
+
+def firing_histograms(rows: Sequence[CoderRow]) -> Drawing:
     """Histograms of log10 firing rates, one panel per k, the codes over each other."""
     grouped: dict[str, list[CoderRow]] = {}
-    for coder in coders:
+    for coder in rows:
         grouped.setdefault(f"{coder.panel}, k = {coder.k}", []).append(coder)
-    many = len({c.panel for c in coders}) > 1
+    many = len({c.panel for c in rows}) > 1
     # From the rate of a single firing on.
-    lowest = float(np.floor(-np.log10(max(c.figures["rows"] for c in coders)) * 2) / 2)
-    with _figure("firing-histograms", len(grouped), 2.3) as (figure, axes):
+    lowest = float(np.floor(-np.log10(max(c.figures["rows"] for c in rows)) * 2) / 2)
+    words = []
+    with panels(len(grouped), 2.3) as (figure, axes):
         for axis, (title, members) in zip(axes, grouped.items(), strict=True):
             for code, colour in COLOURS.items():
-                counts = [
-                    c.figures["log10_rate_histogram"]["counts"] for c in members if c.code == code
-                ]
-                if counts:
-                    edges = members[0].figures["log10_rate_histogram"]["edges"]
-                    mean = np.mean(counts, axis=0)
-                    axis.stairs(mean, edges, color=colour, lw=1.4, label=code)
-                    axis.stairs(mean, edges, color=colour, alpha=0.18, fill=True)
-            axis.axvline(-1, color=_INK, lw=0.8, ls=":", alpha=0.6)
-            axis.set_xticks(range(-6, 1, 1), ["1e-6", "1e-5", "1e-4", "0.001", "0.01", "0.1", "1"])
+                own = [c for c in members if c.code == code]
+                if not own:
+                    continue
+                counts = [c.figures["log10_rate_histogram"]["counts"] for c in own]
+                edges = own[0].figures["log10_rate_histogram"]["edges"]
+                mean = np.mean(counts, axis=0)
+                axis.stairs(mean, edges, color=colour, lw=1.4, label=code)
+                axis.stairs(mean, edges, color=colour, alpha=0.18, fill=True)
+                above = _extent([c.figures["latents_above"][str(ULTRA)] for c in own])
+                words.append(f"{title}, {code}: {above} latents above 10 %;")
+            axis.axvline(-1, color=INK, lw=0.8, ls=":", alpha=0.6)
+            axis.set_xticks(
+                range(-7, 1, 1), ["1e-7", "1e-6", "1e-5", "1e-4", "0.001", "0.01", "0.1", "1"]
+            )
             axis.set_xlim(lowest, 0)
             axis.set_yscale("symlog", linthresh=1)
-            axis.set_yticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1000"])
+            axis.set_yticks([0, 1, 10, 100, 1000, 10000], ["0", "1", "10", "100", "1000", "1e4"])
             # Room for the legend, on a log scale; a coder may have no living latent.
             axis.set_ylim(0, 40 * max(1.0, axis.dataLim.ymax))
             axis.minorticks_off()
@@ -183,13 +137,14 @@ def firing_histograms(coders: list[CoderRow]) -> Markup:
             axis.set_xlabel("firing rate")
             axis.set_ylabel("latents")
             axis.legend(loc="upper left")
-        return _svg(figure, "Histograms of firing rates")
+        return Drawing("firing", f"Histograms of firing rates. {' '.join(words)}", figure)
 
 
-def training_curves(coders: list[CoderRow]) -> Markup:
+def training_curves(rows: Sequence[CoderRow]) -> Drawing:
     """Training FVU against rows seen, one panel per hookpoint, site and width."""
-    grouped = _panels(coders)
-    with _figure("training-curves", len(grouped), 3.0) as (figure, axes):
+    grouped = by_panel(rows)
+    words = []
+    with panels(len(grouped), 3.0) as (figure, axes):
         for axis, (panel, members) in zip(axes, grouped.items(), strict=True):
             ks = sorted({c.k for c in members})
             for coder in members:
@@ -199,6 +154,8 @@ def training_curves(coders: list[CoderRow]) -> Markup:
                     color=COLOURS[coder.code], lw=0.8 + rank, alpha=0.45 + 0.55 * rank,
                     label=coder.label if coder.seed == members[0].seed else None,
                 )  # fmt: skip
+            last = [c.metrics[-1]["fvu"] for c in members if c.metrics]
+            words.append(f"{panel}: ends at {_extent(last)};" if last else "")
             axis.set_yscale("log")
             for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
                 formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -207,4 +164,79 @@ def training_curves(coders: list[CoderRow]) -> Markup:
             axis.set_ylabel("FVU (training)")
             axis.set_title(panel)
             axis.legend(fontsize=7, ncols=2)
-        return _svg(figure, "Training curves")
+        return Drawing("training", f"FVU during training. {' '.join(words)}", figure)
+
+
+def ablations(rows: Sequence[CoderRow]) -> Drawing | None:
+    """Loss without bins of latents of equal firing mass, by score, and without random ones."""
+    having = [c for c in rows if c.figures.get("ablation", {}).get("bins")]
+    if not having:
+        return None
+    grouped: dict[str, list[CoderRow]] = {}
+    for coder in having:
+        grouped.setdefault(f"{coder.panel}, k = {coder.k}", []).append(coder)
+    score = {"rate": "firing rate of the bin"}.get(
+        having[0].figures["ablation"]["score"], f"score ({having[0].figures['ablation']['score']})"
+    )
+    many = len({c.panel for c in rows}) > 1
+    words = []
+    with panels(len(grouped), 2.5) as (figure, axes):
+        for axis, (title, members) in zip(axes, grouped.items(), strict=True):
+            for coder in members:
+                colour = COLOURS[coder.code]
+                bins, control = (coder.figures["ablation"][k] for k in ("bins", "random"))
+                x, y = [b["score"] for b in bins], [b["delta_ce"] for b in bins]
+                axis.plot(x, y, color=colour, marker=MARKERS[coder.code], ms=4, lw=1.4,
+                          label=coder.code if coder.seed == members[0].seed else None)  # fmt: skip
+                for b in bins:
+                    if b["delta_ce_interval"]:
+                        axis.plot([b["score"]] * 2, b["delta_ce_interval"], color=colour, lw=0.9)
+                mean = float(np.mean([b["delta_ce"] for b in control])) if control else None
+                if mean is not None:
+                    axis.axhline(mean, color=colour, ls=":", lw=1.2)
+                words.append(f"{title}, {coder.code}: {_extent(y)}, random bins {mean:.3g};")
+            if score.startswith("firing"):
+                axis.set_xscale("log")
+                axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axis.minorticks_off()
+            axis.set_title(title if many else f"k = {members[0].k}")
+            axis.set_xlabel(score)
+            axis.set_ylabel("added loss, nats")
+            axis.legend()
+        return Drawing("ablation", f"Loss added by turning off bins. {' '.join(words)}", figure)
+
+
+def probing(name: str, found: dict[str, Any], rows: Sequence[CoderRow], run: str) -> Drawing:
+    """Accuracy of sparse probes against the number of latents, one panel per arm."""
+    arms = {"sae_bench": "means as they are (SAEBench)", "mean": "means, standardised",
+            "max": "maxima, standardised", "last": "last token, standardised"}  # fmt: skip
+    own = [c for c in rows if c.run == run and c.name in found["coders"]]
+    ks = sorted({c.k for c in own})
+    words = []
+    with panels(len(arms), 2.5) as (figure, axes):
+        for axis, (arm, title) in zip(axes, arms.items(), strict=True):
+            for coder in own:
+                rank = ks.index(coder.k) / max(1, len(ks) - 1)
+                points = {
+                    int(k): v["accuracy"] for k, v in found["coders"][coder.name][arm].items()
+                }
+                axis.plot(
+                    list(points), list(points.values()), color=COLOURS[coder.code],
+                    marker=MARKERS[coder.code], ms=3.5, lw=0.8 + rank, alpha=0.45 + 0.55 * rank,
+                    label=coder.code if coder.k == ks[-1] and coder.seed == own[0].seed else None,
+                )  # fmt: skip
+            for side, baseline in found["baselines"].items():
+                points = {int(k): v["accuracy"] for k, v in baseline[arm].items() if k != "all"}
+                axis.plot(list(points), list(points.values()), color=INK, ls="--", lw=1.1,
+                          alpha=0.7, label=f"channels of {side}")  # fmt: skip
+            best = [max(v["accuracy"] for v in found["coders"][c.name][arm].values()) for c in own]
+            words.append(f"{title}: best of each coder {_extent(best)};")
+            axis.axhline(0.5, color=INK, lw=0.7, ls=":", alpha=0.6)
+            axis.set_xscale("log")
+            axis.set_xticks([1, 2, 5], ["1", "2", "5"])
+            axis.minorticks_off()
+            axis.set_xlabel("latents or channels of the probe")
+            axis.set_ylabel("accuracy")
+            axis.set_title(title)
+            axis.legend(fontsize=7)
+        return Drawing(f"probing-{name}", f"Sparse probing. {' '.join(words)}", figure)

@@ -1,12 +1,15 @@
 """`bsc report`: one static HTML page about evaluated runs.
 
-Readable without a script and without a network: style and plots are inline. Text from corpora and
-configs is escaped by the template engine. The same inputs give the same bytes.
+Readable without a script and without a network: style, plots and the script that sorts and
+searches are inline, and the page's content security policy allows that one script and no request.
+Text from corpora and configs is escaped by the template engine. The same inputs give the same
+bytes.
 """
 
 from __future__ import annotations
 
-import json
+import base64
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,154 +18,93 @@ import jinja2
 from markupsafe import Markup
 
 from bsc.errors import StoreError, UserError
-from bsc.eval.report.figures import (
-    COLOURS,
-    CoderRow,
-    against_k,
-    firing_histograms,
-    training_curves,
-)
+from bsc.eval.examples import STRATA
+from bsc.eval.report import figures
+from bsc.eval.report.drawing import COLOURS, Drawing
+from bsc.eval.report.figures import Curve
+from bsc.eval.report.rows import CoderRow, read_rows, run_labels
+from bsc.eval.report.summary import control_table, matched_tables, summary
 from bsc.files import write_atomically
 from bsc.train.run import Run
 
-__all__ = ["render_report", "write_report"]
-
-CURVE_POINTS = 500
+__all__ = ["drawings", "render_report", "write_report"]
 
 
-def _rows(run: Run) -> list[CoderRow]:
-    """Every coder of a run.
-
-    Raises:
-        StoreError: a file of the run is missing or damaged.
-    """
-    evaluation, config = run.evaluation(), run.config()
-    figures = evaluation["coders"]
-    try:
-        examples = json.loads((run.folder / "examples.json").read_text())
-    except (OSError, ValueError) as error:
-        raise StoreError(
-            f"{run.folder}: examples.json cannot be read ({error}). `bsc eval {run.folder}` "
-            f"writes it."
-        ) from None
-    curves = _curves(run, config["steps"], config["log_every"])
-    rows = []
-    for planned in config["coders"]:
-        name, coder = planned["name"], planned["coder"]
-        if name in evaluation["left_out"]:
-            continue
-        if name not in figures:
-            raise StoreError(
-                f"{run.eval_path}: no figures of coder {name}. Evaluate the run again: "
-                f"bsc eval {run.folder}"
-            )
-        rows.append(
-            CoderRow(
-                run=run.folder.name,
-                name=name,
-                hookpoint=planned["hookpoint"],
-                site=coder["site"],
-                code=coder["code"],
-                k=coder["k"],
-                seed=planned["seed"],
-                optimiser=planned["optimiser"],
-                lr=planned["lr"],
-                n_latents=coder["n_latents"],
-                figures=figures[name],
-                metrics=curves.get(name, []),
-                examples=examples.get(name, []),
-            )
-        )
-    return rows
+ALL_LATENTS, ALL_ULTRA = 256, 1_024
+"""Latents of all coders together whose contexts, and whose diagnoses, are on the page: it stays a
+few megabytes with hundreds of coders. eval.json and the exported tables have all of them."""
 
 
-def _span(values: Sequence[float], form: str) -> str:
-    """First and last of figures along k, or the only one."""
-    ends = [values[0]] if len(values) == 1 else [values[0], values[-1]]
-    return " to ".join(format(v, form) for v in ends)
-
-
-def _summary(rows: list[CoderRow]) -> list[str]:
-    """What the figures say, in sentences with the numbers in them, one for each panel.
-
-    Only of the k at which there is exactly one binary and one continuous coder of the first seed:
-    where there are more, which two to compare is the reader's choice.
-    """
-    sentences = []
-    for panel in dict.fromkeys(r.panel for r in rows):
-        pairs: dict[int, dict[str, list[CoderRow]]] = {}
-        for r in rows:
-            if (r.panel, r.seed) == (panel, rows[0].seed):
-                pairs.setdefault(r.k, {}).setdefault(r.code, []).append(r)
-        ks = sorted(
-            k
-            for k, p in pairs.items()
-            if all(len(p.get(code, [])) == 1 for code in ("binary", "continuous"))
-        )
-        if not ks:
-            continue
-        b, c = ([pairs[k][code][0].figures for k in ks] for code in ("binary", "continuous"))
-        sentences.append(
-            f"{panel}, k = {_span(ks, 'd')}: binary coders leave "
-            f"{_span([f['fvu'] for f in b], '.1%')} of the variance unexplained, continuous ones "
-            f"{_span([f['fvu'] for f in c], '.1%')}. Spliced into the model they cost "
-            f"{_span([f['delta_ce'] for f in b], '.3f')} and "
-            f"{_span([f['delta_ce'] for f in c], '.3f')} nats per token. Latents that fire on more "
-            f"than 10 % of tokens: {_span([f['latents_above']['0.1'] for f in b], 'd')} and "
-            f"{_span([f['latents_above']['0.1'] for f in c], 'd')}."
-        )
-    return sentences
-
-
-def _curves(run: Run, steps: int, log_every: int) -> dict[str, list[dict[str, Any]]]:
-    """Lines of metrics.jsonl by coder, thinned to about `CURVE_POINTS` points each."""
-    keep = max(1, steps // log_every // CURVE_POINTS)
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for line in run.metrics():
-        if line["step"] // log_every % keep == 0 or line["step"] == steps:
-            curves.setdefault(line["coder"], []).append({k: line[k] for k in ("rows", "fvu")})
-    return curves
+def drawings(runs: Sequence[Run], rows: Sequence[CoderRow]) -> dict[str, Drawing]:
+    """Every figure of the page, by name."""
+    k = "k, latents selected per token"
+    codes = Curve("fvu", interval="fvu_interval")
+    cost = Curve("delta_ce", interval="delta_ce_interval")
+    without = Curve("fvu_binarised", ("continuous", "hybrid"), "fvu_binarised_interval",
+                    "{code}, values removed", True)  # fmt: skip
+    cost_without = Curve("delta_ce_binarised", ("continuous", "hybrid"),
+                         "delta_ce_binarised_interval", "{code}, values removed", True)  # fmt: skip
+    fvu, nats = "FVU (held out)", "delta CE, nats per token"
+    found = [
+        figures.curves("delta-ce-k", rows, lambda c: c.k, k, nats, [cost]),
+        figures.curves("fvu-k", rows, lambda c: c.k, k, fvu, [codes]),
+        figures.curves("fvu-l0", rows, lambda c: c.figures["l0"], "L0", fvu, [codes]),
+        figures.curves("fvu-bits", rows, lambda c: c.figures["bits"], "bits per token", fvu,
+                       [Curve("fvu_quantised")]),
+        figures.curves("delta-ce-l0", rows, lambda c: c.figures["l0"], "L0", nats, [cost]),
+        figures.curves("delta-ce-bits", rows, lambda c: c.figures["bits"], "bits per token", nats,
+                       [cost]),
+        figures.curves("fvu-control", rows, lambda c: c.k, k, fvu, [codes, without]),
+        figures.curves("delta-ce-control", rows, lambda c: c.k, k, nats, [cost, cost_without]),
+        figures.firing_histograms(rows),
+        figures.training_curves(rows),
+    ]  # fmt: skip
+    if ablation := figures.ablations(rows):
+        found.append(ablation)
+    for i, (run, label) in enumerate(zip(runs, run_labels(runs), strict=True)):
+        for name, probed in run.evaluation()["probing"].items():
+            found.append(figures.probing(f"{i}-{name}", probed, rows, label))
+    return {drawing.name: drawing for drawing in found}
 
 
 def _shade(value: float, largest: float) -> int:
-    """Strength of a mark, 0 (silent) to 9 (the strongest of the latent's examples)."""
-    return 0 if value == 0 else max(1, min(9, round(9 * value / largest)))
+    """Strength of a mark, 1 to 9 (the strongest of the latent's examples)."""
+    return max(1, min(9, round(9 * value / largest))) if largest > 0 else 5
 
 
-def _marked(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Examples with a strength for each token."""
-    marked = []
+def _marked(row: CoderRow, examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Examples with a strength for each firing token; of a binary code all are equal."""
+    found = []
     for latent in examples:
-        largest = max((v for c in latent["contexts"] for _, v in c), default=1.0) or 1.0
+        margins = [m for c in latent["contexts"] for _, m, _ in c["text"] if m is not None]
+        largest = max(margins, default=1.0)
+        graded = latent["latent"] < row.first_binary
         contexts = [
-            [(text, _shade(value, largest), value) for text, value in context]
+            {
+                "stratum": context["stratum"] + 1,
+                "text": [
+                    (piece, 0 if m is None else _shade(m, largest) if graded else 6, m, drawn)
+                    for piece, m, drawn in context["text"]
+                ],
+            }
             for context in latent["contexts"]
         ]
-        marked.append({**latent, "contexts": contexts})
-    return marked
+        found.append({**latent, "contexts": contexts})
+    return found
 
 
-def render_report(runs: list[Run]) -> str:
-    """The page, as text.
+def _thinned(values: Sequence[dict[str, Any]], n: int) -> list[dict[str, Any]]:
+    """At most n of them, from the first to the last."""
+    if len(values) <= n:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / max(1, n - 1))] for i in range(n)]
 
-    Raises:
-        UserError: a run is not evaluated, or its files are damaged.
-    """
-    if not runs:
-        raise UserError("a report needs at least one run.")
-    rows = []
-    for run in runs:
-        try:
-            rows += _rows(run)
-        except (KeyError, TypeError, IndexError) as error:
-            raise StoreError(
-                f"{run.folder}: config.json, metrics.jsonl, eval.json and examples.json do not fit "
-                f"together ({error!r}). One of them was changed; evaluate the run again: bsc eval "
-                f"{run.folder}"
-            ) from None
-    if not rows:
-        raise UserError("a report needs at least one coder; every coder of these was left out.")
-    rows.sort(key=lambda r: (r.hookpoint, r.site, r.n_latents, r.code, r.k, r.seed, r.run))
+
+def _interval(value: Sequence[float] | None, digits: int = 4) -> str:
+    return "no interval" if value is None else f"{value[0]:.{digits}f} to {value[1]:.{digits}f}"
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bsc.eval.report", "."),
         autoescape=True,
@@ -170,29 +112,58 @@ def render_report(runs: list[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["interval"] = _interval
+    environment.filters["digits"] = lambda value, n=4: f"{value:.{n}f}"
+    environment.filters["percent"] = lambda value, n=0: f"{100 * value:.{n}f} %"
+    environment.filters["whole"] = lambda value: f"{value:,}"
+    return environment
+
+
+def render_report(runs: Sequence[Run]) -> str:
+    """The page, as text.
+
+    Raises:
+        UserError: a run is not evaluated, or its files are damaged.
+    """
+    if not runs:
+        raise UserError("a report needs at least one run.")
+    rows = read_rows(runs)
+    folder = Path(__file__).parent
+    latents = max(1, ALL_LATENTS // len(rows))
+    script = (folder / "script.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     evaluations = [run.evaluation() for run in runs]
-    style = (Path(__file__).parent / "style.css").read_text()
-    return environment.get_template("page.html.j2").render(
-        style=Markup(style),
-        colours=COLOURS,
-        runs=[
-            {"name": run.folder.name, "config": run.config(), "evaluation": evaluation}
-            for run, evaluation in zip(runs, evaluations, strict=True)
-        ],
-        rows=rows,
-        several_runs=len(runs) > 1,
-        summary=_summary(rows),
-        fvu=against_k(rows, "fvu", "FVU (held out)"),
-        delta_ce=against_k(
-            rows, "delta_ce", "delta CE, nats per token", interval="delta_ce_interval"
-        ),
-        firing=firing_histograms(rows),
-        curves=training_curves(rows),
-        examples=[(row, _marked(row.examples)) for row in rows],
-    )
+    try:
+        return _environment().get_template("page.html.j2").render(
+            style=Markup((folder / "style.css").read_text()),
+            script=Markup(script),
+            script_hash=f"sha256-{digest}",
+            colours=COLOURS,
+            strata=STRATA,
+            runs=[
+                {"name": label, "config": run.config(), "evaluation": evaluation}
+                for run, label, evaluation in zip(
+                    runs, run_labels(runs), evaluations, strict=True
+                )
+            ],
+            rows=rows,
+            anchors={(row.run, row.name): row.anchor for row in rows},
+            several_runs=len(runs) > 1,
+            summary=summary(rows),
+            matched={by: matched_tables(rows, by) for by in ("l0", "bits")},
+            control=control_table(rows),
+            drawings={name: d.svg() for name, d in drawings(runs, rows).items()},
+            shown_ultra=max(4, ALL_ULTRA // len(rows)),
+            examples=[(row, _marked(row, _thinned(row.examples, latents))) for row in rows],
+        )  # fmt: skip
+    except (KeyError, TypeError, IndexError, jinja2.UndefinedError) as error:
+        raise StoreError(
+            f"{', '.join(str(r.folder) for r in runs)}: eval.json has not what a report needs "
+            f"({error!r}). It was changed; evaluate the run again: bsc eval {runs[0].folder}"
+        ) from None
 
 
-def write_report(runs: list[Run], out: Path | None = None) -> Path:
+def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
     """Write the page and say where.
 
     Args:

@@ -25,7 +25,7 @@ from bsc.cache.text import TextSource
 from bsc.cache.verify import verify
 from bsc.describe import describe
 from bsc.errors import StoreError, UserError
-from bsc.eval.evaluate import evaluate
+from bsc.eval.evaluate import EvalConfig, evaluate
 from bsc.train.sweep import TrainConfig
 from bsc.train.trainer import train
 from tests.cache.synthetic import files_of, make_store, numbers
@@ -193,7 +193,10 @@ def test_training_and_evaluation_read_from_object_storage(
     name = remote.coder_names()[0]
     a, b = ((r.coder_folder(name) / "coder.safetensors").read_bytes() for r in (remote, local))
     assert a == b
-    figures = [evaluate(r, ce_tokens=512)["coders"][name]["fvu"] for r in (remote, local)]
+    figures = [
+        evaluate(r, EvalConfig(ce_tokens=512, probes=()))["coders"][name]["fvu"]
+        for r in (remote, local)
+    ]
     assert figures[0] == figures[1]
 
 

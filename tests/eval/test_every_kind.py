@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bsc.eval.evaluate import evaluate
+from bsc.eval.evaluate import EvalConfig, evaluate
 from bsc.eval.report.report import render_report
 from bsc.train.run import Run
 from bsc.train.sweep import TrainConfig
@@ -21,14 +21,16 @@ TABLES = (
 )
 
 
-def test_every_kind_of_coder_is_evaluated_and_reported(store_path: Path, tmp_path: Path) -> None:
+def test_every_kind_of_coder_is_evaluated_and_reported(
+    store_path: Path, tmp_path: Path, small: EvalConfig
+) -> None:
     run, summaries = train(
         TrainConfig(
             store=store_path, runs=tmp_path, tokens=12_000, batch_rows=256, eval_rows=2_000,
             coders=tuple(BASE | t for t in TABLES),
         )
     )  # fmt: skip
-    evaluate(run, ce_tokens=512)
+    evaluate(run, small)
     found = Run.open(run.folder).evaluation()
     figures = found["coders"]
     assert len(figures) == 12

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import base64
+import csv
+import hashlib
 import json
 import re
 import shutil
@@ -7,25 +10,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 
-from bsc.cache.models import load_model
-from bsc.cache.store import ActivationStore
 from bsc.errors import StoreError
-from bsc.eval.evaluate import evaluate
-from bsc.eval.examples import choose_latents, collect_examples
-from bsc.eval.fidelity import measure
+from bsc.eval.report.export import write_figures
 from bsc.eval.report.report import render_report, write_report
 from bsc.train.run import Run
 
 HOSTILE = "</div><script>alert(1)</script><img src=x onerror=alert(2)>&\"'"
-
-
-@pytest.fixture(scope="module")
-def evaluated(run: Run, store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    copy = Run(Path(shutil.copytree(run.folder, tmp_path_factory.mktemp("evaluated") / "small")))
-    evaluate(copy, ce_tokens=512)
-    return copy
 
 
 class Page(HTMLParser):
@@ -38,6 +29,8 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.loads: list[str] = []
         self.open: list[str] = []
+        self.ids: list[str] = []
+        self.hrefs: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -45,6 +38,10 @@ class Page(HTMLParser):
         if tag not in self.VOID:
             self.open.append(tag)
         for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name == "href" and tag == "a":
+                self.hrefs.append(value or "")
             if name in ("src", "srcset", "action", "data") or name.startswith("on"):
                 self.loads.append(f"{tag} {name}={value}")
             if name in ("href", "xlink:href") and not (value or "").startswith(("#", "data:")):
@@ -60,28 +57,43 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
 
-def test_the_evaluation_has_every_figure_of_every_coder(
-    evaluated: Run, store: ActivationStore
-) -> None:
-    found = evaluated.evaluation()
-    assert list(found["coders"]) == sorted(evaluated.coder_names())
-    assert found["held_out_rows"] == store.held_out.rows and found["contexts"] == 16
-    for name, figures in found["coders"].items():
-        low, high = figures["delta_ce_interval"]
-        assert low <= figures["delta_ce"] <= high
-        assert 0 <= figures["fvu"] < 1.5 and 0 < figures["l0"] <= 8
-        assert (evaluated.coder_folder(name) / "firing.safetensors").exists()
-    assert found["ablations"]["layers.2.mlp"]["zero"]["delta_ce"] is not None
-
-
-def test_the_page_needs_no_script_and_loads_nothing(evaluated: Run) -> None:
+def test_the_page_loads_nothing_and_runs_only_its_own_script(evaluated: Run) -> None:
     text = render_report([evaluated])
     page = Page(text)
-    assert page.loads == [] and "script" not in page.tags and page.open == []
+    assert page.loads == [] and page.open == []
     assert not re.search(r"url\((?!#)", text) and "@import" not in text
-    assert page.tags.count("svg") == 4
+    # The policy allows one script, by its hash, and no request.
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
+    assert "default-src 'none'" in policy and "unsafe-inline" not in policy.split("script-src")[1]
+    script = re.findall(r"<script>(.*?)</script>", text, flags=re.S)
+    digest = base64.b64encode(hashlib.sha256(script[0].encode()).digest()).decode()
+    assert len(script) == page.tags.count("script") == 1 and f"'sha256-{digest}'" in policy
     for name in evaluated.coder_names():
         assert name in text
+    assert len(text.encode()) < 4_000_000
+
+
+def test_every_number_is_one_click_from_its_definition_and_every_figure_has_words(
+    evaluated: Run,
+) -> None:
+    text = render_report([evaluated])
+    page = Page(text)
+    assert len(page.ids) == len(set(page.ids))
+    assert {h for h in page.hrefs if h.startswith("#")} <= {f"#{i}" for i in page.ids}
+    assert len([h for h in page.hrefs if h.startswith("#def-")]) > 20
+    assert all(f"#coder-{i}" in page.hrefs for i in range(1, 9))
+    svgs = re.findall(r"<svg [^>]*>", text)
+    assert len(svgs) == page.tags.count("figure") == 12
+    for svg in svgs:
+        assert 'role="img"' in svg
+        (alt,) = re.findall(r'aria-label="([^"]*)"', svg)
+        assert re.search(r"\d\.\d|\d latents", alt), alt  # the numbers are in it
+
+
+def test_one_seed_and_no_evaluated_seed_pairs_are_said(evaluated: Run) -> None:
+    text = render_report([evaluated])
+    assert "One seed only (0)" in text
+    assert "differ in their seed alone, so how far latents depend on it is not known" in text
 
 
 def test_the_same_inputs_give_the_same_bytes(evaluated: Run) -> None:
@@ -90,17 +102,18 @@ def test_the_same_inputs_give_the_same_bytes(evaluated: Run) -> None:
 
 def test_text_of_the_corpus_and_of_configs_is_escaped(evaluated: Run, tmp_path: Path) -> None:
     copy = Run(Path(shutil.copytree(evaluated.folder, tmp_path / "hostile")))
-    path = copy.folder / "examples.json"
+    path = copy.examples_path
     examples = json.loads(path.read_text())
     for latents in examples.values():
         for latent in latents:
-            latent["contexts"] = [[[HOSTILE, 1.0], [HOSTILE, 0.0]]]
+            text = [[HOSTILE, 1.0, True], [HOSTILE, None, False]]
+            latent["contexts"] = [{"stratum": 1, "text": text}]
     path.write_text(json.dumps(examples))
     config = copy.config()
     config["model"]["name"] = HOSTILE
     copy.config_path.write_text(json.dumps(config))
     page = Page(render_report([copy]))
-    assert page.loads == [] and "script" not in page.tags and "img" not in page.tags
+    assert page.loads == [] and page.tags.count("script") == 1 and "img" not in page.tags
     assert page.open == []
 
 
@@ -121,11 +134,29 @@ def test_coders_without_a_living_latent_have_a_page(evaluated: Run, tmp_path: Pa
     assert Page(render_report([copy])).open == []
 
 
-def test_several_runs_share_a_page(evaluated: Run, tmp_path: Path) -> None:
+def test_several_runs_share_a_page_also_with_one_name(evaluated: Run, tmp_path: Path) -> None:
     other = Run(Path(shutil.copytree(evaluated.folder, tmp_path / "other")))
-    out = write_report([evaluated, other], tmp_path / "both.html")
-    text = out.read_text()
-    assert "other" in text and "16 sparse coders" in text
+    twin = Run(Path(shutil.copytree(evaluated.folder, tmp_path / "small")))
+    text = write_report([evaluated, other, twin], tmp_path / "all.html").read_text()
+    assert "24 sparse coders" in text and f"{tmp_path.name}/small" in text
+    page = Page(text)
+    assert len(page.ids) == len(set(page.ids))
+    assert {h for h in page.hrefs if h.startswith("#")} <= {f"#{i}" for i in page.ids}
+
+
+def test_hundreds_of_coders_make_a_page_of_a_few_megabytes(
+    evaluated_copy: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is shown of each coder shrinks with their number, but no coder goes missing."""
+    few = render_report([evaluated_copy])
+    monkeypatch.setattr("bsc.eval.report.report.ALL_LATENTS", 16)
+    monkeypatch.setattr("bsc.eval.report.report.ALL_ULTRA", 32)
+    text = render_report([evaluated_copy])
+    assert len(text) < 0.75 * len(few)
+    latents = [i for i in Page(text).ids if "-latent-" in i]
+    assert len(latents) == 16 and {i.split("-latent")[0] for i in latents} == {
+        f"coder-{n}" for n in range(1, 9)
+    }
 
 
 def test_a_run_that_is_not_evaluated_says_what_to_do(run: Run) -> None:
@@ -133,31 +164,43 @@ def test_a_run_that_is_not_evaluated_says_what_to_do(run: Run) -> None:
         render_report([run])
 
 
-def test_examples_mark_the_tokens_where_the_latent_fires(
-    run: Run, store: ActivationStore, tiny_model: Path
-) -> None:
-    name = next(n for n in run.coder_names() if "skip_transcoder-binary-k8" in n)
-    coder = run.coder(name)
-    counts = measure(coder, store.held_out, "layers.2.mlp").counts
-    tokenizer = load_model(str(tiny_model)).tokenizer
-    examples = collect_examples(coder, store.held_out, "layers.2.mlp", counts, tokenizer)
-    assert examples
-    x = torch.cat(
-        [store.held_out.tensor("layers.2.mlp/input", i) for i in range(store.held_out.shards)]
-    )
-    code = coder.encode(x)
-    text = [tokenizer.decode([int(i)]) for i in store.held_out.tokens("token_id")]
-    for example in examples:
-        on = ((code.latent == example["latent"]) & (code.value != 0)).any(1).tolist()
-        expected = [(t, float(f)) for t, f in zip(text, on, strict=True)]
-        for context in example["contexts"]:
-            window = [(t, v) for t, v in context]
-            assert any(v for _, v in window)
-            n = len(window)
-            assert any(expected[i : i + n] == window for i in range(len(expected) - n + 1))
+def test_an_evaluation_that_was_changed_gets_one_message(evaluated_copy: Run) -> None:
+    found = evaluated_copy.evaluation()
+    for figures in found["coders"].values():
+        del figures["bits"]
+    evaluated_copy.eval_path.write_text(json.dumps(found))
+    with pytest.raises(StoreError, match="has not what a report needs"):
+        render_report([evaluated_copy])
 
 
-def test_latents_are_chosen_across_the_range_of_rates() -> None:
-    counts = torch.tensor([0, 5, 1000, 10, 100, 20, 50])
-    assert choose_latents(counts, 3) == [2, 6, 3]
-    assert choose_latents(torch.zeros(5), 3) == []
+def test_a_run_without_ablations_and_probing_has_a_page(evaluated_copy: Run) -> None:
+    found = evaluated_copy.evaluation()
+    found["probing"], found["stability"] = {}, []
+    for figures in found["coders"].values():
+        del figures["ablation"]
+        figures["ultra"] = []
+        for key in [k for k in figures if k.endswith("interval")]:
+            figures[key] = None  # too few contexts for one
+    evaluated_copy.eval_path.write_text(json.dumps(found))
+    text = render_report([evaluated_copy])
+    assert Page(text).open == [] and "no interval" in text
+    assert "Ablations were not run" in text and "No texts were probed" in text
+
+
+def test_figures_and_numbers_for_a_paper(evaluated: Run, tmp_path: Path) -> None:
+    first, second = (write_figures([evaluated], tmp_path / name) for name in ("a", "b"))
+    files = sorted(p.name for p in first.iterdir())
+    assert files == sorted(p.name for p in second.iterdir())
+    for name in files:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    stems = {Path(n).stem for n in files if n.endswith(".pdf")}
+    assert {"delta-ce-k", "fvu-bits", "firing", "ablation", "probing-0-stdlib"} <= stems
+    assert stems == {Path(n).stem for n in files if n.endswith(".svg")}
+    with (first / "coders.csv").open() as file:
+        lines = {line["name"]: line for line in csv.DictReader(file)}
+    for name, figures in evaluated.evaluation()["coders"].items():
+        assert float(lines[name]["fvu"]) == figures["fvu"]
+        assert float(lines[name]["delta_ce_low"]) == figures["delta_ce_interval"][0]
+    tables = json.loads((first / "figures.json").read_text())
+    assert {len(tables["coders"]), len(tables["stability"])} == {8, 4}
+    assert len(tables["probing"]) == (8 + 2) * 12 + 2  # and all channels of each side

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bsc.errors import ConfigError, StoreError, UserError
-from bsc.eval.evaluate import evaluate
+from bsc.eval.evaluate import EvalConfig, evaluate
 from bsc.train import checkpoint, trainer
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.metrics import MetricsWriter
@@ -396,8 +396,9 @@ def test_figures_of_an_evaluation_do_not_outlive_more_training(
     store_path: Path, tmp_path: Path
 ) -> None:
     run, _ = train(config(store_path, tmp_path, tokens=2_560, coders=CODERS[:1]))
-    evaluate(run, ce_tokens=128)
+    evaluate(run, EvalConfig(ce_tokens=128, ablation_bins=0, ultra_ablations=0, probes=()))
     assert run.evaluation()["coders"]
     resume(run.folder, {"tokens": 5_120})
     with pytest.raises(StoreError, match="not evaluated yet"):
         run.evaluation()
+    assert not run.eval_folder.exists()

@@ -174,11 +174,13 @@ class SparseCoder:
             return torch.nn.functional.linear(x_Nd.to(self.dtype), self.W_skip, self.b_dec)
         return self.b_dec.expand(len(x_Nd), -1)
 
+    def latent_sum(self, code: Code) -> Tensor:
+        """What the latents alone give, (N, d_out): the sum of their decoder rows times the code."""
+        return kernels.decode(Entries.of(code.latent), code.value.flatten(), self.W_dec)
+
     def decode(self, code: Code, x_Nd: Tensor) -> Tensor:
         """y_hat, (N, d_out), of a code and the rows that it is of (for the skip path)."""
-        return kernels.decode(
-            Entries.of(code.latent), code.value.flatten(), self.W_dec
-        ) + self.skip(x_Nd)
+        return self.latent_sum(code) + self.skip(x_Nd)
 
     def forward(self, x_Nd: Tensor) -> Tensor:
         """y_hat of rows, (N, d_out)."""

@@ -1,0 +1,89 @@
+"""Figures that need the firings latent by latent: bits, samples, what frequent latents are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from bsc.cache.kept import kept_rows
+from bsc.eval.batches import piece_ranges
+from bsc.eval.codes import Codes, LatentCode
+from bsc.eval.controls import Calibration
+from bsc.eval.examples import Sample, Windows, choose_latents, sample
+from bsc.eval.rate import bit_figures
+from bsc.eval.rows import Sums
+from bsc.eval.setting import Setting
+from bsc.eval.ultra import RowFacts, diagnose, principal_components, ultra_latents
+from bsc.files import write_atomically
+from bsc.progress import stage
+
+__all__ = ["latent_figures"]
+
+SHOWN_LATENTS = 16
+"""Latents of each coder whose contexts are written for the report."""
+
+
+def latent_figures(
+    setting: Setting, folder: Path, max_rows: int | None, sums: Mapping[str, Sums],
+    codes: Mapping[str, Codes], calibrations: Mapping[str, Calibration],
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:  # fmt: skip
+    """Figures that need the firings latent by latent: bits, samples, what frequent ones are."""
+    split = setting.split
+    windows = Windows(split, setting.lm.tokenizer)
+    special = list(setting.store.attributes["model"]["special_token_ids"])
+    figures: dict[str, dict[str, Any]] = {}
+    shown: dict[str, Any] = {}
+    with stage("latents", len(setting.coders), "coders") as progress:
+        for hook in setting.hookpoints:
+            read = _rows_read(setting, hook, piece_ranges(split, max_rows)[-1][1])
+            facts = RowFacts.of(split.tokens("token_id"), windows.position, special, read)
+            components, share = principal_components(split, hook, max_rows, setting.without_tokens)
+            for name, coder in setting.coders_at(hook).items():
+                code = codes[name].by_latent()
+                step = calibrations[name].step.cpu().double().numpy() if name in calibrations \
+                    else None  # fmt: skip
+                figures[name] = bit_figures(code, sums[name].rows, coder.config.first_binary, step)
+                latents = ultra_latents(sums[name].counts, sums[name].rows)
+                figures[name] |= {
+                    "ultra": diagnose(coder, code, facts, components, latents),
+                    "components_share": share,
+                }
+                drawn = sample(code, windows.doc_id)
+                path = folder / "samples" / f"{name}.safetensors"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, save(drawn.arrays()))
+                shown[name] = _shown(windows, code, drawn, sums[name])
+                progress.advance(1, name)
+    return figures, shown
+
+
+def _rows_read(setting: Setting, hook: str, rows: int) -> NDArray[np.bool_]:
+    """(rows of the split,) which of them were evaluated."""
+    split = setting.split
+    read = np.zeros(split.rows, bool)
+    size = split.grid.shard_rows
+    for shard in range(split.shards):
+        kept = kept_rows(split, shard, (f"{hook}/input", f"{hook}/output"), setting.without_tokens)
+        read[shard * size : (shard + 1) * size] = True if kept is None else kept
+    read[rows:] = False
+    return read
+
+
+def _shown(windows: Windows, code: LatentCode, drawn: Sample, sums: Sums) -> list[dict[str, Any]]:
+    """Some latents across the range of rates, each with one context of each stratum."""
+    found = []
+    for latent in choose_latents(sums.counts, SHOWN_LATENTS):
+        own = drawn.of(latent)
+        contexts = []
+        for stratum in sorted(set(own.stratum.tolist()), reverse=True):
+            row = int(own.row[own.stratum == stratum][0])
+            text = windows.marked(row, *code.of(latent))
+            contexts.append({"stratum": int(stratum), "text": text})
+        rate = int(sums.counts[latent]) / sums.rows
+        found.append({"latent": latent, "rate": rate, "contexts": contexts})
+    return found

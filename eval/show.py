@@ -1,0 +1,140 @@
+"""`bsc examples`: contexts in which one latent fires, on a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from bsc.cache.models import load_tokenizer
+from bsc.errors import StoreError, UserError, nearest
+from bsc.eval.codes import Codes
+from bsc.eval.examples import PARTS, Sample, Windows
+from bsc.eval.pieces import Pieces
+from bsc.eval.setting import open_store
+from bsc.train.run import Run
+
+# Control characters of a text must not reach the terminal.
+_UNPRINTABLE = dict.fromkeys([*range(32), *range(127, 160)], " ")
+
+__all__ = ["latent_examples", "load_sample", "print_examples"]
+
+
+def load_sample(run: Run, coder: str) -> Sample:
+    """The sampled firings of a coder's latents, from its evaluation.
+
+    Raises:
+        StoreError: there are none, or the file is damaged.
+    """
+    path = run.eval_folder / "samples" / f"{coder}.safetensors"
+    try:
+        arrays = load_file(path)
+        return Sample(**arrays)
+    except FileNotFoundError:
+        raise StoreError(
+            f"{run.folder}: no sampled firings of {coder}. `bsc eval {run.folder}` draws them."
+        ) from None
+    except (OSError, SafetensorError, TypeError) as error:
+        raise StoreError(f"{path}: cannot be read ({error}).") from None
+
+
+def _coder_called(run: Run, name: str) -> str:
+    """The one coder whose name is `name` or has it as a part."""
+    names = run.coder_names()
+    found = [name] if name in names else [n for n in names if name in n]
+    if len(found) != 1:
+        which = f"{len(found)} coders have it in their names: {', '.join(found)}"
+        raise UserError(
+            f"{run.folder}: no coder {name!r}{nearest(name, names)}; it has {', '.join(names)}."
+            if not found
+            else f"{run.folder}: {name!r} is not one coder; {which}."
+        )
+    return found[0]
+
+
+def latent_examples(
+    run: Run,
+    coder: str,
+    latent: int,
+    *,
+    part: str = "all",
+    per_stratum: int = 1,
+    store: Path | None = None,
+    model: str | None = None,
+) -> dict[str, Any]:
+    """Contexts in which a latent fires, for any latent of an evaluated coder.
+
+    Args:
+        run: an evaluated run.
+        coder: name of the coder, or a part of it that no other has.
+        latent: its number.
+        part: ``"explain"``, ``"test"`` or ``"all"`` documents.
+        per_stratum: contexts of each tenth of its firings at most.
+        store: where the store is now; None: where it was in training.
+        model: where the model is now, for its tokenizer; None: where it was at the capture.
+
+    Returns:
+        coder, latent, firings, contexts: stratum (9 is the strongest tenth), part, row, margin, and
+        text as [piece, margin or None, whether it is the row] pieces.
+
+    Raises:
+        UserError: there is no such coder, latent or part, or nothing to read it from.
+    """
+    if part not in (*PARTS, "all"):
+        raise UserError(f"--part {part}: should be {', '.join(PARTS)} or all.")
+    if per_stratum < 1:
+        raise UserError(f"--per-stratum {per_stratum}: should be 1 or more.")
+    name = _coder_called(run, coder)
+    drawn = load_sample(run, name)
+    planned = next(c for c in run.config()["coders"] if c["name"] == name)
+    n_latents = int(planned["coder"]["n_latents"])
+    if not 0 <= latent < n_latents:
+        raise UserError(f"{name}: no latent {latent}; they are 0 to {n_latents - 1}.")
+    own = drawn.of(latent, None if part == "all" else part)
+    opened = open_store(run, store)
+    tokenizer = load_tokenizer(
+        model or str(opened.attributes["model"]["name"]), opened.attributes["model"]["revision"]
+    )
+    windows = Windows(opened.held_out, tokenizer)
+    firing = Codes(Pieces(run.eval_folder / "codes" / name), np.zeros(n_latents, np.int64)).of(
+        latent
+    )
+    contexts: list[dict[str, Any]] = []
+    for stratum in sorted(set(own.stratum.tolist()), reverse=True):
+        contexts += [
+            {
+                "stratum": int(stratum),
+                "part": PARTS[own.part[i]],
+                "row": int(own.row[i]),
+                "margin": float(own.margin[i]),
+                "text": windows.marked(int(own.row[i]), *firing),
+            }
+            for i in np.flatnonzero(own.stratum == stratum)[:per_stratum]
+        ]
+    return {"coder": name, "latent": latent, "firings": len(firing[0]), "contexts": contexts}
+
+
+def print_examples(found: dict[str, Any]) -> None:
+    """Print contexts on stdout, firing tokens marked."""
+    console = Console(highlight=False)
+    console.print(
+        f"latent {found['latent']} of {found['coder']}: {found['firings']:,} firings"
+        + ("" if found["contexts"] else "; none in these documents")
+    )
+    for context in found["contexts"]:
+        line = Text(f"{context['stratum'] + 1:>2}/10  {context['margin']:<8.3g} ", style="dim")
+        for piece, margin, drawn in context["text"]:
+            shown = piece.replace("\n", "\u23ce").translate(_UNPRINTABLE)
+            # Marked by brackets too, where there are no colours.
+            line.append(
+                shown if margin is None else f"<<{shown}>>",
+                style="not dim"
+                if margin is None
+                else f"bold not dim{' underline' if drawn else ''}",
+            )
+        console.print(line, soft_wrap=True)

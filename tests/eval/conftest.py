@@ -1,0 +1,68 @@
+"""What is evaluated: a run on a store of short documents, enough of them for intervals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bsc.cache.capture import CaptureConfig, capture
+from bsc.cache.store import ActivationStore
+from bsc.cache.text import TextSource
+from bsc.demo.corpus import documents
+from bsc.eval.evaluate import EvalConfig, evaluate
+from bsc.train.run import Run
+from tests.conftest import train_small
+
+SMALL = EvalConfig(
+    ce_tokens=512, ablation_bins=3, ablation_tokens=320, ultra_ablations=1, probe_texts=12
+)
+"""All of an evaluation, of few tokens."""
+
+
+@pytest.fixture(scope="session")
+def store_path(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As that of the other tests, of many short documents."""
+    folder = tmp_path_factory.mktemp("eval-store")
+    texts = [d.text[i : i + 150] for d in documents("stdlib") if d.name.startswith("stdlib/email")
+             for i in range(0, len(d.text), 300)]  # fmt: skip
+    (folder / "short.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    capture(
+        CaptureConfig(
+            model=str(tiny_model), store=folder / "acts", hookpoints=("layers.{0,2}.mlp",),
+            text=TextSource(files=(str(folder / "short.jsonl"),), held_out=0.2), tokens=6_000,
+            held_out_tokens=2_000, context=32, batch_tokens=512,
+        )
+    )  # fmt: skip
+    return folder / "acts"
+
+
+# Not those of the other tests, which would be of the other store.
+@pytest.fixture(scope="session")
+def store(store_path: Path) -> ActivationStore:
+    return ActivationStore(store_path)
+
+
+@pytest.fixture(scope="session")
+def run(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train_small(store_path, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def small() -> EvalConfig:
+    return SMALL
+
+
+@pytest.fixture(scope="session")
+def evaluated(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The trained run of the tests, evaluated. Copy it before changing it."""
+    copy = Run(Path(shutil.copytree(run.folder, tmp_path_factory.mktemp("evaluated") / "small")))
+    evaluate(copy, SMALL)
+    return copy
+
+
+@pytest.fixture
+def evaluated_copy(evaluated: Run, tmp_path: Path) -> Run:
+    return Run(Path(shutil.copytree(evaluated.folder, tmp_path / "small")))

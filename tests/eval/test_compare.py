@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bsc.cli import main
+from bsc.errors import StoreError, UserError
+from bsc.eval.compare import compare_runs
+from bsc.eval.evaluate import EvalConfig, evaluate
+from bsc.train.run import Run
+from bsc.train.sweep import TrainConfig
+from bsc.train.trainer import train
+
+CODER = {"hookpoint": "layers.2.mlp", "k": 4, "n_latents": 32}
+FAST = EvalConfig(ce_tokens=512, ablation_bins=0, ultra_ablations=0, probes=())
+
+
+@pytest.fixture(scope="module")
+def seeds(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run, _ = train(
+        TrainConfig(
+            store=store_path, runs=tmp_path_factory.mktemp("seeds"), tokens=6_000, batch_rows=256,
+            coders=(CODER | {"code": ["binary", "continuous"], "seed": [0, 1]},),
+        )
+    )  # fmt: skip
+    evaluate(run, FAST)
+    return run
+
+
+def test_a_run_with_itself_differs_in_nothing(evaluated: Run, evaluated_copy: Run) -> None:
+    found = compare_runs(evaluated, evaluated_copy)
+    assert found["paired"] and len(found["coders"]) == 8
+    for entry in found["coders"]:
+        assert entry["first"] == entry["second"]
+        for figure in ("fvu", "delta_ce"):
+            assert entry[figure]["difference"] == 0 and entry[figure]["interval"] == [0.0, 0.0]
+        assert entry["latents"]["cosine"] == pytest.approx(1, abs=1e-5)
+    assert found["means"] == []  # one seed of each
+
+
+def test_seeds_of_one_run_are_compared(seeds: Run) -> None:
+    evaluation = seeds.evaluation()
+    assert sorted(s["differs"] for s in evaluation["stability"]) == ["code", "code", "seed", "seed"]
+    found = compare_runs(seeds, seeds)
+    assert [e["first"][-2:] + e["second"][-2:] for e in found["coders"]] == ["s0s1", "s0s1"]
+    for entry in found["coders"]:
+        f, g = (evaluation["coders"][entry[k]] for k in ("first", "second"))
+        assert entry["fvu"]["difference"] == g["fvu"] - f["fvu"]
+        low, high = entry["fvu"]["interval"]
+        assert low <= entry["fvu"]["difference"] <= high
+        # Paired by context, the difference is known better than either.
+        assert high - low < f["fvu_interval"][1] - f["fvu_interval"][0]
+        assert entry["latents"]["cosine"] > entry["latents"]["cosine_chance"]
+    assert found["means"] == []  # in one run no seed is the first one
+
+
+def test_means_over_seeds_are_of_coders_that_differ_in_nothing_else(
+    seeds: Run, tmp_path: Path
+) -> None:
+    other = Run(Path(shutil.copytree(seeds.folder, tmp_path / "other")))
+    found = compare_runs(seeds, other)
+    assert [m["seeds"] for m in found["means"]] == [2, 2]
+    assert found["means"][0]["fvu"] == {"difference": 0.0, "interval": None}  # two seeds only
+
+
+def test_on_the_command_line(
+    seeds: Run, evaluated: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["compare", str(seeds.folder), str(seeds.folder)])
+    assert not done.value.code
+    assert "k4-s0 -> layers.2.mlp/" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["compare", str(seeds.folder), str(seeds.folder), "--json"])
+    assert json.loads(capsys.readouterr().out)["paired"] is True
+    # One seed of each: nothing in one run to compare.
+    with pytest.raises(UserError, match="have no coders to compare"):
+        compare_runs(evaluated, evaluated)
+
+
+def test_a_run_that_is_not_evaluated_says_what_to_do(run: Run, evaluated: Run) -> None:
+    with pytest.raises(StoreError, match=f"bsc eval {run.folder}"):
+        compare_runs(evaluated, run)
