@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from bsc.eval.intervals import MIN_BLOCKS, ratio_intervals, value_interval
 
 
-@pytest.mark.parametrize("contexts", [20, 120])
+@pytest.mark.parametrize("contexts", [10, 20, 120])
 def test_intervals_cover_the_truth_as_often_as_they_say(contexts: int) -> None:
     """1,000 draws of contexts of different sizes: 95 % of the intervals hold the true ratio."""
     rng = np.random.default_rng(1)
