@@ -112,7 +112,7 @@ def compare(
     second: Annotated[Path, typer.Argument(help="Folder of another one, or the same.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Compare the coders of two runs: figures paired by context, and latents matched."""
+    """Compare the coders of two runs: figures paired by document, and latents matched."""
     from bsc.eval.compare import compare_runs
     from bsc.eval.table import comparison_table
     from bsc.files import canonical_json

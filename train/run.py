@@ -6,7 +6,7 @@ checkpoint/     where training goes on from (bsc.train.checkpoint)
 ranks/<rank>/   what each of several processes wrote: its config.json, metrics.jsonl, checkpoint/
 coders/<hookpoint>/<coder>/   coder.safetensors, config.json, after evaluation firing.safetensors
 eval.json       figures, after `bsc eval`
-eval/           codes, sampled firings, sums by context, after `bsc eval` (bsc.eval.evaluate)
+eval/           codes, sampled firings, sums by document, after `bsc eval` (bsc.eval.evaluate)
 report.html     after `bsc report`
 """
 

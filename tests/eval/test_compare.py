@@ -51,7 +51,7 @@ def test_seeds_of_one_run_are_compared(seeds: Run) -> None:
         assert entry["fvu"]["difference"] == g["fvu"] - f["fvu"]
         low, high = entry["fvu"]["interval"]
         assert low <= entry["fvu"]["difference"] <= high
-        # Paired by context, the difference is known better than either.
+        # Paired by document, the difference is known better than either.
         assert high - low < f["fvu_interval"][1] - f["fvu_interval"][0]
         assert entry["latents"]["cosine"] > entry["latents"]["cosine_chance"]
     assert found["means"] == []  # in one run no seed is the first one
