@@ -13,6 +13,7 @@ import typer
 import bsc.cache.cli
 import bsc.demo.cli
 import bsc.eval.cli
+import bsc.eval.interp.cli
 import bsc.train.cli
 from bsc.errors import UserError
 
@@ -63,6 +64,7 @@ bsc.demo.cli.add_commands(app)
 bsc.cache.cli.add_commands(app)
 bsc.train.cli.add_commands(app)
 bsc.eval.cli.add_commands(app)
+bsc.eval.interp.cli.add_commands(app)
 app.command()(info)
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "piece_ranges",
     "row_batches",
     "rows_at_once",
+    "rows_read",
 ]
 
 PIECE_ROWS = 32_768
@@ -103,3 +104,24 @@ def piece_ranges(split: StoreSplit, max_rows: int | None = None) -> list[tuple[i
             (start, min(start + PIECE_ROWS, end)) for start in range(shard * size, end, PIECE_ROWS)
         ]
     return ranges
+
+
+def rows_read(
+    split: StoreSplit, hookpoint: str, max_rows: int | None, without_tokens: Collection[int] = ()
+) -> NDArray[np.bool_]:
+    """(rows of the split,) which of them are evaluated.
+
+    Args:
+        split: of the store.
+        hookpoint: module whose rows they are.
+        max_rows: rows at most; None: all.
+        without_tokens: token ids whose rows are left out.
+    """
+    read = np.zeros(split.rows, bool)
+    size = split.grid.shard_rows
+    for shard in range(split.shards):
+        names = (f"{hookpoint}/input", f"{hookpoint}/output")
+        kept = kept_rows(split, shard, names, without_tokens)
+        read[shard * size : (shard + 1) * size] = True if kept is None else kept
+    read[piece_ranges(split, max_rows)[-1][1] :] = False
+    return read

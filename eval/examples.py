@@ -12,6 +12,7 @@ Everything is drawn by hashes of (row, latent): whatever order or batches, the s
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -192,6 +193,29 @@ class Windows:
             [text[a:b], marks.get(start), start == row]
             for start, a, b in zip(borders, [0, *ends], ends, strict=False)
         ]
+
+    def runs(self, start: int, tokens: int, marks: Collection[int]) -> list[tuple[str, bool]]:
+        """Text of `tokens` tokens from row `start` on, as (text, whether it is marked) runs.
+
+        Marked tokens that follow each other are one run.
+
+        Args:
+            start: first row.
+            tokens: how many.
+            marks: marked tokens, counted from the first one.
+        """
+        flags = [i in marks for i in range(tokens)]
+        borders = [0, *(i for i in range(1, tokens) if flags[i] != flags[i - 1]), tokens]
+        text, ends = self._pieces(start, [start + b for b in borders[1:]])
+        return [
+            (text[a:b], flags[border])
+            for border, a, b in zip(borders, [0, *ends], ends, strict=False)
+        ]
+
+    def each(self, low: int, high: int) -> list[str]:
+        """Text of every token from row `low` to row `high`, exclusive."""
+        text, ends = self._pieces(low, list(range(low + 1, high + 1)))
+        return [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
     def _pieces(self, low: int, borders: list[int]) -> tuple[str, list[int]]:
         """The text from row `low` to the last border, and where in it each border is.

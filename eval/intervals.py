@@ -12,7 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-__all__ = ["LEVEL", "MIN_BLOCKS", "Interval", "ratio_intervals", "value_interval"]
+__all__ = [
+    "LEVEL",
+    "MIN_BLOCKS",
+    "RESAMPLES",
+    "Interval",
+    "ratio_intervals",
+    "value_interval",
+    "widened_quantiles",
+]
 
 LEVEL = 0.95
 MIN_BLOCKS = 8
@@ -24,11 +32,11 @@ Interval = list[float] | None
 """[low, high], or None where the sample is too small for one."""
 
 
-def _quantiles(n: int) -> tuple[float, float]:
-    """Quantiles of the resampled values between which the interval lies.
+def widened_quantiles(n: int) -> tuple[float, float]:
+    """Quantiles of the resampled values of n blocks between which the interval lies.
 
-    >>> [round(q, 4) for q in _quantiles(10)], [round(q, 4) for q in _quantiles(10**6)]
-    ([0.0086, 0.9914], [0.025, 0.975])
+    >>> [round(q, 4) for n in (10, 10**6) for q in widened_quantiles(n)]
+    [0.0086, 0.9914, 0.025, 0.975]
     """
     t = stats.t.ppf((1 - LEVEL) / 2, n - 1) * np.sqrt(n / (n - 1))
     low = float(stats.norm.cdf(t))
@@ -67,7 +75,7 @@ def ratio_intervals(
         times = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):
             resampled.append((times @ numerators) / (times @ denominators))
-    low, high = np.nanquantile(np.concatenate(resampled), _quantiles(n), axis=0)
+    low, high = np.nanquantile(np.concatenate(resampled), widened_quantiles(n), axis=0)
     return [[float(a), float(b)] if np.isfinite([a, b]).all() else None
             for a, b in zip(low, high, strict=True)]  # fmt: skip
 

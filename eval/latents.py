@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from bsc.cache.kept import kept_rows
-from bsc.eval.batches import piece_ranges
+from bsc.eval.batches import rows_read
 from bsc.eval.codes import Codes, LatentCode
 from bsc.eval.controls import Calibration
 from bsc.eval.examples import Sample, Windows, choose_latents, sample
@@ -40,7 +37,7 @@ def latent_figures(
     shown: dict[str, Any] = {}
     with stage("latents", len(setting.coders), "coders") as progress:
         for hook in setting.hookpoints:
-            read = _rows_read(setting, hook, piece_ranges(split, max_rows)[-1][1])
+            read = rows_read(split, hook, max_rows, setting.without_tokens)
             facts = RowFacts.of(split.tokens("token_id"), windows.position, special, read)
             components, share = principal_components(split, hook, max_rows, setting.without_tokens)
             for name, coder in setting.coders_at(hook).items():
@@ -60,18 +57,6 @@ def latent_figures(
                 shown[name] = _shown(windows, code, drawn, sums[name])
                 progress.advance(1, name)
     return figures, shown
-
-
-def _rows_read(setting: Setting, hook: str, rows: int) -> NDArray[np.bool_]:
-    """(rows of the split,) which of them were evaluated."""
-    split = setting.split
-    read = np.zeros(split.rows, bool)
-    size = split.grid.shard_rows
-    for shard in range(split.shards):
-        kept = kept_rows(split, shard, (f"{hook}/input", f"{hook}/output"), setting.without_tokens)
-        read[shard * size : (shard + 1) * size] = True if kept is None else kept
-    read[rows:] = False
-    return read
 
 
 def _shown(windows: Windows, code: LatentCode, drawn: Sample, sums: Sums) -> list[dict[str, Any]]:

@@ -80,6 +80,7 @@ class Pieces:
             arrays: Arrays = load_file(path)
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise StoreError(
-                f"{path}: cannot be read ({error}). Remove {self.folder} and run `bsc eval` again."
+                f"{path}: cannot be read ({error}). Remove {self.folder} and give the command "
+                f"again."
             ) from None
         return arrays

@@ -13,7 +13,31 @@ from numpy.typing import NDArray
 
 from bsc.errors import UserError, nearest
 
-__all__ = ["read_scores"]
+__all__ = ["read_scores", "read_table"]
+
+
+def read_table(source: str, option: str, fields: str) -> list[dict[str, Any]]:
+    """Rows of a CSV file with a header or of a JSONL file.
+
+    Args:
+        source: path of the file; .csv, or anything else for JSONL.
+        option: that named it, for the message.
+        fields: that it should have, for the message.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = Path(source).expanduser()
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            if path.suffix.lower() == ".csv":
+                return list(csv.DictReader(file))
+            return [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        raise UserError(
+            f"{option} {source}: cannot be read ({error}). Expected a .csv or .jsonl file with the "
+            f"fields {fields}."
+        ) from None
 
 
 def read_scores(source: str, n_latents: Mapping[str, int]) -> dict[str, NDArray[np.float64]] | None:
@@ -29,18 +53,7 @@ def read_scores(source: str, n_latents: Mapping[str, int]) -> dict[str, NDArray[
     """
     if source == "rate":
         return None
-    path = Path(source).expanduser()
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            if path.suffix.lower() == ".csv":
-                rows: list[Any] = list(csv.DictReader(file))
-            else:
-                rows = [json.loads(line) for line in file if line.strip()]
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(
-            f"--ablation-score {source}: cannot be read ({error}). Give 'rate', or a .csv or "
-            f".jsonl file with the fields coder, latent and score."
-        ) from None
+    rows = read_table(source, "--ablation-score", "coder, latent and score")
     scores = {name: np.full(n, np.nan) for name, n in n_latents.items()}
     for number, row in enumerate(rows, 1):
         try:

@@ -22,7 +22,7 @@ from bsc.train.run import Run
 # Control characters of a text must not reach the terminal.
 _UNPRINTABLE = dict.fromkeys([*range(32), *range(127, 160)], " ")
 
-__all__ = ["latent_examples", "load_sample", "print_examples"]
+__all__ = ["coder_called", "latent_examples", "load_sample", "print_examples"]
 
 
 def load_sample(run: Run, coder: str) -> Sample:
@@ -43,7 +43,7 @@ def load_sample(run: Run, coder: str) -> Sample:
         raise StoreError(f"{path}: cannot be read ({error}).") from None
 
 
-def _coder_called(run: Run, name: str) -> str:
+def coder_called(run: Run, name: str) -> str:
     """The one coder whose name is `name` or has it as a part."""
     names = run.coder_names()
     found = [name] if name in names else [n for n in names if name in n]
@@ -89,7 +89,7 @@ def latent_examples(
         raise UserError(f"--part {part}: should be {', '.join(PARTS)} or all.")
     if per_stratum < 1:
         raise UserError(f"--per-stratum {per_stratum}: should be 1 or more.")
-    name = _coder_called(run, coder)
+    name = coder_called(run, coder)
     drawn = load_sample(run, name)
     planned = next(c for c in run.config()["coders"] if c["name"] == name)
     n_latents = int(planned["coder"]["n_latents"])

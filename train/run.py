@@ -7,6 +7,7 @@ ranks/<rank>/   what each of several processes wrote: its config.json, metrics.j
 coders/<hookpoint>/<coder>/   coder.safetensors, config.json, after evaluation firing.safetensors
 eval.json       figures, after `bsc eval`
 eval/           codes, sampled firings, sums by document, after `bsc eval` (bsc.eval.evaluate)
+interp/         interpretability scores, and every answer of a judge, after `bsc interp`
 report.html     after `bsc report`
 """
 
@@ -16,6 +17,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +61,20 @@ class Run:
     def eval_folder(self) -> Path:
         """What the evaluation leaves beside its figures."""
         return self.folder / "eval"
+
+    @property
+    def interp_folder(self) -> Path:
+        """Interpretability scores, and the ledger of all answers that judges gave."""
+        return self.folder / "interp"
+
+    def remove_figures(self) -> None:
+        """Remove all that was measured on the coders, for they change. What judges answered stays:
+        it was paid for, and belongs to what was asked."""
+        self.eval_path.unlink(missing_ok=True)
+        shutil.rmtree(self.eval_folder, ignore_errors=True)
+        for path in self.interp_folder.glob("*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
 
     @property
     def examples_path(self) -> Path:

@@ -114,8 +114,7 @@ def run_job(
         if job.world > 1:
             write_json(job.run.config_path, record)
         # Figures of coders that are trained on would be of others.
-        job.run.eval_path.unlink(missing_ok=True)
-        shutil.rmtree(job.run.eval_folder, ignore_errors=True)
+        job.run.remove_figures()
         console.print(
             f"{job.run.folder}: {len(job.mine)} coders in {len(banks)} bank(s), {job.steps:,} "
             f"steps of {job.config.batch_rows:,} rows, "

@@ -12,6 +12,8 @@ from bsc.cache.text import TextSource
 from bsc.cache.verify import verify
 from bsc.errors import StoreError
 from bsc.eval.evaluate import EvalConfig, evaluate
+from bsc.eval.interp.material import InterpConfig, Materials
+from bsc.eval.interp.offline import offline_scores
 from bsc.eval.report.report import write_report
 from bsc.files import check_new_folder
 from bsc.train.sweep import TrainConfig
@@ -28,6 +30,8 @@ EVALUATION = EvalConfig(
     ce_tokens=32_768, ablation_bins=4, ablation_tokens=2_048, ultra_ablations=2, probe_texts=40
 )
 N_LATENTS = 1_536
+LATENTS = 20
+"""Of each coder, drawn for the overlap score."""
 KS = (8, 16, 32, 64)
 
 
@@ -40,7 +44,7 @@ class DemoResult(NamedTuple):
 
 
 def run_demo(out: Path) -> DemoResult:
-    """Capture, verify, train, evaluate and report into the folder `out`.
+    """Capture, verify, train, evaluate, score and report into the folder `out`.
 
     Raises:
         UserError: `out` cannot be a new folder.
@@ -82,5 +86,7 @@ def run_demo(out: Path) -> DemoResult:
     )  # fmt: skip
     run, _ = timed("train", lambda: train(sweep, "bsc demo"))
     evaluation = timed("evaluate", lambda: evaluate(run, EVALUATION))
+    scoring = InterpConfig(latents=LATENTS)
+    timed("interp", lambda: offline_scores(Materials(run, scoring, store=None, model=None)))
     report = timed("report", lambda: write_report([run], out / "report.html"))
     return DemoResult(report, evaluation, seconds)

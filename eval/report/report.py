@@ -22,6 +22,8 @@ from bsc.eval.examples import STRATA
 from bsc.eval.report import figures
 from bsc.eval.report.drawing import COLOURS, Drawing
 from bsc.eval.report.figures import Curve
+from bsc.eval.report.interp import Scored, read_interp
+from bsc.eval.report.interp_figures import frequency_curves, scores
 from bsc.eval.report.rows import CoderRow, read_rows, run_labels
 from bsc.eval.report.summary import control_table, matched_tables, summary
 from bsc.files import write_atomically
@@ -35,7 +37,9 @@ ALL_LATENTS, ALL_ULTRA = 256, 1_024
 few megabytes with hundreds of coders. eval.json and the exported tables have all of them."""
 
 
-def drawings(runs: Sequence[Run], rows: Sequence[CoderRow]) -> dict[str, Drawing]:
+def drawings(
+    runs: Sequence[Run], rows: Sequence[CoderRow], interp: Sequence[Scored] = ()
+) -> dict[str, Drawing]:
     """Every figure of the page, by name."""
     k = "k, latents selected per token"
     codes = Curve("fvu", interval="fvu_interval")
@@ -64,6 +68,9 @@ def drawings(runs: Sequence[Run], rows: Sequence[CoderRow]) -> dict[str, Drawing
     for i, (run, label) in enumerate(zip(runs, run_labels(runs), strict=True)):
         for name, probed in run.evaluation()["probing"].items():
             found.append(figures.probing(f"{i}-{name}", probed, rows, label))
+    for scored in interp:
+        if any(one.coders for one in scored.sets):
+            found += [scores(scored, rows), *frequency_curves(scored, rows)]
     return {drawing.name: drawing for drawing in found}
 
 
@@ -128,6 +135,7 @@ def render_report(runs: Sequence[Run]) -> str:
     if not runs:
         raise UserError("a report needs at least one run.")
     rows = read_rows(runs)
+    interp = read_interp(runs, run_labels(runs), rows)
     folder = Path(__file__).parent
     latents = max(1, ALL_LATENTS // len(rows))
     script = (folder / "script.js").read_text()
@@ -152,7 +160,8 @@ def render_report(runs: Sequence[Run]) -> str:
             summary=summary(rows),
             matched={by: matched_tables(rows, by) for by in ("l0", "bits")},
             control=control_table(rows),
-            drawings={name: d.svg() for name, d in drawings(runs, rows).items()},
+            drawings={name: d.svg() for name, d in drawings(runs, rows, interp).items()},
+            interp=interp,
             shown_ultra=max(4, ALL_ULTRA // len(rows)),
             examples=[(row, _marked(row, _thinned(row.examples, latents))) for row in rows],
         )  # fmt: skip

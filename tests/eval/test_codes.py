@@ -49,5 +49,5 @@ def test_a_damaged_piece_says_what_to_do(tmp_path: Path) -> None:
     pieces.write(0, {"x": np.arange(3)})
     path = tmp_path / "p" / "00000.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(StoreError, match=r"Remove .*p and run `bsc eval` again"):
+    with pytest.raises(StoreError, match=r"Remove .*p and give the command again"):
         pieces.read(0)

@@ -1,0 +1,1 @@
+"""What other tools of the field read."""

@@ -1,0 +1,222 @@
+"""What the scoring of a run works with: of each coder the latents that were drawn, their windows
+and their firings, from what `bsc eval` left on disk. No model is needed, only its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, field_validator
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from bsc.cache.models import load_tokenizer
+from bsc.config import Config
+from bsc.errors import StoreError, UserError
+from bsc.eval.batches import rows_read
+from bsc.eval.codes import Codes, LatentCode
+from bsc.eval.examples import Windows
+from bsc.eval.interp.evidence import Evidence, Marking, Texts, gather
+from bsc.eval.interp.questions import TESTS, TestKind
+from bsc.eval.interp.sampling import Chosen, Design, choose
+from bsc.eval.pieces import Pieces
+from bsc.eval.setting import open_store
+from bsc.eval.show import coder_called
+from bsc.train.coders.config import CoderConfig
+from bsc.train.run import Run
+
+__all__ = ["InterpConfig", "Material", "Materials"]
+
+
+class InterpConfig(Config):
+    """Which latents are scored, and what is shown of them."""
+
+    coders: tuple[str, ...] = ()
+    """Names, or parts of names that no other coder has. None: all coders of the run."""
+
+    latents: int = Field(default=50, ge=1)
+    """Latents of each of the two samples of a coder."""
+
+    only: tuple[int, ...] = ()
+    """Just these latents, by number, in the place of the samples."""
+
+    census_rate: float = Field(default=0.1, gt=0, le=1)
+    """Latents with at least this firing rate are all in the sample of the weighted mean."""
+
+    min_firings: int = Field(default=30, ge=4)
+    """Latents with fewer firings are not drawn; their share is counted."""
+
+    tests: tuple[TestKind, ...] = TESTS
+    """Which tests a judge is asked."""
+
+    explain_windows: int = Field(default=20, ge=5)
+    """Windows that an explanation is written from."""
+
+    test_windows: int = Field(default=20, ge=5)
+    """Windows with firings that it is tested on, and as many without."""
+
+    window: int = Field(default=32, ge=2)
+    """Tokens of a window."""
+
+    items: int = Field(default=5, ge=1, le=50)
+    """Windows in one request."""
+
+    marks: Marking = "all"
+    """Which firing tokens are marked: all, or those of at least 0.3 of the window's largest."""
+
+    negatives: Literal["auto", "silent", "active"] = "auto"
+    """Fuzzing against silent windows, against silent tokens of active windows, or against the
+    latter where the former hardly exist."""
+
+    explanations: str = "own"
+    """``"own"``: the judge writes them. As controls ``"shuffled"``, those of other latents, and
+    ``"blank"``. Or a CSV or JSONL file with the fields coder, latent and explanation."""
+
+    seed: int = Field(default=0, ge=0)
+    """Of every draw."""
+
+    @field_validator("tests")
+    @classmethod
+    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError(f"name at least one of {', '.join(TESTS)}")
+        return value
+
+
+@dataclass(frozen=True)
+class Material:
+    """Of one coder."""
+
+    coder: str
+    code: LatentCode
+    counts: NDArray[np.int64]
+    """(F,) firings of each latent."""
+    rows: int
+    """Rows that were evaluated."""
+    chosen: Chosen
+    texts: Texts
+    first_binary: int
+    """Latents from this one on are binary."""
+    config: InterpConfig
+    _gathered: dict[int, Evidence] = field(default_factory=dict)
+
+    def evidence(self, latent: int) -> Evidence:
+        """Windows of a latent."""
+        if latent in self._gathered:
+            return self._gathered[latent]
+        row, value = self.code.of(latent)
+        config = self.config
+        found = self._gathered[latent] = gather(
+            self.texts, latent, row.astype(np.int64), value, explain=config.explain_windows,
+            test=config.test_windows, marking=config.marks, graded=latent < self.first_binary,
+            negatives=config.negatives,
+        )  # fmt: skip
+        return found
+
+
+class Materials:
+    """Of all coders, made one by one."""
+
+    def __init__(
+        self, run: Run, config: InterpConfig, *, store: Path | None, model: str | None
+    ) -> None:
+        """Open the store and the tokenizer.
+
+        Args:
+            run: an evaluated run.
+            config: which latents, and what is shown of them.
+            store: where the store is now; None: where it was in training.
+            model: where the model is now, for its tokenizer; None: where it was at the capture.
+
+        Raises:
+            UserError: the run is not evaluated, the store is not there, or there is no such coder
+                or latent.
+        """
+        evaluation = run.evaluation()
+        self.run, self.config = run, config
+        self.every_name = run.coder_names()
+        self.names = _names(run, config.coders, evaluation)
+        self._planned = {c["name"]: c for c in run.config()["coders"]}
+        for name in self.names:
+            width = int(self._planned[name]["coder"]["n_latents"])
+            if wrong := [i for i in config.only if not 0 <= i < width]:
+                raise UserError(f"{name}: no latent {wrong[0]}; they are 0 to {width - 1}.")
+        self.store = open_store(run, store)
+        saved = self.store.attributes["model"]
+        tokenizer = load_tokenizer(model or str(saved["name"]), saved["revision"])
+        split = self.store.held_out
+        self.windows = Windows(split, tokenizer)
+        without = saved["special_token_ids"] if run.config().get("without_special_tokens") else ()
+        hooks = dict.fromkeys(self.hookpoint(n) for n in self.names)
+        max_rows = evaluation["config"]["rows"]
+        length = min(config.window, self.store.context)
+        self.read = {h: rows_read(split, h, max_rows, tuple(without)) for h in hooks}
+        self._texts = {
+            h: Texts(self.windows, r, length=length, seed=config.seed)
+            for h, r in self.read.items()
+        }  # fmt: skip
+
+    def hookpoint(self, name: str) -> str:
+        """Of a coder."""
+        return str(self._planned[name]["hookpoint"])
+
+    def identity(self, name: str) -> dict[str, Any]:
+        """What the codes of a coder belong to."""
+        path = self.run.eval_folder / "codes" / name / "identity.json"
+        try:
+            return {"codes": path.read_text(), "seed": self.config.seed}
+        except OSError as error:
+            raise StoreError(
+                f"{path}: cannot be read ({error}). `bsc eval {self.run.folder}` writes it."
+            ) from None
+
+    def __iter__(self) -> Iterator[Material]:
+        return map(self.of, self.names)
+
+    def of(self, name: str) -> Material:
+        """Read the codes of a coder and draw its latents."""
+        path = self.run.coder_folder(name) / "firing.safetensors"
+        try:
+            counts = load_file(path)["counts"].astype(np.int64)
+        except (OSError, SafetensorError, KeyError) as error:
+            raise StoreError(
+                f"{path}: cannot be read ({error}). `bsc eval {self.run.folder}` writes it."
+            ) from None
+        code = Codes(Pieces(self.run.eval_folder / "codes" / name), counts).by_latent()
+        texts, config = self._texts[self.hookpoint(name)], self.config
+        rows = int(texts.read.sum())
+        chosen = (
+            _just(config.only, counts)
+            if config.only
+            else choose(
+                counts, config.latents, census=config.census_rate * rows,
+                min_firings=config.min_firings, seed=config.seed,
+            )
+        )  # fmt: skip
+        first_binary = CoderConfig(**self._planned[name]["coder"]).first_binary
+        return Material(name, code, counts, rows, chosen, texts, first_binary, config)
+
+
+def _just(latents: Sequence[int], counts: NDArray[np.int64]) -> Chosen:
+    """The latents that were asked for, as a population of their own."""
+    which = np.unique(np.array(latents, np.int64))
+    every = np.ones(len(which), bool)
+    size = np.maximum(counts[which], 1).astype(np.float64)
+    return Chosen(
+        Design(which, np.ones(len(which)), every, len(which), 0.0),
+        Design(which, size, every, len(which), 0.0),
+    )
+
+
+def _names(run: Run, wanted: Sequence[str], evaluation: dict[str, Any]) -> list[str]:
+    names = [coder_called(run, name) for name in wanted] or list(evaluation["coders"])
+    if left_out := [n for n in names if n not in evaluation["coders"]]:
+        raise UserError(
+            f"{run.folder}: {left_out[0]} was left out of the evaluation, so there is nothing to "
+            f"score."
+        )
+    return list(dict.fromkeys(names))

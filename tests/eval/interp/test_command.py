@@ -1,0 +1,380 @@
+"""`bsc interp` and `bsc export` on a trained and evaluated run, and what is made of them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from bsc.cache.store import ActivationStore
+from bsc.cli import main
+from bsc.eval.interp.evidence import gather
+from bsc.eval.interp.local import LocalJudge
+from bsc.eval.interp.material import InterpConfig, Materials
+from bsc.eval.interp.prompts import test_request as ask_test
+from bsc.eval.report.report import render_report
+from bsc.train.run import Run
+from tests.conftest import make_model
+from tests.eval.interp.scripted import Scripted, loopback, rule
+
+HOSTILE = "</div><script>alert(1)</script><img src=x onerror=alert(2)>"
+SMALL = ("--latents", "6", "--explain-windows", "6", "--test-windows", "6")
+
+
+@pytest.fixture(scope="module")
+def scored(
+    evaluated: Run, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Run, Scripted]]:
+    """The run of the tests, scored by a scripted judge over the wire."""
+    folder = tmp_path_factory.mktemp("scored") / "small"
+    run = Run(Path(shutil.copytree(evaluated.folder, folder)))
+    with loopback(Scripted(rule)) as script:
+        script.answer = lambda kind, messages: (
+            json.dumps({"explanation": HOSTILE}) if kind == "explain" else rule(kind, messages)
+        )
+        main_ok("interp", run.folder, "--judge", script.url, *SMALL)
+        yield run, script
+
+
+def main_ok(*arguments: object) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([str(a) for a in arguments])
+    assert not done.value.code
+
+
+def test_it_scores_every_coder(scored: tuple[Run, Scripted]) -> None:
+    run, script = scored
+    folder = run.interp_folder / "simulated-loopback"
+    result = json.loads((folder / "interp.json").read_text())
+    assert set(result["coders"]) == set(run.evaluation()["coders"])
+    tests = [t for c in result["coders"].values() for t in c["tests"].values()]
+    assert any(t["unweighted"]["mean"] is not None for t in tests)
+    assert result["judge"]["simulated"] and result["judge"]["known_answers_right"] == "4 of 4"
+    assert len(script.questions()) == result["usage"]["requests"]
+    offline = json.loads((run.interp_folder / "offline" / "offline.json").read_text())
+    assert set(offline["coders"]) == set(result["coders"])
+
+
+def test_scores_are_in_the_report_with_their_evidence(scored: tuple[Run, Scripted]) -> None:
+    run, _ = scored
+    page = render_report([run])
+    assert "Simulated judge" in page.split("</header>")[0]
+    section = page.split('<section id="interp">')[1].split("</section>")[0]
+    for word in ("detection", "fuzzing", "intruder", "predictability", "overlap", "The judge:"):
+        assert word in section
+    assert ">Simulated judge simulated-loopback</h3>" in section
+    assert HOSTILE not in page and "&lt;script&gt;alert(1)" in section
+    assert page == render_report([run])
+    assert len(page) < 5_000_000
+
+
+def test_a_report_of_a_run_without_scores_says_how_to_get_them(evaluated: Run) -> None:
+    assert "bsc interp RUN" in render_report([evaluated])
+
+
+def test_scores_can_order_the_bins_of_an_ablation(scored: tuple[Run, Scripted]) -> None:
+    from bsc.eval.scores import read_scores
+
+    run, _ = scored
+    widths = {c["name"]: c["coder"]["n_latents"] for c in run.config()["coders"]}
+    found = read_scores(str(run.interp_folder / "offline" / "scores-predictability.csv"), widths)
+    assert found is not None
+    assert sum(int(np.isfinite(v).sum()) for v in found.values()) > 10
+
+
+def test_a_dry_run_asks_nothing(evaluated_copy: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with loopback(Scripted(rule)) as script:
+        main_ok("interp", evaluated_copy.folder, "--judge", script.url, "--dry-run", *SMALL,
+                "--price-in", "0.15", "--price-out", "0.6")  # fmt: skip
+        assert script.bodies == []
+    said = capsys.readouterr().out
+    assert "detection" in said and "price:" in said and "hours:" in said
+    assert not (evaluated_copy.interp_folder / "offline").exists()
+
+
+def test_named_latents_do_not_replace_a_sample(scored: tuple[Run, Scripted]) -> None:
+    run, script = scored
+    path = run.interp_folder / "simulated-loopback" / "interp.json"
+    offline = run.interp_folder / "offline" / "offline.json"
+    before = path.read_bytes(), offline.read_bytes()
+    latents = [json.loads(x)["latent"] for x in path.with_name("latents.jsonl").open()][:2]
+    main_ok("interp", run.folder, "--judge", script.url, *SMALL, "--coder", run.coder_names()[0],
+            "--latent", latents[0], "--latent", latents[1])  # fmt: skip
+    assert (
+        path.read_bytes(),
+        (run.interp_folder / "offline" / "offline.json").read_bytes(),
+    ) == before
+    found = json.loads(
+        (run.interp_folder / "simulated-loopback+latents" / "interp.json").read_text()
+    )
+    assert found["coders"][run.coder_names()[0]]["latents"] == len(set(latents))
+
+
+def test_coders_can_be_scored_one_by_one(scored: tuple[Run, Scripted], evaluated_copy: Run) -> None:
+    """What is there of the others stays, and in the end it is the same."""
+    run, script = scored
+    names = run.coder_names()[:3]
+    for name in names:
+        main_ok("interp", evaluated_copy.folder, "--judge", script.url, *SMALL, "--coder", name)
+    one, other = (r.interp_folder / "simulated-loopback" for r in (run, evaluated_copy))
+    whole, parts = (json.loads((f / "interp.json").read_text())["coders"] for f in (one, other))
+    assert {n: whole[n] for n in names} == parts
+    lines = [(f / "latents.jsonl").read_text().splitlines() for f in (one, other)]
+    assert set(lines[1]) == {x for x in lines[0] if json.loads(x)["coder"] in names}
+    # One of them with other tests: the others stay, and what no coder has is gone.
+    main_ok("interp", evaluated_copy.folder, "--judge", script.url, *SMALL, "--coder", names[0],
+            "--test", "detection")  # fmt: skip
+    found = json.loads((other / "interp.json").read_text())
+    assert list(found["coders"]) == names and list(found["coders"][names[0]]["tests"]) == [
+        "detection"
+    ]
+    assert found["coders"][names[1]] == whole[names[1]]
+    assert any("different settings: tests" in flag for flag in found["flags"])
+    assert names[0] not in (other / "scores-fuzzing.csv").read_text()
+    offline = json.loads((evaluated_copy.interp_folder / "offline" / "offline.json").read_text())
+    assert set(offline["coders"]) == set(names)
+    assert "detection" in render_report([evaluated_copy])
+
+
+MISTAKES = [
+    (["interp", "{run}", "--judge", "http://127.0.0.1:9/v1"], "no answer"),
+    (["interp", "{run}", "--judge", "./no-such-folder"], "--judge ./no-such-folder: no such"),
+    (["interp", "{run}", "--judge", "127.0.0.1:8000/v1"], "A URL begins with http://"),
+    (["interp", "{run}", "--judge", "vlm"], "did you mean 'vllm'"),
+    (["interp", "{run}", "--judge-model", "x"], "there is no judge; name one with --judge"),
+    (["interp", "{run}", "--dry-run", "--export", "x.jsonl"], "--dry-run and --export"),
+    (["interp", "{run}", "--latent", "64"], "no latent 64; they are 0 to 63"),
+    (["interp", "{run}", "--coder", "nope"], "no coder 'nope'"),
+    (["interp", "{run}", "--test", "detektion"], "detektion"),
+    (["interp", "{run}", "--marks", "some"], "marks"),
+    (["interp", "{run}", "--budget", "5"], "needs the prices"),
+    (["interp", "{run}", "--judge", "demo", "--judge-model", "x"], "only an endpoint has several"),
+    (["interp", "{run}", "--export", "x.jsonl"], "name the judge with --judge-model"),
+    (["interp", "{run}", "--judge", "demo", "--import", "x.jsonl"], "give one of them"),
+    (["interp", "{run}", "--import", "no.jsonl", "--judge-model", "m"], "cannot be read"),
+    (["interp", "{run}", "--store", "/nowhere"], "nowhere"),
+    (["interp", "/nowhere"], "no such run"),
+    (["export", "{run}", "nope", "--out", "x"], "no coder 'nope'"),
+    (["export", "{run}", "{coder}", "--out", "{run}"], "not empty"),
+    (["export", "{run}", "{coder}", "--format", "delfi", "--out", "x"], "did you mean 'delphi'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[m for _, m in MISTAKES])
+def test_a_mistake_gets_one_clear_message(
+    evaluated_copy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    run = evaluated_copy
+    before = {p: p.stat().st_size for p in run.folder.rglob("*") if p.is_file()}
+    filled = [a.format(run=run.folder, coder=run.coder_names()[0]) for a in arguments]
+    with pytest.raises(SystemExit) as done:
+        main(filled)
+    said = capsys.readouterr().err
+    assert done.value.code == 2 and "Traceback" not in said
+    error = next(line for line in said.splitlines() if line.startswith("error: "))
+    assert message in error
+    after = {
+        p: p.stat().st_size
+        for p in run.folder.rglob("*")
+        if p.is_file() and "offline" not in p.parts and p.name not in ("ledger.jsonl", ".lock")
+    }
+    assert after == before
+
+
+def test_a_run_that_is_not_evaluated_says_so(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["interp", str(run.folder)])
+    assert "not evaluated yet" in capsys.readouterr().err
+
+
+def test_the_store_that_is_gone(evaluated_copy: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads(evaluated_copy.config_path.read_text())
+    evaluated_copy.config_path.write_text(json.dumps(config | {"store": "/gone/acts"}))
+    with pytest.raises(SystemExit) as done:
+        main(["interp", str(evaluated_copy.folder)])
+    assert done.value.code == 2 and "not there any more" in capsys.readouterr().err
+
+
+# a judge on this machine
+
+
+@pytest.fixture(scope="module")
+def judge_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("judge"), max_position_embeddings=4096)
+
+
+def test_a_local_model_answers_by_its_logits(judge_model: Path) -> None:
+    judge = LocalJudge(str(judge_model))
+    judge.connect()
+    requests = [
+        ask_test("fuzzing", "c", i, 0, f"word {i}", [[("def ", False), (f"f{i}" * i, True)]])
+        for i in range(5)
+    ]
+    replies: list[Any] = []
+    judge.ask(requests, lambda q, r: replies.append(r))
+    for request, reply in zip(requests, replies, strict=True):
+        # By hand: the logits of the two answers after the prompt.
+        text = "".join(m["content"] + "\n\n" for m in request.messages)
+        ids = judge._encode(text)
+        ends = [judge._encode(f'{{"1": {c}') for c in range(2)]
+        same = next(i for i, (a, b) in enumerate(zip(*ends, strict=False)) if a != b)
+        with torch.inference_mode():
+            logits = judge._lm.model(torch.tensor([ids + ends[0][:same]])).logits[0, -1].float()
+        p = float(torch.softmax(logits[[e[same] for e in ends]], 0)[1])
+        assert reply.yes[0][1] == pytest.approx(p, abs=0.02)  # bfloat16, in a padded batch
+        assert json.loads(reply.text) == {"1": int(reply.yes[0][1] > 0.5)}
+
+
+def test_a_local_judge_scores_a_run(judge_model: Path, evaluated_copy: Run) -> None:
+    name = evaluated_copy.coder_names()[0]
+    main_ok("interp", evaluated_copy.folder, "--judge", judge_model, *SMALL, "--coder", name)
+    (path,) = evaluated_copy.interp_folder.glob("*/interp.json")
+    result = json.loads(path.read_text())
+    assert result["config"]["items"] == 1 and result["judge"]["probabilities"]
+    test = result["coders"][name]["tests"]["fuzzing"]
+    assert 0 <= test["auc"]["unweighted"]["mean"] <= 1
+    before = path.read_bytes()
+    main_ok("interp", evaluated_copy.folder, "--judge", judge_model, *SMALL, "--coder", name)
+    assert path.read_bytes() == before
+
+
+def test_a_judge_with_a_short_context_says_so(
+    tiny_model: Path, evaluated_copy: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["interp", str(evaluated_copy.folder), "--judge", str(tiny_model)])
+    assert done.value.code == 2 and "its context is 64 tokens" in capsys.readouterr().err
+
+
+# exports
+
+
+def test_the_cache_of_delphi_is_exact(
+    evaluated: Run, tmp_path: Path, store: ActivationStore
+) -> None:
+    """Read by delphi's own rules, it holds every firing of the coder."""
+    for name in (n for n in evaluated.coder_names() if n.endswith("k4-s0")):
+        out = tmp_path / name.replace("/", "-")
+        main_ok("export", evaluated.folder, name, "--out", out)
+        (place,) = (out / "latents").iterdir()
+        firings = []
+        expected_start = 0
+        for path in sorted(place.glob("*.safetensors"), key=lambda p: int(p.stem.split("_")[0])):
+            first, last = map(int, path.stem.split("_"))
+            assert first == expected_start
+            expected_start = last + 1
+            arrays = load_file(path)
+            locations = arrays["locations"].astype(np.int64)
+            assert len(locations) and locations[:, 2].max() <= last - first
+            # unique_consecutive finds windows only where rows are in order.
+            order = np.lexsort((locations[:, 2], locations[:, 1], locations[:, 0]))
+            assert np.array_equal(order, np.arange(len(order)))
+            firings += [
+                (int(arrays["tokens"][c, p]), int(c), int(p), int(latent + first), float(v))
+                for (c, p, latent), v in zip(locations, arrays["activations"], strict=True)
+            ]
+        assert expected_start == 64
+        coder = evaluated.coder(name)
+        ids, length = store.held_out.tokens("token_id"), store.context
+        wanted = []
+        side = "output" if coder.config.side == "output" else "input"
+        rows = store.held_out.tensor(f"layers.2.mlp/{side}", 0)
+        code = coder.encode(rows)
+        for row, (latents, values) in enumerate(zip(code.latent, code.value, strict=True)):
+            for latent, value in zip(latents.tolist(), values.tolist(), strict=True):
+                if value != 0 and row < len(ids) // length * length:
+                    wanted.append((int(ids[row]), row // length, row % length, latent, value))
+        own = [f for f in firings if f[1] * length + f[2] < len(rows)]
+        assert [f[:4] for f in sorted(own)] == [w[:4] for w in sorted(wanted)]
+        assert np.allclose([f[4] for f in sorted(own)], [w[4] for w in sorted(wanted)], rtol=2e-3)
+        if "binary" in name:
+            assert {f[4] for f in firings} == {1.0}
+        config = json.loads((place / "config.json").read_text())
+        assert config["ctx_len"] == length
+        counts = torch.load(out / "log" / "hookpoint_firing_counts.pt", weights_only=True)
+        assert int(counts["layers.2.mlp"].sum()) == len(firings)
+
+
+def test_the_cache_is_written_in_parts_without_empty_ones(
+    evaluated: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bsc.eval.exports import delphi
+
+    materials = Materials(evaluated, InterpConfig(), store=None, model=None)
+    material = materials.of(materials.names[0])
+    delphi.write_delphi_cache(materials, material, tmp_path / "whole")
+    monkeypatch.setattr(delphi, "FIRINGS_AT_ONCE", 40)
+    delphi.write_delphi_cache(materials, material, tmp_path / "parts")
+
+    def firings(folder: Path) -> set[tuple[int, ...]]:
+        found: set[tuple[int, ...]] = set()
+        for path in folder.rglob("*.safetensors"):
+            locations = load_file(path)["locations"].astype(np.int64)
+            assert len(locations)
+            locations[:, 2] += int(path.stem.split("_")[0])
+            found |= {tuple(x) for x in locations.tolist()}
+        return found
+
+    assert firings(tmp_path / "parts") == firings(tmp_path / "whole")
+    assert len(list((tmp_path / "parts").rglob("*.safetensors"))) > 3
+
+
+def test_neuronpedias_lines(scored: tuple[Run, Scripted], tmp_path: Path) -> None:
+    run, _ = scored
+    name = run.coder_names()[0]
+    explained = run.interp_folder / "simulated-loopback" / "latents.jsonl"
+    main_ok("export", run.folder, name, "--format", "neuronpedia", "--out", tmp_path / "out",
+            "--explanations", explained)  # fmt: skip
+    (source,) = (tmp_path / "out").glob("*/*")
+    lines = {
+        kind: [
+            json.loads(x)
+            for x in gzip.decompress((source / kind / "batch-0.jsonl.gz").read_bytes()).splitlines()
+        ]
+        for kind in ("features", "activations", "explanations")
+    }
+    assert len(lines["features"]) == 64
+    assert [f["index"] for f in lines["features"]] == [str(i) for i in range(64)]
+    for one in lines["activations"]:
+        assert len(one["tokens"]) == len(one["values"])
+        assert one["values"][one["maxValueTokenIndex"]] == one["maxValue"] == max(one["values"])
+        assert one["values"][one["qualifyingTokenIndex"]] > 0 and one["layer"] == source.name
+    assert lines["explanations"] and all(e["description"] for e in lines["explanations"])
+    assert (source / "source.jsonl").read_text().count("\n") == 1
+
+
+def test_training_on_removes_scores_and_keeps_what_was_paid(scored: tuple[Run, Scripted],
+                                                           tmp_path: Path) -> None:  # fmt: skip
+    run = Run(Path(shutil.copytree(scored[0].folder, tmp_path / "run")))
+    ledger = (run.interp_folder / "ledger.jsonl").read_bytes()
+    run.remove_figures()
+    assert [p.name for p in run.interp_folder.iterdir()] == ["ledger.jsonl"]
+    assert (run.interp_folder / "ledger.jsonl").read_bytes() == ledger
+    assert not run.eval_path.exists() and not run.eval_folder.exists()
+
+
+def test_evidence_of_a_real_store_is_on_three_sides(evaluated: Run) -> None:
+    materials = Materials(evaluated, InterpConfig(min_firings=4), store=None, model=None)
+    seen = 0
+    for material in materials:
+        for latent in material.chosen.latents():
+            row, value = material.code.of(latent)
+            found = gather(material.texts, latent, row.astype(np.int64), value, explain=8, test=8)
+            sides = [
+                {int(material.texts.doc_id[w.start]) for w in windows}
+                for windows in (found.explain, found.firing + found.firing_token,
+                                found.silent + found.silent_token)
+            ]  # fmt: skip
+            assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+            seen += bool(sides[2])
+    assert seen > 10
