@@ -31,6 +31,12 @@ from bsc.eval.interp.wire import LONGEST_WAIT, is_length, reply_of
 __all__ = ["Endpoint"]
 
 Asked = Callable[[Request, Reply], None]
+Form = Literal["json_schema", "json_object", None]
+_AIDS: tuple[tuple[Form, bool], ...] = (
+    ("json_schema", True), ("json_schema", False), ("json_object", False), (None, True),
+    (None, False),
+)  # fmt: skip
+"""How a reply is held to its form, and whether probabilities are asked for, in order."""
 _UNSUPPORTED = (400, 422)
 """How servers say that they do not know a field."""
 
@@ -48,7 +54,7 @@ class Endpoint:
         self.model = config.model or ""
         self.facts: dict[str, Any] = {}
         self._logprobs = False
-        self._structured: Literal["json_schema", "json_object", None] = None
+        self._structured: Form = None
         self._failures = 0.0
         self._stopped: JudgeStopped | None = None
         self._echoed: str | None = None
@@ -217,11 +223,7 @@ class Endpoint:
         connection = Connection(self.config)
         async with connection.clients(1)[0] as client:
             gate, reply = Gate(1), Reply("failed")
-            for structured, logprobs in (
-                ("json_schema", True), ("json_schema", False), ("json_object", False),
-                (None, True), (None, False),
-            ):  # fmt: skip
-                self._structured, self._logprobs = structured, logprobs  # type: ignore[assignment]
+            for self._structured, self._logprobs in _AIDS:
                 reply = await self._reply(client, CANARY, gate)
                 if not reply.error.startswith(tuple(f"HTTP {s}" for s in _UNSUPPORTED)):
                     break

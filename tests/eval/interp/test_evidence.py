@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
 
 from bsc.eval.interp.evidence import MIN_WINDOWS, Evidence, Texts, Window, gather
-from bsc.eval.interp.questions import TESTS, intruder_groups
+from bsc.eval.interp.questions import TESTS, Question, TestKind, intruder_groups
 from bsc.eval.interp.questions import test_questions as questions_of
 from tests.eval.interp import planted
 
@@ -20,10 +21,10 @@ def where() -> Texts:
     return planted.texts(documents=80, tokens=300)
 
 
-def evidence(where: Texts, mask: NDArray[np.bool_], latent: int = 0, **options: object) -> Evidence:
+def evidence(where: Texts, mask: NDArray[np.bool_], latent: int = 0, **options: Any) -> Evidence:
     rows = np.flatnonzero(mask)
     values = np.random.default_rng(latent).random(len(rows)).astype(np.float32)
-    return gather(where, latent, rows, values, **{"explain": 20, "test": 20, **options})  # type: ignore[arg-type]
+    return gather(where, latent, rows, values, **{"explain": 20, "test": 20, **options})
 
 
 def documents(where: Texts, windows: list[Window]) -> set[int]:
@@ -128,9 +129,9 @@ def test_the_firing_is_anywhere_in_its_window(where: Texts) -> None:
     assert counts.min() > 0.6 * counts.mean() and counts.max() < 1.5 * counts.mean()
 
 
-def formatting(question: object, i: int) -> list[float]:
+def formatting(question: Question, i: int) -> list[float]:
     """What a judge sees of an excerpt that reads no word: marks, lengths, order, repeats."""
-    excerpts = question.excerpts  # type: ignore[attr-defined]
+    excerpts = question.excerpts
     flags = [m for text, m in excerpts[i] for _ in text.split()]
     marks = np.flatnonzero(flags)
     same = [tuple(m for text, m in e for _ in text.split()) for e in excerpts]
@@ -170,7 +171,7 @@ def test_a_latent_of_the_first_token_can_be_scored() -> None:
 
 
 @pytest.mark.parametrize("kind", ["detection", "fuzzing"])
-def test_a_judge_that_sees_only_formatting_is_at_chance(where: Texts, kind: str) -> None:
+def test_a_judge_that_sees_only_formatting_is_at_chance(where: Texts, kind: TestKind) -> None:
     """Each cue alone, and a classifier of all of them, trained on other latents."""
     from sklearn.ensemble import RandomForestClassifier
 
@@ -188,7 +189,7 @@ def test_a_judge_that_sees_only_formatting_is_at_chance(where: Texts, kind: str)
         found = evidence(where, mask, latent)
         if found.why_not or not found.silent:
             continue
-        for question in questions_of(where, "c", found, "x", kind, items=5, seed=0):  # type: ignore[arg-type]
+        for question in questions_of(where, "c", found, "x", kind, items=5, seed=0):
             for i, fires in enumerate(question.truth):
                 x.append(formatting(question, i))
                 y.append(fires)

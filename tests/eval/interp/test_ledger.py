@@ -15,7 +15,7 @@ import pytest
 from bsc.errors import UserError
 from bsc.eval.interp.ledger import Ledger, Reply
 from tests.eval.interp.scripted import Scripted, loopback, rule
-from tests.eval.interp.test_endpoint import requests
+from tests.eval.interp.wired import requests
 
 
 def test_half_a_line_is_cut_off_and_a_damaged_one_named(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_kill_and_resume_give_the_same_bytes(tmp_path: Path, killed_after: int) 
 import sys
 from pathlib import Path
 from tests.eval.interp import planted
-from tests.eval.interp.test_endpoint import few_words
+from tests.eval.interp.wired import few_words
 from bsc.eval.interp.connection import EndpointConfig
 from bsc.eval.interp.endpoint import Endpoint
 from bsc.eval.interp.interp import interpret
