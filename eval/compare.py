@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from bsc.errors import StoreError, UserError
+from bsc.array_file import read_arrays
+from bsc.errors import UserError
+from bsc.eval.firing import firing_counts
 from bsc.eval.intervals import ratio_intervals, value_interval
 from bsc.eval.stability import stability_figures
 from bsc.files import canonical_json
@@ -30,13 +30,7 @@ SINGLE = ("l0", "bits", "delta_top1", "kl", "dead")
 
 def _documents(run: Run) -> dict[str, NDArray[Any]]:
     path = run.eval_folder / "documents.safetensors"
-    try:
-        found: dict[str, NDArray[Any]] = load_file(path)
-        return found
-    except (OSError, SafetensorError) as error:
-        raise StoreError(
-            f"{path}: cannot be read ({error}). `bsc eval {run.folder}` writes it."
-        ) from None
+    return read_arrays(path, f"`bsc eval {run.folder}` writes it.")
 
 
 def _planned(run: Run) -> dict[str, dict[str, Any]]:
@@ -125,7 +119,7 @@ def compare_runs(first: Run, second: Run) -> dict[str, Any]:
                              "difference": g[figure] - f[figure]}  # fmt: skip
         coders = first.coder(x), second.coder(y)
         if coders[0].config.d_out == coders[1].config.d_out:
-            counts = _counts(first, x), _counts(second, y)
+            counts = firing_counts(first, x), firing_counts(second, y)
             entry["latents"] = stability_figures(*coders, counts)
         found.append(entry)
     return {
@@ -162,11 +156,3 @@ def _means(first: Run, second: Run, entries: list[dict[str, Any]]) -> list[dict[
                 }
             found.append(mean)
     return found
-
-
-def _counts(run: Run, name: str) -> NDArray[np.int64]:
-    path = run.coder_folder(name) / "firing.safetensors"
-    try:
-        return np.asarray(load_file(path)["counts"])
-    except (OSError, SafetensorError, KeyError) as error:
-        raise StoreError(f"{path}: cannot be read ({error}).") from None

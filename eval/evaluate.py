@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from safetensors.numpy import save as save_arrays
 
+from bsc.array_file import write_arrays
 from bsc.cache.ring import first_kept
 from bsc.cache.store import ActivationStore
 from bsc.config import Config
@@ -36,7 +36,7 @@ from bsc.eval.batches import document_numbers, piece_ranges
 from bsc.eval.codes import Codes
 from bsc.eval.controls import CALIBRATION_ROWS, TOLERANCE, Calibration, calibrate
 from bsc.eval.fidelity import fidelity_figures, fvu, fvu_difference
-from bsc.eval.firing import firing_figures
+from bsc.eval.firing import firing_figures, write_firing_counts
 from bsc.eval.labelled import EMBEDDED, LabelledTexts, read_sets
 from bsc.eval.latents import latent_figures
 from bsc.eval.loss import CLEAN, Contexts, LossSums, added_loss, contexts_of
@@ -46,7 +46,7 @@ from bsc.eval.probing import probing_figures
 from bsc.eval.rows import Sums, add_up, pass_over_rows
 from bsc.eval.setting import Setting, open_setting
 from bsc.eval.stability import run_stability
-from bsc.files import write_atomically, write_json
+from bsc.files import write_json
 from bsc.progress import console, format_bytes, stage
 from bsc.train.run import EVAL_VERSION, Run, claim
 from bsc.versions import versions
@@ -307,13 +307,10 @@ def _write(
     }  # fmt: skip
     for name in setting.coders:
         own = sums[name]
-        write_atomically(
-            setting.run.coder_folder(name) / "firing.safetensors",
-            save_arrays({"counts": own.counts}),
-        )
+        write_firing_counts(setting.run, name, own.counts)
         arrays |= {
             f"{name}/nats": losses[name].nats,
             f"{name}/squared_error": own.block["coder"],
             f"{name}/squared_deviation": own.block["total"],
         }
-    write_atomically(folder / "documents.safetensors", save_arrays(arrays))
+    write_arrays(folder / "documents.safetensors", arrays)

@@ -11,9 +11,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bsc.array_file import read_arrays, write_arrays
 from bsc.eval.intervals import LEVEL
+from bsc.train.run import Run
 
-__all__ = ["FREQUENT", "ULTRA", "dead_rate_bound", "firing_figures"]
+__all__ = [
+    "FREQUENT",
+    "ULTRA",
+    "dead_rate_bound",
+    "firing_counts",
+    "firing_figures",
+    "write_firing_counts",
+]
+
+_COUNTS = "firing.safetensors"
 
 FREQUENT = (0.01, 0.1, 0.5)
 """Firing rates above which latents are counted."""
@@ -33,6 +44,21 @@ def dead_rate_bound(rows: int) -> float:
     0.002991
     """
     return float(1 - (1 - LEVEL) ** (1 / rows))
+
+
+def write_firing_counts(run: Run, coder: str, counts: NDArray[np.int64]) -> None:
+    """Keep beside a coder in how many rows each of its latents fired, (F,)."""
+    write_arrays(run.coder_folder(coder) / _COUNTS, {"counts": counts})
+
+
+def firing_counts(run: Run, coder: str) -> NDArray[np.int64]:
+    """In how many rows each latent of a coder fired in the evaluation of its run, (F,).
+
+    Raises:
+        StoreError: the run was not evaluated, or the file is damaged.
+    """
+    arrays = read_arrays(run.coder_folder(coder) / _COUNTS, f"`bsc eval {run.folder}` writes it.")
+    return arrays["counts"].astype(np.int64)
 
 
 def firing_figures(counts: NDArray[np.int64], rows: int) -> dict[str, Any]:

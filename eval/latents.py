@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import save
-
+from bsc.array_file import write_arrays
 from bsc.eval.batches import rows_read
 from bsc.eval.codes import Codes, LatentCode
 from bsc.eval.controls import Calibration
@@ -16,7 +15,6 @@ from bsc.eval.rate import bit_figures
 from bsc.eval.rows import Sums
 from bsc.eval.setting import Setting
 from bsc.eval.ultra import RowFacts, diagnose, principal_components, ultra_latents
-from bsc.files import write_atomically
 from bsc.progress import stage
 
 __all__ = ["latent_figures"]
@@ -53,7 +51,7 @@ def latent_figures(
                 drawn = sample(code, windows.doc_id)
                 path = folder / "samples" / f"{name}.safetensors"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, save(drawn.arrays()))
+                write_arrays(path, drawn.arrays())
                 shown[name] = _shown(windows, code, drawn, sums[name])
                 progress.advance(1, name)
     return figures, shown

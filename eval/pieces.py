@@ -7,19 +7,15 @@ of pieces belongs to what decided their content: where that changed, they are th
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 
-from bsc.errors import StoreError
+from bsc.array_file import read_arrays, write_arrays
 from bsc.files import canonical_json, write_atomically
 
 __all__ = ["Arrays", "Pieces", "identity_of"]
@@ -65,9 +61,7 @@ class Pieces:
 
     def write(self, piece: int, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Write a piece whole."""
-        write_atomically(
-            self._path(piece), save({n: np.ascontiguousarray(a) for n, a in arrays.items()})
-        )
+        write_arrays(self._path(piece), arrays)
 
     def read(self, piece: int) -> Arrays:
         """The arrays of a piece.
@@ -75,12 +69,4 @@ class Pieces:
         Raises:
             StoreError: it is missing or damaged.
         """
-        path = self._path(piece)
-        try:
-            arrays: Arrays = load_file(path)
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
-            raise StoreError(
-                f"{path}: cannot be read ({error}). Remove {self.folder} and give the command "
-                f"again."
-            ) from None
-        return arrays
+        return read_arrays(self._path(piece), f"Remove {self.folder} and give the command again.")

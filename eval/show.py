@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.text import Text
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
+from bsc.array_file import read_arrays
 from bsc.cache.models import load_tokenizer
 from bsc.errors import StoreError, UserError, nearest
 from bsc.eval.codes import Codes
@@ -32,15 +31,11 @@ def load_sample(run: Run, coder: str) -> Sample:
         StoreError: there are none, or the file is damaged.
     """
     path = run.eval_folder / "samples" / f"{coder}.safetensors"
-    try:
-        arrays = load_file(path)
-        return Sample(**arrays)
-    except FileNotFoundError:
+    if not path.exists():
         raise StoreError(
             f"{run.folder}: no sampled firings of {coder}. `bsc eval {run.folder}` draws them."
-        ) from None
-    except (OSError, SafetensorError, TypeError) as error:
-        raise StoreError(f"{path}: cannot be read ({error}).") from None
+        )
+    return Sample(**read_arrays(path, f"`bsc eval {run.folder}` writes it."))
 
 
 def coder_called(run: Run, name: str) -> str:

@@ -198,8 +198,7 @@ class BankTrainer:
             own, whole = step - progress.first_step, steps - progress.first_step
             progress.lr = coder.lr * lr_scale(own, whole, coder.warmup, coder.decay)
             self.optimisers[c].step(progress.lr)
-            if coder.optimiser != "signum":  # whose averages are normalised when they are used
-                self.bank.renormalise(c)
+            self.bank.renormalise(c)
         seen = rows.to(self.device).unsqueeze(1).expand_as(self.last_fired)
         self.last_fired = torch.where(result.fired & (seen > 0), seen, self.last_fired)
         return frozen

@@ -49,6 +49,10 @@ def train(
         str | None, typer.Option(help="Name of the run.  [default: the file's, or 'run']")
     ] = None,
     runs: Annotated[Path | None, typer.Option(help="Folder of runs.  [default: runs]")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="'paper': every setting not given is the paper's.  [default: ours]"),
+    ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(help="Rows to train on.  [default: each once]", parser=parse_count),
@@ -78,7 +82,7 @@ def train(
     ] = None,
     surrogate: Annotated[
         list[str] | None,
-        typer.Option(help="sigmoid, identity, rectangle, gumbel.  [default: sigmoid]"),
+        typer.Option(help="sigmoid, identity, rectangle, re, gumbel.  [default: sigmoid]"),
     ] = None,
     k: Annotated[list[int] | None, typer.Option(help="Selected latents.  [default: 32]")] = None,
     n_latents: Annotated[
@@ -88,7 +92,7 @@ def train(
         list[str] | None, typer.Option(help="unit, free.  [default: unit for SAEs, else free]")
     ] = None,
     threshold: Annotated[
-        list[str] | None, typer.Option(help="learned, fixed.  [default: learned]")
+        list[str] | None, typer.Option(help="learned, fixed, newton.  [default: learned]")
     ] = None,
     auxk_alpha: Annotated[
         list[float] | None, typer.Option(help="Weight of the AuxK loss.  [default: 0]")
@@ -114,7 +118,7 @@ def train(
             "--set",
             parser=_field,
             metavar="FIELD=VALUE",
-            help="Any other field of a coders table: --set amplitude=learned.",
+            help="Any other field of a coders table: --set clip_norm=1.",
         ),
     ] = None,
     data_seed: Annotated[
@@ -198,7 +202,8 @@ def train(
         values.setdefault("name", sweep.stem)
     where = str(sweep) if sweep else "bsc train"
     run_flags = {
-        "store": store, "name": name, "runs": runs, "tokens": tokens, "batch_rows": batch_rows,
+        "preset": preset, "store": store, "name": name, "runs": runs, "tokens": tokens,
+        "batch_rows": batch_rows,
         "micro_rows": micro_rows, "seed": data_seed, "dead_after": dead_after, "device": device,
         "without_special_tokens": without_special_tokens, "eval_every": eval_every,
         "checkpoint_every": checkpoint_every, "keep_checkpoint": keep_checkpoint,

@@ -111,7 +111,7 @@ def make_job(
     """
     store = ActivationStore(config.store)
     if planned is None:
-        planned = plan_coders(expand(config.coders, where), store)
+        planned = plan_coders(expand(config.coders, where, config.preset), store)
     rows = store.train.rows if store.ring is None else store.planned_rows
     if store.ring is not None and world > 1:
         raise UserError(f"{store.folder}: a ring is read by one process; leave --world out.")

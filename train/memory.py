@@ -127,6 +127,10 @@ def _row_bytes(coder: PlannedCoder, bytes_each: int) -> int:
     pre = config.n_latents * bytes_each // 6  # the folds
     if config.surrogate == "gumbel":
         pre += config.n_latents * (4 + 4 + bytes_each)
+    if config.gumbel_support == "full":  # products and softmax of all latents, in float32
+        pre += config.n_latents * (bytes_each + 4 * 4)
+    if config.threshold == "newton":
+        pre += config.n_latents * 4 * 4
     if config.auxk_alpha:
         pre += config.n_latents * bytes_each
     candidates = 8 * wide * 28

@@ -83,7 +83,7 @@ def resume(
     tables = changes.pop("coders", None)
     config = _same_but_tokens(saved, changes, where)
     if tables is not None:
-        given = plan_coders(expand(tables, where), ActivationStore(config.store))
+        given = plan_coders(expand(tables, where, config.preset), ActivationStore(config.store))
         planned = _added(planned, given) if add_coders else _same_coders(planned, given, where)
     job = make_job(
         config, where, rank=rank, world=world, planned=planned, micro_rows=record["micro_rows"],

@@ -49,12 +49,12 @@ def paper_lr(optimiser: Optimiser, code: str, surrogate: str, n_latents: int) ->
     """Learning rate by the rules of the authors' code, for `lr = "paper"`.
 
     Adam 2e-4 / sqrt(F / 2^14) continuous, 3e-3 / sqrt(F / 2^15) binary; Signum
-    5e-3 / sqrt(F / 2^14) continuous, 3e-3 / sqrt(F / 2^15) binary, 3e-2 for Gumbel-softmax. Made
-    for 2^16 to 2^20 rows a batch and ten thousand steps; in short runs Adam's continuous rule
-    undertrains.
+    5e-3 / sqrt(F / 2^14) continuous, 3e-3 / sqrt(F / 2^15) binary, 3e-2 for Gumbel-softmax, which
+    has no rule for Adam. Made for rows as the module gives them (`normalise = "none"`), 2^16 to
+    2^20 of them a batch and ten thousand steps; in short runs Adam's continuous rule undertrains.
 
     Raises:
-        ConfigError: the paper has no rule for the optimiser or the code.
+        ConfigError: the paper has no rule for the optimiser, the code or the surrogate.
 
     >>> round(paper_lr("adam", "continuous", "sigmoid", 18432), 6)
     0.000189
@@ -67,6 +67,11 @@ def paper_lr(optimiser: Optimiser, code: str, surrogate: str, n_latents: int) ->
             f"rules are for adam and signum, continuous and binary."
         )
     if surrogate == "gumbel" and code == "binary":
+        if optimiser == "adam":
+            raise ConfigError(
+                "lr='paper': the authors trained Gumbel-softmax coders with Signum alone (3e-2). "
+                "Give a number, or optimiser='signum'."
+            )
         return 3e-2
     if code == "binary":
         return 3e-3 / float((n_latents / 2**15) ** 0.5)

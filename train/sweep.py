@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from bsc.cache.layout import Hookpoint
 from bsc.cache.store import ActivationStore
@@ -32,11 +32,11 @@ from bsc.config import Config, parse_config
 from bsc.errors import ConfigError
 from bsc.train.coders.config import BINARY_ONLY, CoderConfig
 from bsc.train.optim import Optimiser
+from bsc.train.preset import Preset, coder_defaults, run_defaults
 from bsc.train.schedule import Decay, default_decay, default_lr, default_warmup, paper_lr
 
 __all__ = ["PlannedCoder", "SweepPoint", "TrainConfig", "expand", "plan_coders"]
 
-DEFAULT_EXPANSION = 32
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -50,20 +50,25 @@ class SweepPoint(Config):
     site: Literal["sae", "transcoder", "skip_transcoder"] = "skip_transcoder"
     select: Literal["topk", "groupmax", "batch_topk"] = "topk"
     code: Literal["continuous", "binary", "hybrid"] = "continuous"
-    surrogate: Literal["sigmoid", "identity", "rectangle", "gumbel"] = "sigmoid"
+    surrogate: Literal["sigmoid", "identity", "rectangle", "re", "gumbel"] = "sigmoid"
     temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Of the surrogate; None: 2, and 0.5 for gumbel."""
-    threshold: Literal["learned", "fixed"] = "learned"
+    """Temperature of the surrogate; None: 2, and 0.5 for gumbel."""
+    gumbel_support: Literal["top4", "full"] = "top4"
+    threshold: Literal["learned", "fixed", "newton"] = "learned"
     threshold_init: float = Field(default=0.004, gt=0, allow_inf_nan=False)
     exact_k: bool = False
     k: int = Field(default=32, ge=1)
     k_binary: int | None = Field(default=None, ge=1)
     n_latents: int | None = Field(default=None, ge=1)
-    """Number of latents; None: 32 times the width of the output."""
+    """Number of latents; None: `expansion` times the width of the output."""
+    expansion: int = Field(default=32, ge=1)
+    """Latents for each channel of the output, where `n_latents` is not given."""
     n_binary: int | None = Field(default=None, ge=1)
     decoder_norm: Literal["unit", "free"] | None = None
     """None: unit for SAEs, free for transcoders."""
-    amplitude: Literal["none", "learned"] = "none"
+    amplitude: Literal["none", "learned"] | None = None
+    """None: learned for binary and hybrid coders with unit rows, which cannot express how much a
+    latent counts without it; else none."""
     auxk_alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     auxk_k: int | None = Field(default=None, ge=1)
     multi_topk: bool = False
@@ -87,7 +92,7 @@ class SweepPoint(Config):
     """Held-out evaluations in a row without an FVU 0.1 % lower, after which the coder is done.
     None: it trains to the end."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of the initial weights. Coders with one seed begin with the same encoder."""
+    """Seed of the initial weights. Coders with one seed begin with the same encoder."""
 
     @field_validator("group")
     @classmethod
@@ -106,11 +111,13 @@ class SweepPoint(Config):
         if self.code == "continuous":
             # What it does not read must not tell coders apart: a grid then has it once.
             values = {f: v for f, v in values.items() if f not in BINARY_ONLY}
-            values["amplitude"] = self.amplitude
         values["d_in"] = hook.d_out if self.site == "sae" else hook.d_in
         values["d_out"] = hook.d_out
-        values["n_latents"] = self.n_latents or DEFAULT_EXPANSION * hook.d_out
-        values["decoder_norm"] = self.decoder_norm or ("unit" if self.site == "sae" else "free")
+        values["n_latents"] = self.n_latents or self.expansion * hook.d_out
+        norm = self.decoder_norm or ("unit" if self.site == "sae" else "free")
+        values["decoder_norm"] = norm
+        learned = self.code != "continuous" and norm == "unit"
+        values["amplitude"] = self.amplitude or ("learned" if learned else "none")
         return parse_config(CoderConfig, values, f"coder at {hook.name}")
 
     def planned(self, hook: Hookpoint) -> PlannedCoder:
@@ -176,6 +183,9 @@ class TrainConfig(Config):
     """Folder that holds runs."""
     name: str = "run"
     """Name of the run: its folder is runs/name."""
+    preset: Preset | None = None
+    """"paper": every setting that is not given is the paper's, of the run and of its coders. None:
+    our defaults."""
     tokens: int | None = Field(default=None, ge=1)
     """Rows to train on; None: every training row of the store once. More rows are more passes."""
     batch_rows: int = Field(default=2048, ge=1, le=2**24)
@@ -217,6 +227,13 @@ class TrainConfig(Config):
     coders: tuple[dict[str, Any], ...] = Field(default=({},), min_length=1)
     """Tables of `SweepPoint` fields; a list as a value is an axis of the table's grid."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return run_defaults(values.get("preset")) | values
+        return values
+
     @field_validator("name")
     @classmethod
     def _plain_name(cls, name: str) -> str:
@@ -230,8 +247,15 @@ class TrainConfig(Config):
         return self.runs / self.name
 
 
-def expand(tables: Iterable[dict[str, Any]], where: str) -> list[SweepPoint]:
+def expand(
+    tables: Iterable[dict[str, Any]], where: str, preset: Preset | None = None
+) -> list[SweepPoint]:
     """The points of all tables: within a table every combination of its lists.
+
+    Args:
+        tables: fields of `SweepPoint`, or lists of them.
+        where: what the tables come from, for messages.
+        preset: what stands in the place of the defaults (train/preset.py).
 
     Raises:
         ConfigError: a table has an unknown key or a wrong value.
@@ -246,6 +270,7 @@ def expand(tables: Iterable[dict[str, Any]], where: str) -> list[SweepPoint]:
             raise ConfigError(f"{where}: coders table {number}: {empty[0]} is an empty list.")
         for values in itertools.product(*axes):
             fields = dict(zip(table, values, strict=True))
+            fields = coder_defaults(preset, fields) | fields
             points.append(parse_config(SweepPoint, fields, f"{where}: coders table {number}"))
     return list(dict.fromkeys(points))
 

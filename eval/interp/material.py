@@ -11,8 +11,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from bsc.cache.models import load_tokenizer
 from bsc.config import Config
@@ -20,6 +18,7 @@ from bsc.errors import StoreError, UserError
 from bsc.eval.batches import rows_read
 from bsc.eval.codes import Codes, LatentCode
 from bsc.eval.examples import Windows
+from bsc.eval.firing import firing_counts
 from bsc.eval.interp.evidence import Evidence, Marking, Texts, gather
 from bsc.eval.interp.questions import TESTS, TestKind
 from bsc.eval.interp.sampling import Chosen, Design, choose
@@ -179,13 +178,7 @@ class Materials:
 
     def of(self, name: str) -> Material:
         """Read the codes of a coder and draw its latents."""
-        path = self.run.coder_folder(name) / "firing.safetensors"
-        try:
-            counts = load_file(path)["counts"].astype(np.int64)
-        except (OSError, SafetensorError, KeyError) as error:
-            raise StoreError(
-                f"{path}: cannot be read ({error}). `bsc eval {self.run.folder}` writes it."
-            ) from None
+        counts = firing_counts(self.run, name)
         code = Codes(Pieces(self.run.eval_folder / "codes" / name), counts).by_latent()
         texts, config = self._texts[self.hookpoint(name)], self.config
         rows = int(texts.read.sum())

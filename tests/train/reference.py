@@ -20,7 +20,7 @@ class Step(torch.autograd.Function):
     def forward(ctx, m: Tensor, config: CoderConfig) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(m)
         ctx.config = config
-        return torch.ones_like(m) if config.exact_k else (m > 0).to(m.dtype)
+        return torch.ones_like(m) if config.always_on else (m > 0).to(m.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
@@ -30,12 +30,13 @@ class Step(torch.autograd.Function):
             "sigmoid": s * (1 - s),
             "identity": torch.ones_like(m),
             "rectangle": ((m / t > -0.5) & (m / t < 0.5)).to(m.dtype),
+            "re": m.abs() ** ((1 - t) / t) / t,
         }
         return grad * slope[ctx.config.surrogate], None
 
 
 class Threshold(torch.autograd.Function):
-    """exp(l), whose derivative for rectangle and identity is the authors': theta^2 / T."""
+    """exp(l), whose derivative for rectangle, identity and re is the authors': theta^2 / T."""
 
     @staticmethod
     def forward(ctx, log: Tensor, config: CoderConfig) -> Tensor:  # type: ignore[no-untyped-def]
@@ -78,16 +79,32 @@ def chosen_latents(config: CoderConfig, margin: Tensor, factor: int = 1) -> Tens
     return chosen
 
 
+def row_threshold(pre: Tensor, k: int) -> Tensor:
+    """t with sum sigmoid(pre + t) = k in every row, (N, 1), by bisection."""
+    low, high = -pre.amax(1, keepdim=True) - 50, -pre.amin(1, keepdim=True) + 50
+    for _ in range(200):
+        middle = (low + high) / 2
+        above = torch.sigmoid(pre + middle).sum(1, keepdim=True) > k
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return (low + high) / 2
+
+
 def code_of(config: CoderConfig, margin: Tensor, factor: int = 1) -> Tensor:
     """Code (N, F), differentiable."""
     if config.surrogate == "gumbel":
         groups = margin.view(len(margin), config.k, -1)
-        floor = groups.topk(min(4, groups.shape[2]), dim=2).values[:, :, -1:]
+        support = groups.shape[2] if config.gumbel_support == "full" else min(4, groups.shape[2])
+        floor = groups.topk(support, dim=2).values[:, :, -1:]
         soft = (groups / config.temperature).masked_fill(groups < floor, -torch.inf).softmax(2)
         hard = (groups == groups.amax(2, keepdim=True)).to(margin.dtype)
         return (hard - soft.detach() + soft).view_as(margin)
     is_binary = torch.arange(config.n_latents) >= config.first_binary
-    value = torch.where(is_binary, _apply(Step, margin, config), margin.relu())
+    shifted = margin
+    if config.threshold == "newton":
+        k = config.k if config.code == "binary" else config.k_binary
+        assert k is not None
+        shifted = margin + row_threshold(margin.detach()[:, config.first_binary :], k)
+    value = torch.where(is_binary, _apply(Step, shifted, config), margin.relu())
     return value * chosen_latents(config, margin, factor)
 
 
@@ -103,8 +120,10 @@ def reference(
     margin = (x - p["b_dec"] if config.site == "sae" else x) @ p["encoder.weight"].T + p[
         "encoder.bias"
     ]
-    if config.code != "continuous" and config.surrogate != "gumbel":
+    true_margin = margin
+    if config.has_threshold:
         binary = (torch.arange(config.n_latents) >= config.first_binary).to(margin.dtype)
+        true_margin = margin - p["log_threshold"].exp() * binary
         margin = margin - _apply(Threshold, p["log_threshold"], config) * binary
     w_dec = p["W_dec"]
     if config.decoder_norm == "unit":
@@ -124,7 +143,7 @@ def reference(
         k = min(wanted, int(dead.sum()))
         ranked = margin.detach().masked_fill(~dead, -torch.inf)
         mask = torch.zeros_like(margin).scatter(1, ranked.topk(k, dim=1).indices, 1.0)
-        again = (margin.relu() * mask) @ w_dec
+        again = (true_margin.relu() * mask) @ w_dec  # relu has a derivative of its own
         aux = (again - residual.detach()).square().sum() * scale
         whole = whole + config.auxk_alpha * (k / wanted) * aux
     return loss, whole, code

@@ -107,11 +107,23 @@ def test_forward_and_every_gradient_are_those_of_autograd(
 AXES: dict[str, dict[str, Any]] = {
     "identity": {"code": "binary", "surrogate": "identity"},
     "rectangle": {"code": "binary", "surrogate": "rectangle", "temperature": 1.3},
+    "re": {"code": "binary", "surrogate": "re", "temperature": 1.7},
+    "newton": {"code": "binary", "threshold": "newton"},
+    "newton rectangle": {"code": "binary", "threshold": "newton", "surrogate": "rectangle"},
+    "newton groupmax": {"code": "binary", "threshold": "newton", "select": "groupmax"},
+    "newton multi top-k": {"code": "binary", "threshold": "newton", "multi_topk": True},
+    "hybrid newton": {"code": "hybrid", "threshold": "newton"},
     "exact k": {"code": "binary", "exact_k": True},
     "fixed threshold": {"code": "binary", "threshold": "fixed"},
     "groupmax": {"select": "groupmax"},
     "binary groupmax": {"code": "binary", "select": "groupmax"},
     "gumbel": {"code": "binary", "select": "groupmax", "surrogate": "gumbel"},
+    "full gumbel": {
+        "code": "binary",
+        "select": "groupmax",
+        "surrogate": "gumbel",
+        "gumbel_support": "full",
+    },
     "batch top-k": {"select": "batch_topk"},
     "binary batch top-k": {"code": "binary", "select": "batch_topk"},
     "hybrid": {"code": "hybrid"},
@@ -122,6 +134,17 @@ AXES: dict[str, dict[str, Any]] = {
     "binary multi top-k": {"code": "binary", "multi_topk": True},
     "AuxK": {"auxk_alpha": 1 / 32},
     "binary AuxK": {"code": "binary", "auxk_alpha": 0.5, "auxk_k": 20},
+    **{
+        f"{code} {surrogate} AuxK": {
+            "code": code,
+            "surrogate": surrogate,
+            "auxk_alpha": 0.5,
+            "auxk_k": 20,
+            "temperature": 1.3,
+        }
+        for code in ("binary", "hybrid")
+        for surrogate in ("identity", "rectangle", "re")
+    },
     "hybrid AuxK and multi top-k": {"code": "hybrid", "auxk_alpha": 0.5, "multi_topk": True},
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from bsc.errors import ConfigError, StoreError
 from bsc.train.coders.coder import SparseCoder, parameter_shapes
@@ -73,6 +74,9 @@ def test_a_continuous_code_is_the_relu_of_the_largest_pre_activations() -> None:
         ("shape", StoreError, "should be"),
         ("weights", StoreError, "cannot be read"),
         ("json", StoreError, "not a coder's config"),
+        ("about", StoreError, "not a coder's config"),
+        ("byte", StoreError, "damaged or exchanged: the tensors do not have the hash"),
+        ("no hash", StoreError, "not a coder's config .KeyError.'tensors_xxh3_128'"),
     ],
 )
 def test_a_damaged_coder_gets_one_message(
@@ -85,11 +89,20 @@ def test_a_damaged_coder_gets_one_message(
         path.unlink()
     elif damage == "weights":
         (tmp_path / "coder.safetensors").write_bytes(b"\x80\x04pickle")
+    elif damage == "byte":
+        weights = tmp_path / "coder.safetensors"
+        raw = bytearray(weights.read_bytes())
+        raw[-3] ^= 1
+        weights.write_bytes(raw)
     elif damage == "json":
         path.write_text("{")
     else:
         if damage == "version":
             saved["version"] = 99
+        elif damage == "about":
+            saved["about"] = None
+        elif damage == "no hash":
+            del saved["tensors_xxh3_128"]
         elif damage == "key":
             saved["coder"]["temperatur"] = 1.0
         else:
@@ -97,6 +110,43 @@ def test_a_damaged_coder_gets_one_message(
         path.write_text(json.dumps(saved))
     with pytest.raises(error, match=message):
         SparseCoder.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("encoder.weight", float("nan")), ("encoder.bias", float("inf")), ("W_dec", -float("inf"))],
+)
+def test_values_that_are_not_finite_are_refused_unless_training_ended_so(
+    tmp_path: Path, name: str, value: float
+) -> None:
+    coder = make_coder(site="sae", code="binary")
+    coder.tensors[name].view(-1)[3] = value
+    coder.save(tmp_path / "a")  # with the hash of what it holds
+    with pytest.raises(StoreError, match=rf"a/coder.safetensors: {name} hold values that are not"):
+        SparseCoder.load(tmp_path / "a")
+    coder.about["frozen_at_step"] = 7
+    coder.save(tmp_path / "b")  # it is named and left out by whoever reads the run
+    assert SparseCoder.load(tmp_path / "b").about["frozen_at_step"] == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float16, torch.bool])
+def test_tensors_of_another_dtype_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    coder = make_coder(site="sae", code="continuous")
+    coder.save(tmp_path)
+    changed = coder.tensors | {"W_dec": coder.W_dec.to(dtype)}
+    save_file(changed, tmp_path / "coder.safetensors")
+    with pytest.raises(StoreError, match="should all be float32, found"):
+        SparseCoder.load(tmp_path)
+
+
+def test_a_coder_of_version_1_has_no_hash_and_still_loads(tmp_path: Path) -> None:
+    coder = make_coder(site="sae", code="binary")
+    coder.save(tmp_path)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["tensors_xxh3_128"]
+    path.write_text(json.dumps(saved | {"version": 1}))
+    assert torch.equal(SparseCoder.load(tmp_path).W_dec, coder.W_dec)
 
 
 @pytest.mark.parametrize(

@@ -150,3 +150,20 @@ def test_bfloat16_sums_round_once() -> None:
     found = kernels.latent_sums(kernels.transpose(entries, 2), weight, rows)[0]
     exact = weight.double() @ rows.double()
     assert ((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-2).all()
+
+
+@pytest.mark.parametrize(("n_latents", "k"), [(8, 1), (300, 32), (2048, 3), (16, 16)])
+def test_the_threshold_of_a_row_makes_k_of_its_sigmoids(n_latents: int, k: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    pre = 3 * torch.randn(200, n_latents, generator=g)
+    pre[100:] = 40 * pre[100:] - 100  # most sigmoids flat: where Newton's method alone diverges
+    t = kernels.newton_shift(pre, k)
+    assert t.shape == (200, 1) and t.isfinite().all()
+    found = torch.sigmoid(pre.double() + t.double()).sum(1)
+    torch.testing.assert_close(
+        found[:100], torch.full((100,), float(k)).double(), rtol=2e-3, atol=0
+    )
+    if k < n_latents:  # flat ones: within one latent
+        assert ((found[100:] - k).abs() < 1).double().mean() > 0.9
+    rounded = kernels.newton_shift(pre.bfloat16(), k)
+    assert rounded.dtype == torch.float32

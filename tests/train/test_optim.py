@@ -190,6 +190,8 @@ def test_the_rules_of_the_paper_by_name() -> None:
     ):  # fmt: skip
         assert paper_lr(optimiser, code, "sigmoid", n_latents) == pytest.approx(expected, rel=0.01)  # type: ignore[arg-type]
     assert paper_lr("signum", "binary", "gumbel", 36864) == 3e-2
+    with pytest.raises(ConfigError, match="trained Gumbel-softmax coders with Signum alone"):
+        paper_lr("adam", "binary", "gumbel", 36864)
     with pytest.raises(ConfigError, match="no learning rate for muon and binary"):
         paper_lr("muon", "binary", "sigmoid", 100)
     assert default_lr("adam", "hybrid", 2**14) == default_lr("adam", "continuous", 2**14)

@@ -7,6 +7,7 @@ import pytest
 from bsc.cache.store import ActivationStore
 from bsc.config import parse_config, read_toml
 from bsc.errors import ConfigError, StoreError
+from bsc.train.schedule import paper_lr
 from bsc.train.sweep import PlannedCoder, SweepPoint, TrainConfig, expand, plan_coders
 
 
@@ -99,6 +100,11 @@ def test_a_toml_file_is_checked_like_flags(tmp_path: Path) -> None:
         ({"select": "groupmax", "k_init": 8}, "k_init: with select='groupmax'"),
         ({"k_init": 65}, "k_init=65 is more than n_latents=64"),
         ({"optimiser": "muon", "lr": "paper"}, "the paper has no learning rate for muon"),
+        ({"code": "binary", "gumbel_support": "full"}, "gumbel_support='full' is for surrogate="),
+        (
+            {"code": "binary", "threshold": "newton", "select": "batch_topk"},
+            "threshold='newton' is for binary and hybrid coders",
+        ),
         ({"k": 64}, None),
         ({"k": 1}, None),
     ],
@@ -144,6 +150,50 @@ def test_the_temperature_follows_the_surrogate(store: ActivationStore) -> None:
     (one,) = plan_coders(expand([base], "t"), store)
     (two,) = plan_coders(expand([base | {"surrogate": "gumbel", "select": "groupmax"}], "t"), store)
     assert (one.coder.temperature, two.coder.temperature) == (2.0, 0.5)
+
+
+def test_binary_latents_of_unit_rows_have_amplitudes_unless_it_is_said_otherwise(
+    store: ActivationStore,
+) -> None:
+    def amplitudes(**fields: object) -> list[str]:
+        base = {"hookpoint": "layers.0.mlp", "n_latents": 64, "k": 4}
+        base["code"] = ["continuous", "binary", "hybrid"]  # type: ignore[assignment]
+        return [p.coder.amplitude for p in plan_coders(expand([base | fields], "t"), store)]
+
+    assert amplitudes(site="sae") == ["none", "learned", "learned"]
+    assert amplitudes(site="sae", decoder_norm="free") == ["none"] * 3
+    assert amplitudes(site="sae", amplitude="none") == ["none"] * 3
+    assert amplitudes(site="transcoder") == ["none"] * 3
+
+
+def test_the_paper_s_settings_by_one_name(store: ActivationStore) -> None:
+    values = {"preset": "paper", "coders": ({"site": ["sae", "transcoder"], "k": 4,
+              "code": ["binary", "continuous"], "hookpoint": "layers.0.mlp"},)}  # fmt: skip
+    config = parse_config(TrainConfig, values, "t")
+    assert (config.normalise, config.batch_rows) == ("none", 2**20)
+    planned = plan_coders(expand(config.coders, "t", config.preset), store)
+    found = [
+        (p.coder.site, p.coder.code, p.optimiser, p.coder.decoder_norm, p.coder.amplitude,
+         p.coder.n_latents, p.warmup, p.decay)
+        for p in planned
+    ]  # fmt: skip
+    assert found == [
+        ("sae", "binary", "signum", "unit", "none", 32 * 32, 0.0, "none"),
+        ("sae", "continuous", "adam", "unit", "none", 32 * 32, 0.1, "linear"),
+        ("transcoder", "binary", "adam", "free", "none", 64 * 32, 0.1, "linear"),
+        ("transcoder", "continuous", "adam", "free", "none", 64 * 32, 0.1, "linear"),
+    ]
+    for p in planned:
+        assert p.lr == paper_lr(p.optimiser, p.coder.code, "sigmoid", p.coder.n_latents)
+    # What is said goes before it, and a saved config reads back as it was.
+    said = parse_config(TrainConfig, values | {"batch_rows": 64, "normalise": "rms"}, "t")
+    assert (said.normalise, said.batch_rows) == ("rms", 64)
+    assert parse_config(TrainConfig, said.model_dump(mode="json"), "t") == said
+    (one,) = expand([{"lr": 0.5, "optimiser": "muon"}], "t", "paper")
+    assert (one.lr, one.optimiser, one.warmup, one.expansion) == (0.5, "muon", None, 64)
+    gumbel = {"code": "binary", "select": "groupmax", "surrogate": "gumbel"}
+    (one,) = expand([gumbel], "t", "paper")
+    assert (one.optimiser, one.gumbel_support) == ("signum", "full")
 
 
 def test_a_resolved_config_reads_back_as_it_was(store: ActivationStore) -> None:

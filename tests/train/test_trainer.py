@@ -9,6 +9,7 @@ import torch
 
 from bsc.cache.store import ActivationStore
 from bsc.errors import StoreError, UserError
+from bsc.train.bank_trainer import BankTrainer
 from bsc.train.coders.bank import Bank
 from bsc.train.run import Run
 from bsc.train.sweep import TrainConfig
@@ -83,11 +84,43 @@ def test_a_coder_does_not_depend_on_the_company_it_trains_in(
         torch.testing.assert_close(a.tensors[tensor], b.tensors[tensor], rtol=0.05, atol=0.02)
 
 
-def test_unit_decoders_have_rows_of_one_length(run: Run, store: ActivationStore) -> None:
-    scale = (store.train.moments("layers.2.mlp/output").total_variance / 32) ** 0.5
-    for name in (n for n in run.coder_names() if "/sae-" in n):
-        norms = run.coder(name).W_dec.norm(dim=1)
-        torch.testing.assert_close(norms, torch.full_like(norms, scale), rtol=1e-3, atol=0)
+def test_unit_decoders_have_rows_of_one_length_unless_they_have_amplitudes(
+    store_path: Path, tmp_path: Path
+) -> None:
+    table = {"hookpoint": "layers.2.mlp", "site": "sae", "k": 8, "n_latents": 64}
+    kinds = {"code": ["binary", "continuous"], "amplitude": ["none", "learned"]}
+    run, _ = train(config(store_path, tmp_path, coders=(table | kinds,)))
+    moments = ActivationStore(store_path).train.moments("layers.2.mlp/output")
+    scale = (moments.total_variance / 32) ** 0.5
+    found = set()
+    for coder in map(run.coder, run.coder_names()):
+        norms = coder.W_dec.norm(dim=1)
+        of_one_length = bool(((norms - scale).abs() < 1e-3 * scale).all())
+        assert of_one_length == (coder.config.amplitude == "none")
+        found.add((coder.config.code, coder.config.amplitude))
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "signum", "signum_classic", "muon"])
+def test_unit_rows_stay_of_length_1_in_training_whatever_the_optimiser(
+    store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimiser: str
+) -> None:
+    """Longer rows would turn by less at each step."""
+    lengths: list[torch.Tensor] = []
+    plain = BankTrainer.step
+
+    def look(self: BankTrainer, *args: Any) -> list[str]:
+        frozen = plain(self, *args)
+        lengths.append(self.bank.parameters["W_dec"].norm(dim=2).detach().clone())
+        return frozen
+
+    monkeypatch.setattr(BankTrainer, "step", look)
+    table = {"hookpoint": "layers.2.mlp", "site": "sae", "k": 8, "n_latents": 64, "lr": 0.01,
+             "optimiser": optimiser, "code": ["binary", "continuous"]}  # fmt: skip
+    train(config(store_path, tmp_path, coders=(table,)))
+    assert len(lengths) > 5
+    for norms in lengths:
+        torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-5, atol=0)
 
 
 def test_signum_with_unit_rows_evaluates_what_it_trained(store_path: Path, tmp_path: Path) -> None:

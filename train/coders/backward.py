@@ -11,20 +11,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bsc.train.coders import kernels, surrogates
 from bsc.train.coders.config import CoderConfig
-from bsc.train.coders.kernels import Entries
-from bsc.train.coders.select import Selection, code_values, select
+from bsc.train.coders.kernels import Entries, TransposedCode
+from bsc.train.coders.select import Selection, code_values, parts_at, select
 
 __all__ = ["GUMBEL_CANDIDATES", "CoderPass"]
 
 GUMBEL_CANDIDATES = 4
 """Latents of a group that its softmax is over."""
 _MULTI_TOPK, _MULTI_WEIGHT = 4, 1 / 8
+
+
+class _Term(NamedTuple):
+    """What a term of the loss leaves for the others."""
+
+    error: Tensor
+    """(N, d_out): decoded code less target."""
+    g_y: Tensor
+    """(N, d_out): gradient to the reconstruction."""
+    g_bias: Tensor
+    """(F,): gradient to the biases of the encoder, which is that to all margins of a latent."""
 
 
 @dataclass
@@ -50,6 +62,8 @@ class CoderPass:
     noise: torch.Generator | None
     along: Tensor | None
     """(F, 1): gets <gradient of an acting decoder row, the row>; None: not needed."""
+    aux_bias: Tensor | None
+    """(F,): gets AuxK's own share of the gradient to the biases; None: not needed."""
     dot: Callable[[Tensor, Tensor, Entries], Tensor]
     scale: float
     """1 / (rows of the batch * total variance)."""
@@ -73,18 +87,23 @@ class CoderPass:
             target -= p["W_skip"] @ self.centre
             target -= self.z[:, :d_in] @ p["W_skip"].to(self.z.dtype).T
         add_base = self.add
+        shift = self._row_thresholds(margin_NF)
+
+        def backward(g_code: Tensor, chosen: Selection) -> Tensor:
+            return self._straight_through(g_code, chosen, shift)
+
         if config.surrogate == "gumbel":
-            chosen, code, backward = self._gumbel(margin_NF)
+            chosen, code, term = self._gumbel(margin_NF, target)
         else:
-            chosen, backward = select(config, margin_NF, self.k), self._straight_through
+            chosen = select(config, margin_NF, self.k)
             code = code_values(config, chosen.entries.latent, chosen.margin)
-        error, g_base = self._term(chosen, code, backward, target, 1.0)
+            term = self._term(chosen, code, backward, target, 1.0)
+        error, g_base = term.error, term.g_y
         if config.multi_topk:
             k = min(_MULTI_TOPK * self.k, config.n_latents)
             more = select(config, margin_NF, k)
             values = code_values(config, more.entries.latent, more.margin)
-            _, g_more = self._term(more, values, self._straight_through, target, _MULTI_WEIGHT)
-            g_base = g_base + g_more
+            g_base = g_base + self._term(more, values, backward, target, _MULTI_WEIGHT).g_y
         self._give("b_dec", g_base.sum(0), add_base)
         if "W_skip" in p:
             product = (g_base.to(self.z.dtype).T @ self.z[:, :d_in]).to(g_base.dtype)
@@ -101,48 +120,99 @@ class CoderPass:
         backward: Callable[[Tensor, Selection], Tensor],
         target: Tensor,
         weight: float,
-    ) -> tuple[Tensor, Tensor]:
-        """weight * scale * |decoded code - target|^2: adds its gradients to decoder and encoder.
-
-        Returns:
-            The error, and the gradient to the reconstruction, (N, d_out).
-        """
+    ) -> _Term:
+        """weight * scale * |decoded code - target|^2: adds its gradients to decoder and encoder."""
         entries, dtype = chosen.entries, self.z.dtype
-        error = kernels.decode(entries, code.to(dtype), self.w_dec).to(target.dtype) - target
-        g_y = error * (2 * weight * self.scale)
-        g_rounded = g_y.to(dtype)
+        error, g_y, g_rounded = self._error(chosen, code, target, weight)
         g_code = self.dot(g_rounded, self.w_dec, entries).to(target.dtype)
         g_pre = backward(g_code, chosen)
-        by_latent = kernels.transpose(entries, self.config.n_latents)
+        by_latent = self._decoder_gradients(chosen, code, g_rounded, g_code)
+        sums = kernels.latent_sums(by_latent, g_pre.to(dtype), self.z)
+        return _Term(error, g_y, self._encoder_gradients(sums))
+
+    def _error(
+        self, chosen: Selection, code: Tensor, target: Tensor, weight: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Error of the decoded code, its gradient, and that in the dtype of products."""
+        decoded = kernels.decode(chosen.entries, code.to(self.z.dtype), self.w_dec)
+        error = decoded.to(target.dtype) - target
+        g_y = error * (2 * weight * self.scale)
+        return error, g_y, g_y.to(self.z.dtype)
+
+    def _decoder_gradients(
+        self, chosen: Selection, code: Tensor, g_rounded: Tensor, g_code: Tensor
+    ) -> TransposedCode:
+        """Add the gradients of the decoder; the code by latent, for those of the encoder."""
+        by_latent = kernels.transpose(chosen.entries, self.config.n_latents)
         if self.along is not None:
-            ones = g_code.new_ones((len(target), 1))
+            ones = g_code.new_ones((len(g_rounded), 1))
             along = kernels.latent_sums(by_latent, code.to(g_code.dtype) * g_code, ones)
             self.along.add_(along) if self.add else self.along.copy_(along)
-        sums = kernels.latent_sums(by_latent, g_pre.to(dtype), self.z)
+        sums = kernels.latent_sums(by_latent, code.to(g_rounded.dtype), g_rounded)
+        self._give("W_dec", sums, self.add)
+        return by_latent
+
+    def _encoder_gradients(self, sums: Tensor) -> Tensor:
+        """Add the gradients of the encoder, (F, d_in + extra); that of the biases, (F,)."""
         d_in = len(self.centre)
-        self._give("W_dec", kernels.latent_sums(by_latent, code.to(dtype), g_rounded), self.add)
         self._give("encoder.weight", sums[:, :d_in], self.add)
         self._give("encoder.bias", sums[:, d_in], self.add)
         self.add = True
-        return error, g_y
+        return sums[:, d_in]
 
-    def _straight_through(self, g_code: Tensor, chosen: Selection) -> Tensor:
+    def _row_thresholds(self, margin_NF: Tensor) -> Tensor | None:
+        """(N, 1): what is added to the margins of binary latents with `threshold = "newton"`."""
+        if self.config.threshold != "newton":
+            return None
+        part = parts_at(self.config, self.k)[-1]
+        return kernels.newton_shift(margin_NF[:, part.start : part.stop], part.k)
+
+    def _straight_through(self, g_code: Tensor, chosen: Selection, shift: Tensor | None) -> Tensor:
         """Gradient of a code to its pre-activation."""
         config, margin = self.config, chosen.margin.to(g_code.dtype)
         if config.code == "continuous":
             return g_code * (margin > 0)
-        g = surrogates.SURROGATES[config.surrogate](g_code, margin, self.temperature)
+        shifted = margin
+        if shift is not None:
+            shifted = margin + shift.to(margin.dtype)[chosen.entries.row, 0]
+        g = surrogates.SURROGATES[config.surrogate](g_code, shifted, self.temperature)
         if config.code == "binary":
             return g
         return torch.where(chosen.entries.latent >= config.first_binary, g, g_code * (margin > 0))
 
-    def _gumbel(
-        self, margin_NF: Tensor
-    ) -> tuple[Selection, Tensor, Callable[[Tensor, Selection], Tensor]]:
-        """The largest of each group after noise, whose code is 1, and its runners-up: 0."""
+    def _gumbel(self, margin_NF: Tensor, target: Tensor) -> tuple[Selection, Tensor, _Term]:
+        """The largest of each group after noise, whose code is 1."""
         if self.noise is not None:
             noise = surrogates.gumbel_noise(margin_NF, self.noise)
             margin_NF = (margin_NF + noise).to(margin_NF.dtype)
+        if self.config.gumbel_support == "full":
+            return self._full_gumbel(margin_NF, target)
+        chosen, code, backward = self._top_gumbel(margin_NF)
+        return chosen, code, self._term(chosen, code, backward, target, 1.0)
+
+    def _full_gumbel(self, perturbed_NF: Tensor, target: Tensor) -> tuple[Selection, Tensor, _Term]:
+        """The softmax over whole groups: every latent has a gradient, by two dense products.
+
+        4 N F d FLOPs beside those of the encoder; some passes over N F values in float32.
+        """
+        values, index = kernels.groupmax(perturbed_NF, self.k)
+        chosen, code = Selection(Entries.of(index), values.reshape(-1)), torch.ones_like(values)
+        error, g_y, g_rounded = self._error(chosen, code.flatten(), target, 1.0)
+        g_NF = (g_rounded @ self.w_dec.T).to(target.dtype)
+        self._decoder_gradients(chosen, code.flatten(), g_rounded, g_NF.gather(1, index).flatten())
+        groups = (self.k, -1)
+        g_pre = surrogates.gumbel(
+            g_NF.unflatten(1, groups),
+            perturbed_NF.to(target.dtype).unflatten(1, groups),
+            self.temperature,
+        )
+        sums = g_pre.flatten(1).to(self.z.dtype).T @ self.z
+        return chosen, code.flatten(), _Term(error, g_y, self._encoder_gradients(sums))
+
+    def _top_gumbel(
+        self, margin_NF: Tensor
+    ) -> tuple[Selection, Tensor, Callable[[Tensor, Selection], Tensor]]:
+        """The largest of each group, whose code is 1, and its runners-up, whose code is 0."""
         values, index = kernels.group_topk(margin_NF, self.k, GUMBEL_CANDIDATES)
         code = torch.zeros_like(values)
         code[:, :, 0] = 1
@@ -169,13 +239,15 @@ class CoderPass:
         k = min(wanted, len(dead))
         margin, index = kernels.select_topk(margin_NF[:, dead], k)
         chosen = Selection(Entries.of(dead[index]), margin.reshape(-1))
-        self._term(
+        term = self._term(
             chosen,
             chosen.margin.relu(),
             lambda g_code, chosen: g_code * (chosen.margin > 0),
             -error,
             self.config.auxk_alpha * k / wanted,
         )
+        if self.aux_bias is not None:
+            self.aux_bias.add_(term.g_bias)
 
     def _give(self, name: str, value: Tensor, add: bool) -> None:
         if add:

@@ -106,12 +106,20 @@ class Bank:
         unit = any(c.decoder_norm == "unit" for c in configs)
         self._scratch = torch.empty((self.n_latents if unit else 0, self.d_out), **options)
         self._along = torch.zeros((n, self.n_latents if unit else 0, 1), **options)
+        apart = any(self._has_aux_apart(c) for c in range(n))
+        self._aux_bias = torch.zeros((n, self.n_latents if apart else 0), **options)
+        """AuxK's own gradient to the biases, where that to a threshold is another multiple."""
         options["dtype"] = compute_dtype
         self._encoder = torch.zeros((n, self.n_latents, self.d_in + EXTRA_COLUMNS), **options)
         self._decoder = torch.zeros((n, self.n_latents, self.d_out), **options)
         self._pre = torch.empty((0, self.n_latents), **options)
         self._rows = torch.zeros((0, self.d_in + EXTRA_COLUMNS), **options)
         self._dot = dot
+
+    def _has_aux_apart(self, c: int) -> bool:
+        """Whether the margins of AuxK and of the code go on to the thresholds by other factors."""
+        config = self.configs[c]
+        return config.auxk_alpha > 0 and config.has_threshold and config.surrogate != "sigmoid"
 
     def names(self, coder: int) -> list[str]:
         """Names of the tensors that coder number `coder` trains."""
@@ -236,6 +244,7 @@ class Bank:
             dead=None if self.dead is None else self.dead[c],
             noise=None if self.generators is None else self.generators[c],
             along=self._along[c] if self.configs[c].decoder_norm == "unit" else None,
+            aux_bias=self._aux_bias[c] if self._has_aux_apart(c) else None,
             dot=self._dot,
             scale=scale,
             add=add,
@@ -244,6 +253,7 @@ class Bank:
     def _prepare(self, rows: int, active: Sequence[int]) -> None:
         """Round the weights of the active coders for a step, and make room for its rows."""
         p, d = self.parameters, self.d_in
+        self._aux_bias.zero_()
         if len(self._pre) < rows:
             self._pre = self._pre.new_empty((rows, self.n_latents))
             self._rows = self._rows.new_zeros((rows, d + EXTRA_COLUMNS))
@@ -274,11 +284,15 @@ class Bank:
         g_bias = grad["encoder.bias"]
         grad["encoder.weight"].addr_(g_bias, self._origin(c))
         if config.has_threshold:
-            binary = slice(config.first_binary, None)
-            factor = surrogates.threshold_factor(
-                config.surrogate, self.theta(c), self.temperature[c]
-            )
-            torch.mul(factor, g_bias[binary], out=grad["log_threshold"][binary])
+            binary, theta = slice(config.first_binary, None), self.theta(c)
+            factor = surrogates.threshold_factor(config.surrogate, theta, self.temperature[c])
+            own = grad["log_threshold"][binary]
+            if self._has_aux_apart(c):  # relu(pre - theta) has a true derivative: -theta
+                aux = self._aux_bias[c, binary]
+                torch.mul(factor, g_bias[binary] - aux, out=own)
+                own.addcmul_(theta, aux, value=-1)
+            else:
+                torch.mul(factor, g_bias[binary], out=own)
         if self.site == "sae":  # the encoder reads x - b_dec
             grad["b_dec"].addmv_(p["encoder.weight"].T, g_bias, alpha=-1)
         if config.decoder_norm == "unit":

@@ -16,6 +16,7 @@ latents] and select_threshold [parts], all float32) and config.json.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from bsc.array_file import array_hash
 from bsc.config import parse_config
 from bsc.errors import StoreError
 from bsc.files import write_atomically, write_json
@@ -34,7 +36,10 @@ from bsc.train.coders.select import code_values, select_dense
 
 __all__ = ["CODER_VERSION", "Code", "SparseCoder", "parameter_shapes"]
 
-CODER_VERSION = 1
+CODER_VERSION = 2
+_VERSIONS = (1, CODER_VERSION)
+"""Versions that are read; coders of version 1 carry no hash."""
+_DTYPES = (torch.float32, torch.float64)
 _WEIGHTS, _CONFIG = "coder.safetensors", "config.json"
 
 
@@ -93,12 +98,16 @@ class SparseCoder:
             about: where it comes from (hookpoint, model, store, training), saved beside it.
 
         Raises:
-            StoreError: the tensors are not those of such a coder.
+            StoreError: the tensors are not those of such a coder: by their names, their shapes or
+                their dtype, which is one for all, float32 or float64.
         """
         shapes = parameter_shapes(config)
         found = {name: tuple(t.shape) for name, t in tensors.items()}
         if found != shapes:
             raise StoreError(f"a coder's tensors should be {shapes}, found {found}.")
+        dtypes = {name: t.dtype for name, t in tensors.items()}
+        if len(set(dtypes.values())) > 1 or dtypes["W_dec"] not in _DTYPES:
+            raise StoreError(f"a coder's tensors should all be float32, found {dtypes}.")
         self.config, self.tensors, self.about = config, tensors, dict(about or {})
 
     def __getattr__(self, name: str) -> Tensor:
@@ -195,7 +204,12 @@ class SparseCoder:
         write_atomically(folder / _WEIGHTS, save(tensors))
         write_json(
             folder / _CONFIG,
-            {"version": CODER_VERSION, "coder": self.config.model_dump(), "about": self.about},
+            {
+                "version": CODER_VERSION,
+                "coder": self.config.model_dump(),
+                "about": self.about,
+                "tensors_xxh3_128": _tensor_hash(tensors),
+            },
         )
 
     @classmethod
@@ -203,20 +217,25 @@ class SparseCoder:
         """Read a coder that `save` wrote, bit for bit.
 
         Raises:
-            StoreError: the folder has no coder, or one that is damaged or of another version.
+            StoreError: the folder has no coder, or one that is of another version or damaged: its
+                tensors are not those of the config, do not have the hash that the config states,
+                or hold values that are not finite though training did not end so.
             ConfigError: its config has a wrong field.
         """
         folder = Path(folder)
         try:
             saved = json.loads((folder / _CONFIG).read_text())
             version, values, about = saved["version"], saved["coder"], saved["about"]
+            written = saved["tensors_xxh3_128"] if version == CODER_VERSION else None
+            frozen = about.get("frozen_at_step") is not None
         except FileNotFoundError:
             raise StoreError(f"{folder}: no coder here ({_CONFIG} is missing).") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{folder / _CONFIG}: not a coder's config ({error!r}).") from None
-        if version != CODER_VERSION:
+        if version not in _VERSIONS:
             raise StoreError(
-                f"{folder}: a coder of format version {version}; this bsc reads {CODER_VERSION}."
+                f"{folder}: a coder of format version {version}; this bsc reads versions "
+                f"{_VERSIONS[0]} to {CODER_VERSION}."
             )
         config = parse_config(CoderConfig, values, str(folder / _CONFIG))
         try:
@@ -224,6 +243,23 @@ class SparseCoder:
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{folder / _WEIGHTS}: cannot be read ({error}).") from None
         try:
-            return cls(config, tensors, about=about)
+            coder = cls(config, tensors, about=about)
         except StoreError as error:
             raise StoreError(f"{folder / _WEIGHTS}: {error}") from None
+        if written is not None and written != _tensor_hash(tensors):
+            raise StoreError(
+                f"{folder / _WEIGHTS}: damaged or exchanged: the tensors do not have the hash in "
+                f"{_CONFIG}. Copy the coder again from where it is whole, or train it again."
+            )
+        bad = [name for name, t in tensors.items() if not bool(t.isfinite().all())]
+        if bad and not frozen:
+            raise StoreError(
+                f"{folder / _WEIGHTS}: {', '.join(bad)} hold values that are not finite (NaN or "
+                f"inf), so every figure of this coder would be wrong. Copy the coder again from "
+                f"where it is whole, or train it again."
+            )
+        return coder
+
+
+def _tensor_hash(tensors: Mapping[str, Tensor]) -> str:
+    return array_hash({name: t.numpy() for name, t in tensors.items()})

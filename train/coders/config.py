@@ -10,9 +10,17 @@ from bsc.config import Config
 
 __all__ = ["BINARY_ONLY", "CoderConfig", "Part"]
 
-DEFAULT_TEMPERATURE = {"sigmoid": 2.0, "identity": 2.0, "rectangle": 2.0, "gumbel": 0.5}
+DEFAULT_TEMPERATURE = {"sigmoid": 2.0, "identity": 2.0, "rectangle": 2.0, "re": 2.0, "gumbel": 0.5}
 
-BINARY_ONLY = ("surrogate", "temperature", "threshold", "threshold_init", "exact_k", "amplitude")
+BINARY_ONLY = (
+    "surrogate",
+    "temperature",
+    "threshold",
+    "threshold_init",
+    "exact_k",
+    "amplitude",
+    "gumbel_support",
+)
 """Fields that a continuous coder does not read; they keep their defaults there."""
 
 
@@ -42,15 +50,21 @@ class CoderConfig(Config):
     latents are continuous, the last `n_binary` binary, each part with selected latents of its
     own."""
 
-    surrogate: Literal["sigmoid", "identity", "rectangle", "gumbel"] = "sigmoid"
+    surrogate: Literal["sigmoid", "identity", "rectangle", "re", "gumbel"] = "sigmoid"
     """Gradient of a binary latent's step. Binary coders alone read it."""
 
     temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
-    """Of the surrogate, in units of the pre-activation. None: 2, and 0.5 for gumbel. Binary coders
-    alone read it."""
+    """Temperature of the surrogate, in units of the pre-activation. None: 2, and 0.5 for gumbel.
+    Binary coders alone read it."""
 
-    threshold: Literal["learned", "fixed"] = "learned"
-    """Whether a binary latent's threshold is trained. Binary coders alone read it."""
+    gumbel_support: Literal["top4", "full"] = "top4"
+    """Latents of a group that the softmax of `gumbel` is over, and that get a gradient: the 4
+    largest, or all of them, which costs two dense products more. `gumbel` alone reads it."""
+
+    threshold: Literal["learned", "fixed", "newton"] = "learned"
+    """Threshold of the binary latents: one trained number per latent, the same number untrained,
+    or none per latent but for every row the one at which the sigmoids of its pre-activations add
+    up to k. With `newton` every selected latent is 1. Binary coders alone read it."""
 
     threshold_init: float = Field(default=0.004, gt=0, allow_inf_nan=False)
     """First value of every threshold, in units of the pre-activation."""
@@ -127,6 +141,18 @@ class CoderConfig(Config):
                 "surrogate='gumbel' needs select='groupmax' and code='binary': its softmax is over "
                 "the latents of a group"
             )
+        if self.gumbel_support == "full" and self.surrogate != "gumbel":
+            raise ValueError(
+                f"gumbel_support='full' is for surrogate='gumbel', not {self.surrogate!r}"
+            )
+        if self.threshold == "newton" and (
+            self.surrogate == "gumbel" or self.select == "batch_topk" or self.code == "continuous"
+        ):
+            raise ValueError(
+                "threshold='newton' is for binary and hybrid coders with select='topk' or "
+                "'groupmax', and not for surrogate='gumbel': it is one number per row, which "
+                "makes k of its sigmoids"
+            )
         if self.multi_topk and self.select == "groupmax":
             raise ValueError(
                 "multi_topk selects 4 k latents, which select='groupmax' does not have"
@@ -169,4 +195,11 @@ class CoderConfig(Config):
     @property
     def has_threshold(self) -> bool:
         """Whether binary latents have a threshold each."""
-        return self.code != "continuous" and self.surrogate != "gumbel"
+        return (
+            self.code != "continuous" and self.surrogate != "gumbel" and self.threshold != "newton"
+        )
+
+    @property
+    def always_on(self) -> bool:
+        """Whether every selected binary latent is 1, whatever its margin."""
+        return self.exact_k or self.surrogate == "gumbel" or self.threshold == "newton"

@@ -11,6 +11,7 @@ once. What was tried and lost is in benchmarks/records/train_*.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -30,10 +31,14 @@ __all__ = [
     "group_topk",
     "groupmax",
     "latent_sums",
+    "newton_shift",
     "pre_activations",
     "select_topk",
     "transpose",
 ]
+
+
+_NEWTON_STEPS = 7
 
 
 class Entries(NamedTuple):
@@ -164,6 +169,30 @@ def group_topk(pre_NF: Tensor, k: int, candidates: int) -> tuple[Tensor, Tensor]
     size = pre_NF.shape[1] // k
     values, inside = pre_NF.unflatten(1, (k, size)).topk(min(candidates, size), dim=2)
     return values, inside + torch.arange(0, k * size, size, device=inside.device).view(1, k, 1)
+
+
+def newton_shift(pre_NF: Tensor, k: int) -> Tensor:
+    """For every row the number t at which sum_f sigmoid(pre_f + t) = k, (N, 1), float32 or better.
+
+    Seven Newton steps from 0, as in the authors' code; here on the logarithm of the sum, which is
+    nearly linear where few sigmoids are large, and a step that leaves the bracket of the root is
+    replaced by its middle, since Newton's method diverges where all sigmoids are flat. Each step
+    passes over N F values. With k = F there is no root: t then makes the sigmoids nearly 1.
+    """
+    pre = pre_NF.float() if pre_NF.dtype.itemsize < 4 else pre_NF
+    share = min(k / pre.shape[1], 1 - 1e-6)
+    level = math.log(share / (1 - share))
+    low = level - pre.amax(dim=1, keepdim=True)
+    high = level - pre.amin(dim=1, keepdim=True)
+    t = torch.zeros_like(low).clamp(low, high)
+    for _ in range(_NEWTON_STEPS):
+        s = torch.sigmoid(pre + t)
+        total = s.sum(dim=1, keepdim=True)
+        low, high = torch.where(total < k, t, low), torch.where(total < k, high, t)
+        step = t - (total / k).log() * total / (s * (1 - s)).sum(dim=1, keepdim=True)
+        inside = (step >= low) & (step <= high)  # false for a step that is not finite
+        t = torch.where(inside, step, (low + high) / 2)
+    return t
 
 
 def batch_topk(pre_NF: Tensor, k: int) -> tuple[Tensor, Entries, Tensor]:

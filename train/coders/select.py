@@ -72,13 +72,10 @@ def select_dense(
 
 
 def code_values(config: CoderConfig, latent: Tensor, margin: Tensor) -> Tensor:
-    """Code of selected latents: relu(pre), or 1[margin > 0], or 1 if `exact_k` or gumbel."""
+    """Code of selected latents: relu(pre), or 1[margin > 0], or 1 where they are `always_on`."""
     if config.code == "continuous":
         return margin.relu()
-    if config.exact_k or config.surrogate == "gumbel":
-        ones = torch.ones_like(margin)
-    else:
-        ones = (margin > 0).to(margin.dtype)
+    ones = torch.ones_like(margin) if config.always_on else (margin > 0).to(margin.dtype)
     if config.code == "binary":
         return ones
     return torch.where(latent >= config.first_binary, ones, margin.relu())

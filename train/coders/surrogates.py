@@ -12,7 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["SURROGATES", "gumbel", "gumbel_noise", "threshold_factor"]
+__all__ = ["RE_FLOOR", "SURROGATES", "gumbel", "gumbel_noise", "threshold_factor"]
+
+RE_FLOOR = 1e-4
+"""Smallest |margin| that the surrogate `re` sees, which without it has no bound at 0."""
 
 
 def sigmoid(grad: Tensor, margin: Tensor, temperature: float) -> Tensor:
@@ -31,19 +34,27 @@ def rectangle(grad: Tensor, margin: Tensor, temperature: float) -> Tensor:
     return grad * ((margin / temperature).abs() < 0.5)
 
 
+def re(grad: Tensor, margin: Tensor, temperature: float) -> Tensor:
+    """g |m|^((1 - T) / T) / T, with |m| of at least `RE_FLOOR`; for T = 2, g / (2 sqrt |m|)."""
+    power = (1 - temperature) / temperature
+    return grad * margin.abs().clamp(min=RE_FLOOR).pow(power) / temperature
+
+
 SURROGATES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "sigmoid": sigmoid,
     "identity": identity,
     "rectangle": rectangle,
+    "re": re,
 }
 
 
 def threshold_factor(surrogate: str, theta: Tensor, temperature: float) -> Tensor:
     """Factor from sum_n surrogate(g, m) to the gradient of log theta.
 
-    sigmoid: -theta, the chain rule of m = pre - exp(log theta). rectangle and identity: the
+    sigmoid: -theta, the chain rule of m = pre - exp(log theta). rectangle, identity and re: the
     authors' code has dL/dtheta = -(theta / T) times the sum (compare Rajamanoharan et al. 2024,
-    arXiv:2407.14435), hence -theta^2 / T.
+    arXiv:2407.14435), hence -theta^2 / T. A true derivative to the margin, such as that of AuxK's
+    relu(m), always has -theta.
     """
     return -theta if surrogate == "sigmoid" else -theta.square() / temperature
 
@@ -51,8 +62,8 @@ def threshold_factor(surrogate: str, theta: Tensor, temperature: float) -> Tenso
 def gumbel(grad_Nkm: Tensor, perturbed_Nkm: Tensor, temperature: float) -> Tensor:
     """Gradient of the softmax of a group's candidates: s (g - sum s g) / T, s = softmax(h / T).
 
-    The hard one-hot of the forward pass stands for the softmax straight through. The softmax is
-    over the m largest perturbed pre-activations h of a group, not over all of it.
+    The hard one-hot of the forward pass stands for the softmax straight through. h are the m
+    largest perturbed pre-activations of a group, or all of them.
     """
     s = torch.softmax(perturbed_Nkm / temperature, dim=2)
     return s * (grad_Nkm - (s * grad_Nkm).sum(2, keepdim=True)) / temperature
