@@ -71,7 +71,8 @@ def random_contexts(lm: LanguageModel, tokens: int, length: int) -> Contexts:
     ids = np.random.default_rng(0).integers(0, vocabulary, size=(n, length))
     position = np.broadcast_to(np.arange(length), (n, length)).copy()
     ones = np.ones((n, length), bool)
-    return Contexts(ids, position, ones, ones[:, 1:], "joined", "positions", position[:, 1:] * 0)
+    new = ones[:, 1:]
+    return Contexts(ids, position, ones, new, "joined", "positions", position[:, 1:] * 0, new)
 
 
 def synchronise(device: torch.device) -> None:

@@ -35,6 +35,7 @@ import httpx
 import numpy as np
 
 from bsc.eval.codes import LatentCode
+from bsc.eval.division import divide
 from bsc.eval.interp.connection import EndpointConfig
 from bsc.eval.interp.endpoint import Endpoint
 from bsc.eval.interp.ledger import Ledger, Reply, key_of
@@ -185,7 +186,8 @@ def bench_predictability(tokens: int, latents: int) -> dict[str, Any]:
     code = synthetic_code(ids, latents, 32)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     started = time.perf_counter()
-    contexts = contexts_of_tokens(ids, doc_id, position, np.ones(tokens, bool))
+    division = divide(doc_id, np.zeros(tokens, np.uint64))
+    contexts = contexts_of_tokens(ids, doc_id, position, np.ones(tokens, bool), division)
     found = predictability(code, contexts)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -56,6 +56,8 @@ def _store(store: ActivationStore) -> dict[str, Any]:
             for h in store.hookpoints
         },
     }
+    if overlap := store.overlap:
+        facts["overlap"] = _overlap(overlap)
     if store.ring is not None:
         facts["ring"] = store.ring
     elif store.train.rows:
@@ -70,6 +72,17 @@ def _store(store: ActivationStore) -> dict[str, Any]:
         f"README.md in {store.folder} has xarray, torch and numpy",
     ]
     return facts
+
+
+def _overlap(found: dict[str, Any]) -> str:
+    """How much of the held-out text was seen in training, in a sentence."""
+    rows, runs = found["rows"], found["runs"]
+    return (
+        f"{found['seen_rows'] / max(1, rows):.2%} of {rows:,} held-out rows belong to "
+        f"{found['ngram_tokens']} tokens in a row that stand in {found['train_rows']:,} training "
+        f"rows too; at most {found['seen_runs'] / max(1, runs):.2%} of {runs:,} held-out runs of "
+        f"{found['run_tokens']} tokens do"
+    )
 
 
 def _split(split: StoreSplit) -> dict[str, Any]:

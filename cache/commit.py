@@ -17,6 +17,7 @@ from bsc.cache.folder import PARTIAL, StoreFolder
 from bsc.cache.layout import (
     DATA,
     MANIFEST,
+    OVERLAP,
     PROVENANCE,
     README,
     ArraySpec,
@@ -28,9 +29,11 @@ from bsc.cache.layout import (
     shard_key,
 )
 from bsc.cache.manifest import WindowRecord, read_end, read_window, sealed
+from bsc.cache.overlap import measure_overlap
 from bsc.cache.readme import store_readme
 from bsc.cache.scatter import owned_shards, window_sizes
 from bsc.cache.shard import ChannelSums
+from bsc.cache.store import ActivationStore
 from bsc.cache.writer import SplitStart
 from bsc.errors import StoreError, UserError
 from bsc.files import canonical_json
@@ -271,6 +274,9 @@ def complete(
             }
             if errors := _stored_errors(folder, arrays):
                 completed["fvu_of_stored_rows"] = errors
+            if overlap := measure_overlap(ActivationStore(folder.address)):
+                folder.write(OVERLAP, overlap.bits())
+                completed["overlap"] = overlap.to_json()
             folder.write(PROVENANCE, sealed(provenance | {"completed": completed}))
     folder.drop_locks(writers)
     return True, committed

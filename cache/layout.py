@@ -18,9 +18,10 @@ import numpy as np
 from bsc.files import canonical_json
 
 __all__ = [
+    "CODECS",
     "DATA",
     "FORMAT_VERSION",
-    "CODECS",
+    "OVERLAP",
     "PROVENANCE",
     "README",
     "SPLITS",
@@ -41,12 +42,16 @@ __all__ = [
     "window_key",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DATA = "data.zarr"
 MANIFEST = "manifest"
 PROVENANCE = "provenance.json"
 README = "README.md"
-TOKEN_ARRAYS = ("token_id", "doc_id", "position")
+OVERLAP = "overlap.bin"
+"""Which held-out rows were seen in training, one bit each."""
+TOKEN_ARRAYS: dict[str, Literal["uint32", "uint64"]] = {
+    "token_id": "uint32", "doc_id": "uint32", "position": "uint32", "ngram": "uint64",
+}  # fmt: skip
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
@@ -124,10 +129,13 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "int8": np.dtype(np.int8),
     "float32": np.dtype(np.float32),
     "uint32": np.dtype(np.uint32),
+    "uint64": np.dtype(np.uint64),
 }
 # A lost shard reads as NaN, not as plausible zeros. Integers have no such value: the largest uint32
-# is no token, no document and no position, and -128 is no quantised value.
-_FILL: dict[str, Any] = {"bfloat16": "NaN", "float32": "NaN", "uint32": 2**32 - 1, "int8": -128}
+# is no token, no document and no position, the largest uint64 no n-gram, -128 no quantised value.
+_FILL: dict[str, Any] = {
+    "bfloat16": "NaN", "float32": "NaN", "uint32": 2**32 - 1, "uint64": 2**64 - 1, "int8": -128,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,7 @@ class ArraySpec:
     """One array of one split: path inside data.zarr, type, width (None: one value a row), codec."""
 
     path: str
-    dtype: Literal["bfloat16", "int8", "float32", "uint32"]
+    dtype: Literal["bfloat16", "int8", "float32", "uint32", "uint64"]
     width: int | None
     dimension_names: tuple[str, ...]
     lz4: bool = False
@@ -221,9 +229,9 @@ def array_specs(
                 specs[scale] = ArraySpec(prefix + scale, "float32", None, ("row",))
             else:
                 specs[name] = ArraySpec(prefix + name, "bfloat16", width, names, codec == "lz4")
-    for token_array in TOKEN_ARRAYS:
+    for token_array, dtype in TOKEN_ARRAYS.items():
         name = f"tokens/{token_array}"
-        specs[name] = ArraySpec(prefix + name, "uint32", None, ("row",))
+        specs[name] = ArraySpec(prefix + name, dtype, None, ("row",))
     return specs
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bsc.cache.attention import Separation, document_separation, forward_inputs
 from bsc.cache.hookpoints import RowTap, match_hookpoints
-from bsc.cache.layout import Codec, Hookpoint
+from bsc.cache.layout import TOKEN_ARRAYS, Codec, Hookpoint
 from bsc.cache.models import LanguageModel, load_model, resolve_model
 from bsc.cache.plan import WINDOW
 from bsc.cache.text import TextSource, read_text
@@ -131,7 +131,9 @@ class Source:
         """Rows of a batch with its token arrays."""
         block = self.rows(batch)
         for name, values in batch.rows().items():
-            block[f"tokens/{name}"] = torch.from_numpy(values.astype(np.int32))
+            kind = np.dtype(TOKEN_ARRAYS[name])
+            signed = values.astype(kind).view(f"i{kind.itemsize}")  # torch has no shift of unsigned
+            block[f"tokens/{name}"] = torch.from_numpy(signed)
         return block
 
 

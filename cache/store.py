@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 
 from bsc.cache.folder import StoreFolder, open_folder
@@ -21,6 +22,7 @@ from bsc.cache.layout import (
     CODECS,
     DATA,
     FORMAT_VERSION,
+    OVERLAP,
     PROVENANCE,
     ROW_SCALE,
     SPLITS,
@@ -169,8 +171,8 @@ class StoreSplit:
     def shard(self, name: str, shard: int) -> NDArray[Any]:
         """Rows of one shard as they are stored: (shard_rows, width) or (shard_rows,).
 
-        bfloat16 or int8 for activations, uint32 for tokens, float32 for row scales. Mapped, but for
-        activations of codec lz4, which are decoded at each call.
+        bfloat16 or int8 for activations, uint32 or uint64 for tokens, float32 for row scales.
+        Mapped, but for activations of codec lz4, which are decoded at each call.
 
         Raises:
             StoreError: there is no such array, or the file is missing or damaged.
@@ -211,10 +213,11 @@ class StoreSplit:
                 stop = min(start + rows, self.grid.shard_rows)
                 yield tuple(part.part(start, stop) for part in parts)
 
-    def tokens(self, name: str) -> NDArray[np.uint32]:
-        """A whole token array, for example ``"token_id"``: 4 bytes a row in memory."""
+    def tokens(self, name: str) -> NDArray[Any]:
+        """A whole token array, for example ``"token_id"``: 4 bytes a row in memory, or 8."""
         shards = [self.shard(f"tokens/{name}", i) for i in range(self.shards)]
-        return np.concatenate(shards) if shards else np.empty(0, np.uint32)
+        kind = self.spec(f"tokens/{name}").numpy_dtype
+        return np.concatenate(shards) if shards else np.empty(0, kind)
 
     def sums(self, name: str) -> ChannelSums:
         """Channel sums of an activation array, over `summed_rows(name)` rows."""
@@ -367,6 +370,41 @@ class ActivationStore:
             StoreError: provenance.json is missing or damaged.
         """
         return read_json(self.folder, PROVENANCE, "provenance")
+
+    @property
+    def overlap(self) -> dict[str, Any] | None:
+        """What the capture found of its held-out text in its training rows (cache/overlap.py).
+
+        None where it is not known: the capture has not ended, or there are no held-out rows.
+
+        Raises:
+            StoreError: provenance.json is missing or damaged.
+        """
+        found: dict[str, Any] | None = self.provenance().get("completed", {}).get("overlap")
+        return found
+
+    def seen_rows(self) -> NDArray[np.bool_] | None:
+        """Which held-out rows stand in an n-gram that was trained on, (rows,) (cache/overlap.py).
+
+        None where it is not known, as for `overlap`.
+
+        Raises:
+            StoreError: what the capture measured is missing or damaged.
+        """
+        said = self.overlap
+        if said is None:
+            return None
+        try:
+            raw = self.folder.read(OVERLAP)
+        except FileNotFoundError:
+            raise StoreError(f"{self.folder}/{OVERLAP}: missing.") from None
+        if xxhash.xxh3_128_hexdigest(raw) != said["xxh3_128"]:
+            raise StoreError(
+                f"{self.folder}/{OVERLAP}: changed: it has not the hash that {PROVENANCE} states. "
+                f"Copy it again from where the store is whole."
+            )
+        bits = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little")
+        return bits[: int(said["rows"])].astype(bool)
 
     @property
     def complete(self) -> bool:

@@ -1,7 +1,7 @@
 """Text as a stream of documents: an embedded corpus, local files, or a dataset on the hub.
 
 Every source yields documents in an order that the seed decides, and marks each as held out or not
-by a rule that needs no second pass (bsc/held_out.py). Nothing is ever all in memory but the names
+by a rule that looks at its text (cache/sides.py). Nothing is ever all in memory but the names
 of the embedded corpora and a shuffle buffer.
 """
 
@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bsc.cache.sides import held_out_documents, is_text_held_out
 from bsc.demo.corpus import CORPORA, documents
 from bsc.errors import UserError
-from bsc.held_out import HELD_OUT_FRACTION, is_held_out
+from bsc.held_out import HELD_OUT_FRACTION
 
 __all__ = [
     "TextDocument",
@@ -163,8 +164,7 @@ def read_text(source: TextSource, rank: int = 0, writers: int = 1) -> Iterator[T
     """The documents of a source, or the share of one of several writers, in its seed's order.
 
     Embedded corpora are permuted exactly; streams by a buffer of 10,000 documents over shuffled
-    files. Embedded documents are held out by name, others by the hash of their text, so that exact
-    copies fall on the same side.
+    files. Documents that share much text are on one side of the split (cache/sides.py).
 
     Raises:
         UserError: the source cannot be read, or has no such column.
@@ -172,14 +172,14 @@ def read_text(source: TextSource, rank: int = 0, writers: int = 1) -> Iterator[T
     if source.corpus is not None:
         found = sorted(documents(source.corpus))
         order = np.random.Generator(np.random.Philox(key=source.seed)).permutation(len(found))
+        held_out = held_out_documents(found, source.held_out)
         for number in range(rank, len(order), writers):
-            document = found[order[number]]
-            held_out = is_held_out(document.name, source.held_out)
-            yield TextDocument(number, document.text, held_out)
+            at = order[number]
+            yield TextDocument(number, found[at].text, held_out[at])
         return
     for i, text in enumerate(_stream(source, rank, writers)):
-        name = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-        yield TextDocument(i * writers + rank, text, is_held_out(name, source.held_out))
+        side = is_text_held_out(text, source.held_out)
+        yield TextDocument(i * writers + rank, text, side)
 
 
 def _stream(source: TextSource, rank: int, writers: int) -> Iterator[str]:

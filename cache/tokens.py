@@ -19,8 +19,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bsc.cache.layout import Split
+from bsc.cache.layout import TOKEN_ARRAYS, Split
 from bsc.cache.manifest import TextPoint
+from bsc.cache.ngrams import token_ngrams
 from bsc.cache.text import TextDocument
 
 __all__ = ["PACKINGS", "ContextBatch", "Packing", "context_batches", "tokenise"]
@@ -41,15 +42,32 @@ class ContextBatch(NamedTuple):
     doc_id: NDArray[np.int64]
     position: NDArray[np.int64]
     """Of the token in its context, from 0; with packing masked in its document's part of it."""
+    ngram: NDArray[np.uint64]
+    """Hash of the 16 tokens of the document that end here, or 0 (cache/ngrams.py)."""
     real: NDArray[np.bool_] | None
     """Which tokens are not padding; None: all."""
     point: TextPoint
     """Where in the text the batch begins."""
 
-    def rows(self) -> dict[str, NDArray[np.int64]]:
+    def rows(self) -> dict[str, NDArray[Any]]:
         """The token arrays of its rows, (rows,) each: what is stored."""
-        arrays = {n: getattr(self, n) for n in ("token_id", "doc_id", "position")}
+        arrays = {n: getattr(self, n) for n in TOKEN_ARRAYS}
         return {n: a.reshape(-1) if self.real is None else a[self.real] for n, a in arrays.items()}
+
+
+class _Tokens(NamedTuple):
+    """Tokens of a document that follow each other."""
+
+    ids: NDArray[np.int64]
+    ngrams: NDArray[np.uint64]
+    document: int
+    offset: int
+    """Place of the first one in the document."""
+
+    def part(self, start: int, stop: int) -> _Tokens:
+        return _Tokens(
+            self.ids[start:stop], self.ngrams[start:stop], self.document, self.offset + start
+        )
 
 
 class _Packer:
@@ -60,8 +78,8 @@ class _Packer:
     ) -> None:
         self.split, self.context, self.batch, self.packing = split, context, batch, packing
         self.start = start
-        self._pieces: deque[tuple[NDArray[np.int64], int, int]] = deque()
-        """Tokens that wait: ids, document, place of the first one in the document."""
+        self._pieces: deque[_Tokens] = deque()
+        """Tokens that wait."""
         self.waiting = 0
         """Tokens that wait; with packing none, contexts."""
         self.rows = start.rows
@@ -72,14 +90,15 @@ class _Packer:
     def add(self, ids: NDArray[np.int64], document: int) -> None:
         self.added += len(ids)
         offset = self.start.offset if document == self.start.document else 0
-        ids = ids[offset:]
+        tokens = _Tokens(ids, token_ngrams(ids), document, 0).part(offset, len(ids))
+        left = len(tokens.ids)
         if self.packing == "none":
-            for at in range(0, len(ids), self.context):
-                self._pieces.append((ids[at : at + self.context], document, offset + at))
+            for at in range(0, left, self.context):
+                self._pieces.append(tokens.part(at, at + self.context))
                 self.waiting += 1
-        elif len(ids):
-            self._pieces.append((ids, document, offset))
-            self.waiting += len(ids)
+        elif left:
+            self._pieces.append(tokens)
+            self.waiting += left
 
     def full_batches(self) -> Iterator[ContextBatch]:
         size = self.batch if self.packing == "none" else self.batch * self.context
@@ -92,45 +111,47 @@ class _Packer:
             yield self._take(contexts)
 
     def _take(self, contexts: int) -> ContextBatch:
-        _, document, offset = self._pieces[0]
+        first = self._pieces[0]
         # Going on, rows of the first batch are committed already.
         skip = self.start.skip if self.rows == self.start.rows else 0
-        point = TextPoint(document, offset, self.rows, skip)
+        point = TextPoint(first.document, first.offset, self.rows, skip)
         batch = self._take_padded(contexts) if self.packing == "none" else self._take_full(contexts)
-        token_id, doc_id, position, real = batch
+        token_id, doc_id, position, ngram, real = batch
         self.rows += token_id.size if real is None else int(real.sum())
-        return ContextBatch(self.split, token_id, doc_id, position, real, point)
+        return ContextBatch(self.split, token_id, doc_id, position, ngram, real, point)
 
-    def _take_full(self, contexts: int) -> tuple[Any, Any, Any, None]:
+    def _take_full(self, contexts: int) -> tuple[Any, Any, Any, Any, None]:
         wanted = contexts * self.context
         self.waiting -= wanted
         ids, docs = np.empty(wanted, np.int64), np.empty(wanted, np.int64)
-        starts = np.zeros(wanted, bool)
+        ngrams, starts = np.empty(wanted, np.uint64), np.zeros(wanted, bool)
         at = 0
         while at < wanted:
-            piece, document, offset = self._pieces.popleft()
-            n = min(len(piece), wanted - at)
-            ids[at : at + n], docs[at : at + n] = piece[:n], document
-            starts[at] = True
-            if n < len(piece):
-                self._pieces.appendleft((piece[n:], document, offset + n))
+            piece = self._pieces.popleft()
+            n = min(len(piece.ids), wanted - at)
+            ids[at : at + n], ngrams[at : at + n] = piece.ids[:n], piece.ngrams[:n]
+            docs[at : at + n], starts[at] = piece.document, True
+            if n < len(piece.ids):
+                self._pieces.appendleft(piece.part(n, len(piece.ids)))
             at += n
         shape = (contexts, self.context)
         position = np.broadcast_to(np.arange(self.context), shape)
         if self.packing == "masked":
             first = np.where(starts.reshape(shape), position, 0)
             position = position - np.maximum.accumulate(first, axis=1)
-        return ids.reshape(shape), docs.reshape(shape), position, None
+        return ids.reshape(shape), docs.reshape(shape), position, ngrams.reshape(shape), None
 
-    def _take_padded(self, contexts: int) -> tuple[Any, Any, Any, NDArray[np.bool_]]:
+    def _take_padded(self, contexts: int) -> tuple[Any, Any, Any, Any, NDArray[np.bool_]]:
         self.waiting -= contexts
         pieces = [self._pieces.popleft() for _ in range(contexts)]
-        shape = (contexts, max(len(ids) for ids, _, _ in pieces))
+        shape = (contexts, max(len(piece.ids) for piece in pieces))
         token_id, doc_id = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        real = np.zeros(shape, bool)
-        for i, (ids, document, _) in enumerate(pieces):
-            token_id[i, : len(ids)], doc_id[i], real[i, : len(ids)] = ids, document, True
-        return token_id, doc_id, np.broadcast_to(np.arange(shape[1]), shape), real
+        ngram, real = np.zeros(shape, np.uint64), np.zeros(shape, bool)
+        for i, piece in enumerate(pieces):
+            own = slice(len(piece.ids))
+            token_id[i, own], ngram[i, own] = piece.ids, piece.ngrams
+            doc_id[i], real[i, own] = piece.document, True
+        return token_id, doc_id, np.broadcast_to(np.arange(shape[1]), shape), ngram, real
 
 
 def _document_groups(source: Iterable[TextDocument]) -> Iterator[list[TextDocument]]:

@@ -20,6 +20,7 @@ from bsc.cache.folder import PARTIAL
 from bsc.cache.layout import (
     DATA,
     MANIFEST,
+    OVERLAP,
     PROVENANCE,
     README,
     ArraySpec,
@@ -127,12 +128,24 @@ class _Check:
             yield from self._same(PROVENANCE, sealed(provenance))
         except (StoreError, KeyError, TypeError, ValueError, AttributeError) as error:
             yield f"{self.folder}/{PROVENANCE}: cannot be checked ({error!r})"
+        yield from self._overlap()
         readme = store_readme(self.store.codec, self.store.hookpoints[0].name)
         yield from self._same(README, readme.encode())
         for split in self.store.splits.values():
             for key in group_keys(split.specs.values()):
                 self.expected.add(key)
                 yield from self._same(key, canonical_json(group_json({})).encode())
+
+    def _overlap(self) -> Iterator[str]:
+        """What the capture measured last, which a finished store with held-out rows has."""
+        self.optional.add(OVERLAP)  # written before provenance.json says so
+        try:
+            if self.store.overlap is not None:
+                self.expected.add(OVERLAP)
+                if self.folder.exists(OVERLAP):  # else named with the other missing files
+                    self.store.seen_rows()
+        except (StoreError, KeyError, TypeError, ValueError, AttributeError) as error:
+            yield str(error)
 
     def _same(self, key: str, content: bytes) -> Iterator[str]:
         """A file has this content; a missing one is reported with the other missing ones."""

@@ -88,7 +88,7 @@ class _ArrayWriter:
         if rows.dtype == torch.bfloat16:
             raw = rows.view(torch.int16).numpy().view("bfloat16")
         else:
-            raw = rows.numpy().view(np.uint32)
+            raw = rows.numpy().view(f"u{rows.dtype.itemsize}")
         for shard, start, stop in zip(self.shards, bounds[:-1], bounds[1:], strict=True):
             if stop > start:
                 self._append_to(shard, raw[start:stop])

@@ -103,7 +103,7 @@ def _rows(
             progress.advance(1)
     sums: dict[str, Sums] = {}
     codes: dict[str, Codes] = {}
-    document = document_numbers(split)
+    document, seen = document_numbers(split), setting.store.seen_rows()
     with stage("rows", rows * len(setting.hookpoints), "rows") as progress:
         for hook in setting.hookpoints:
             coders = setting.coders_at(hook)
@@ -114,7 +114,8 @@ def _rows(
             places = {n: Pieces.open(folder / "codes" / n, own) for n in coders}
             for done in pass_over_rows(
                 coders, calibrations, split, hook, document=document, pieces=pieces,
-                codes=places, max_rows=config.rows, without_tokens=setting.without_tokens,
+                codes=places, seen=seen, max_rows=config.rows,
+                without_tokens=setting.without_tokens,
             ):  # fmt: skip
                 progress.advance(done)
             sums |= add_up(pieces, len(ranges), list(coders), int(document.max()) + 1)
@@ -191,6 +192,7 @@ def evaluate(
 def _evaluate(setting: Setting, config: EvalConfig, sets: list[LabelledTexts]) -> dict[str, Any]:
     run, folder = setting.run, setting.run.eval_folder
     contexts = contexts_of(setting.store, config.ce_tokens, setting.separation)
+    overlap = setting.store.overlap
     identity = {
         "version": EVAL_VERSION,
         "store_id": setting.store.store_id,
@@ -198,6 +200,7 @@ def _evaluate(setting: Setting, config: EvalConfig, sets: list[LabelledTexts]) -
         "rows": {split: part.rows for split, part in setting.store.splits.items()},
         "separation": setting.separation,
         "without_tokens": list(setting.without_tokens),
+        "overlap": overlap,
         "device": setting.lm.model.device.type,
         "torch": torch.__version__,
     }
@@ -252,6 +255,8 @@ def _evaluate(setting: Setting, config: EvalConfig, sets: list[LabelledTexts]) -
         "contexts": len(contexts.token_id),
         "documents": int((contexts.counts > 0).sum()),
         "predicted_tokens": int(contexts.counts.sum()),
+        "predicted_unseen": int(contexts.unseen_counts.sum()),
+        "overlap": overlap,
         "context": setting.store.context,
         "config": config.model_dump(mode="json"),
         "coders": figures,

@@ -2,10 +2,9 @@
 
 The firings of a latent are put in order of their margin (of a continuous latent that is its value)
 and cut into ten strata of equal size. Within a stratum firings are drawn uniformly, so that what
-is shown is what the latent usually does at that strength, not its best moments. Documents are
-divided by a hash of their number into those that an explanation may be written from ("explain")
-and those that it is tested on ("test"), and firings are drawn in each part apart, so no document
-is in both.
+is shown is what the latent usually does at that strength, not its best moments. Firings are
+drawn apart in text that an explanation may be written from ("explain") and text that it is tested
+on ("test"), which share nothing (eval/division.py).
 
 Everything is drawn by hashes of (row, latent): whatever order or batches, the sample is the same.
 """
@@ -18,39 +17,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bsc.cache.hashing import hash64
 from bsc.cache.store import StoreSplit
 from bsc.eval.codes import LatentCode
+from bsc.eval.division import NEITHER, PARTS, divide
 from bsc.eval.pieces import Arrays
 
 __all__ = [
-    "PARTS",
     "STRATA",
     "Sample",
     "Windows",
     "choose_latents",
-    "explain_documents",
-    "hash64",
     "sample",
 ]
 
 STRATA = 10
 PER_STRATUM = 8
 """Firings of each latent, stratum and part that are drawn at most."""
-PARTS = ("explain", "test")
 MIN_FIRINGS = 10
 """Fewer firings than strata are not shown."""
 BEFORE, AFTER = 20, 10
 """Tokens around a firing that are shown."""
-
-
-def hash64(values: NDArray[Any], seed: int) -> NDArray[np.uint64]:
-    """A well-mixed 64-bit number of each value (the finaliser of splitmix64)."""
-    offset = np.uint64((0x9E3779B97F4A7C15 * (2 * seed + 1)) % 2**64)
-    with np.errstate(over="ignore"):
-        x = values.astype(np.uint64) + offset
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(x ^ (x >> np.uint64(31)))
 
 
 def _ordered_bits(values: NDArray[np.float32]) -> NDArray[np.uint64]:
@@ -66,11 +53,6 @@ def _argsort(*fields: tuple[NDArray[Any], int]) -> NDArray[np.int64]:
     for values, bits in fields:
         key = key << np.uint64(bits) | values.astype(np.uint64)
     return np.argsort(key)
-
-
-def explain_documents(doc_id: NDArray[Any], seed: int = 0) -> NDArray[np.bool_]:
-    """Whether a document is one that explanations are written from; the others test them."""
-    return np.asarray(hash64(doc_id, seed) >> np.uint64(63) == 0)
 
 
 class Sample(NamedTuple):
@@ -101,7 +83,7 @@ class Sample(NamedTuple):
 
 def sample(
     code: LatentCode,
-    doc_id: NDArray[Any],
+    part: NDArray[np.uint8],
     *,
     per_stratum: int = PER_STRATUM,
     seed: int = 0,
@@ -110,11 +92,11 @@ def sample(
 
     Args:
         code: sorted by latent.
-        doc_id: (rows,) document of every row of the split.
+        part: (rows,) what every row of the split is for (eval/division.py); rows for neither part
+            are in strata but not drawn.
         per_stratum: firings of each latent, stratum and part at most.
-        seed: of the draw and of the division of documents.
+        seed: of the draw.
     """
-    explain = explain_documents(doc_id, seed)
     drawn: list[list[NDArray[Any]]] = []
     for first, last in code.blocks():
         here = slice(int(code.offsets[first]), int(code.offsets[last]))
@@ -127,14 +109,14 @@ def sample(
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order)) - np.repeat(np.cumsum(n) - n, n)
         stratum = rank * STRATA // np.repeat(n, n)
-        part = (~explain[row]).astype(np.int64)
-        group = (((latent - first) * STRATA) + stratum) * len(PARTS) + part
+        own = part[row].astype(np.int64)
+        group = (((latent - first) * STRATA) + stratum) * (NEITHER + 1) + own
         order = _argsort((group, 22), (priority >> 22, 42))
         ordered = group[order]
         begins = np.flatnonzero(np.diff(ordered, prepend=-1))
         place = np.arange(len(ordered)) - np.repeat(begins, np.diff([*begins, len(ordered)]))
-        kept = order[place < per_stratum]
-        drawn.append([a[kept] for a in (latent, row, margin, stratum, part)])
+        kept = order[(place < per_stratum) & (own[order] != NEITHER)]
+        drawn.append([a[kept] for a in (latent, row, margin, stratum, own)])
     columns = [np.concatenate(c) for c in zip(*drawn, strict=True)] if drawn else [np.empty(0)] * 5
     kinds = (np.uint32, np.uint32, np.float32, np.uint8, np.uint8)
     return Sample(*(c.astype(k) for c, k in zip(columns, kinds, strict=True)))
@@ -154,7 +136,7 @@ class Windows:
     """The text around rows of a split."""
 
     def __init__(self, split: StoreSplit, tokenizer: Any) -> None:
-        """Read the token side of the split: 12 bytes a row."""
+        """Read the token side of the split: 21 bytes a row."""
         self.ids = split.tokens("token_id")
         self.doc_id = split.tokens("doc_id")
         position = split.tokens("position").astype(np.int64)
@@ -165,6 +147,8 @@ class Windows:
         self.ends = np.append(self.starts[1:], len(position))
         self.position = position
         self.tokenizer = tokenizer
+        self.part = divide(self.doc_id, split.tokens("ngram"))
+        """What each row is for (eval/division.py)."""
 
     def around(self, row: int) -> tuple[int, int]:
         """First row and row after the last one that are shown around a row."""

@@ -31,7 +31,8 @@ def fidelity_figures(sums: Sums) -> dict[str, Any]:
         fvu, fvu_interval; fvu_median_channel (median over the channels that vary of a channel's own
         FVU); fvu_skip_only (every latent off: what the skip path and b_dec explain) and fvu_gain
         (what the latents add to it); fvu_quantised, that of the code of which `bits` is the size;
-        where a code has values, fvu_binarised with its interval (eval/controls.py); l0.
+        where a code has values, fvu_binarised with its interval (eval/controls.py); l0; where
+        some rows were seen in training, fvu_unseen of the rows_unseen others, with its interval.
     """
     kinds = [k for k in sums.channel if k != "total"]
     used = sums.block_rows > 0
@@ -52,6 +53,14 @@ def fidelity_figures(sums: Sums) -> dict[str, Any]:
         "fvu_quantised": fvu(sums, "quantised" if "quantised" in kinds else "coder"),
         "l0": float(sums.counts.sum() / sums.rows),
     }
+    new = sums.unseen["rows"] > 0
+    if (n := int(sums.unseen["rows"].sum())) < sums.rows:
+        error, deviation = sums.unseen["coder"][new], sums.unseen["total"][new]
+        figures |= {
+            "rows_unseen": n,
+            "fvu_unseen": float(error.sum() / deviation.sum()) if n else None,
+            "fvu_unseen_interval": ratio_intervals(error[:, None], deviation)[0],
+        }
     if "binarised" in kinds:
         figures |= {
             "fvu_binarised": fvu(sums, "binarised"),

@@ -48,7 +48,7 @@ def latent_figures(
                     "ultra": diagnose(coder, code, facts, components, latents),
                     "components_share": share,
                 }
-                drawn = sample(code, windows.doc_id)
+                drawn = sample(code, windows.part)
                 path = folder / "samples" / f"{name}.safetensors"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_arrays(path, drawn.arrays())

@@ -64,6 +64,9 @@ class Contexts(NamedTuple):
     separation: Separation
     document: NDArray[np.int64]
     """(contexts, length - 1) number of the document of each token from the second one on."""
+    unseen: NDArray[np.bool_]
+    """(contexts, length - 1): tokens, from the second one on, whose text was not trained on word
+    for word (cache/overlap.py). All, where that is not known."""
 
     @property
     def documents(self) -> int:
@@ -75,12 +78,17 @@ class Contexts(NamedTuple):
         """(documents,) predicted tokens of each document."""
         return np.bincount(self.document[self.predicted], minlength=self.documents)
 
+    @property
+    def unseen_counts(self) -> NDArray[np.int64]:
+        """(documents,) predicted tokens of each document that were not seen in training."""
+        return np.bincount(self.document[self.predicted & self.unseen], minlength=self.documents)
+
     def first(self, tokens: int) -> Contexts:
         """The first contexts, of up to `tokens` tokens, and one at least."""
         n = max(1, int(np.searchsorted(np.cumsum(self.real.sum(axis=1)), tokens, "right")))
         return self._replace(
             token_id=self.token_id[:n], position=self.position[:n], real=self.real[:n],
-            predicted=self.predicted[:n], document=self.document[:n],
+            predicted=self.predicted[:n], document=self.document[:n], unseen=self.unseen[:n],
         )  # fmt: skip
 
     def inputs(self, part: slice, lm: LanguageModel) -> dict[str, torch.Tensor]:
@@ -110,8 +118,10 @@ def contexts_of(
     split, length = store.held_out, store.context
     ids = split.tokens("token_id").astype(np.int64)
     position = split.tokens("position").astype(np.int64)
+    seen = store.seen_rows()
+    unseen = np.ones(len(ids), bool) if seen is None else ~seen
     if store.packing == "none":
-        return _of_documents(store, ids, position, max_tokens)
+        return _of_documents(store, ids, position, unseen, max_tokens)
     n = min(len(ids) // length, max(1, max_tokens // length))
     if n == 0:
         raise StoreError(f"{split.where}: the held-out rows hold no whole context of {length}.")
@@ -124,13 +134,15 @@ def contexts_of(
         predicted = position[:, 1:] != 0
     document = document_numbers(split)[: n * length].reshape(shape)[:, 1:]
     return Contexts(
-        ids, position, np.ones(shape, bool), predicted, store.packing, separation, document
-    )
+        ids, position, np.ones(shape, bool), predicted, store.packing, separation, document,
+        unseen[: n * length].reshape(shape)[:, 1:],
+    )  # fmt: skip
 
 
 def _of_documents(
-    store: ActivationStore, ids: NDArray[np.int64], position: NDArray[np.int64], max_tokens: int
-) -> Contexts:
+    store: ActivationStore, ids: NDArray[np.int64], position: NDArray[np.int64],
+    unseen: NDArray[np.bool_], max_tokens: int,
+) -> Contexts:  # fmt: skip
     """Contexts of one document each, padded to the longest."""
     starts = np.flatnonzero(position == 0)
     ends = np.append(starts[1:], len(position))
@@ -143,12 +155,16 @@ def _of_documents(
         raise StoreError(f"{store.folder}: the held-out rows hold no context of two tokens.")
     shape = (len(taken), int(lengths[taken].max()))
     token_id, real = np.zeros(shape, np.int64), np.zeros(shape, bool)
+    new = np.ones(shape, bool)
     for row, i in enumerate(taken):
         token_id[row, : lengths[i]], real[row, : lengths[i]] = ids[starts[i] : ends[i]], True
+        new[row, : lengths[i]] = unseen[starts[i] : ends[i]]
     at = np.broadcast_to(np.arange(shape[1]), shape).copy()
     of_context = document_numbers(store.held_out)[starts[taken]]
     document = np.broadcast_to(of_context[:, None], (shape[0], shape[1] - 1))
-    return Contexts(token_id, at, real, real[:, 1:], store.packing, "positions", document)
+    return Contexts(
+        token_id, at, real, real[:, 1:], store.packing, "positions", document, new[:, 1:]
+    )
 
 
 def _run(position: NDArray[np.int64]) -> int:
@@ -167,6 +183,8 @@ class LossSums(NamedTuple):
     vocabulary of p_clean log(p_clean / p_spliced)."""
     right: NDArray[np.float64]
     """Tokens that were predicted right: the most likely token is the next one."""
+    nats_unseen: NDArray[np.float64]
+    """`nats` of the tokens that were not seen in training."""
 
 
 def _batches(contexts: Contexts, lm: LanguageModel) -> list[slice]:
@@ -193,6 +211,8 @@ class _Clean(NamedTuple):
     document: torch.Tensor
     """(predictions,) document of each, from 0; `documents` for those that do not count."""
     documents: int
+    unseen: torch.Tensor
+    """(predictions,) float32, 1 where the next token was not seen in training."""
 
 
 def _sums(clean: _Clean, logits: torch.Tensor) -> LossSums:
@@ -207,7 +227,7 @@ def _sums(clean: _Clean, logits: torch.Tensor) -> LossSums:
         kl[here] = _divergence(clean.log_p[here], log_q)
         right[here] = (log_q.argmax(dim=-1) == target).float()
     sums = []
-    for values in (nats, kl, right):
+    for values in (nats, kl, right, nats * clean.unseen):
         total = torch.zeros(clean.documents + 1, dtype=torch.float64, device=logits.device)
         sums.append(total.index_add_(0, clean.document, values.double()).cpu().numpy()[:-1])
     return LossSums(*sums)
@@ -286,6 +306,7 @@ def pass_over_contexts(
                 lm.model.device
             ),
             last - first + 1,
+            torch.from_numpy(contexts.unseen[part].ravel()).to(lm.model.device, torch.float32),
         )
         if not tried:
             tried = True

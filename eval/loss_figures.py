@@ -90,6 +90,11 @@ def loss_figures(
         "kl": kl, "kl_interval": intervals[1],
         "delta_top1": top1, "delta_top1_interval": intervals[2],
     }  # fmt: skip
+    new = contexts.unseen_counts.astype(np.float64)
+    if 0 < new.sum() < predicted.sum():
+        added = spliced.nats_unseen - clean.nats_unseen
+        figures["delta_ce_unseen"] = float(added.sum() / new.sum())
+        (figures["delta_ce_unseen_interval"],) = ratio_intervals(added[new > 0, None], new[new > 0])
     for kind in ("zero", "mean"):
         ablations = [f"{h}|{kind}" for h in hooks]
         if len(ablations) == 1 and name not in ablations:

@@ -38,11 +38,12 @@ class _CoderPiece:
                         for k in self.kinds}  # fmt: skip
         self.block = {k: torch.zeros(blocks, dtype=torch.float64, device=device)
                       for k in self.kinds}  # fmt: skip
+        self.unseen = torch.zeros(blocks, dtype=torch.float64, device=device)
         self.counts = torch.zeros(coder.config.n_latents, dtype=torch.int64, device=device)
         empty = torch.empty(0, dtype=torch.int64)
         self.entries = [(empty, empty, torch.empty(0))]
 
-    def add(self, batch: RowBatch, x: Tensor, y: Tensor, block: Tensor) -> None:
+    def add(self, batch: RowBatch, x: Tensor, y: Tensor, block: Tensor, unseen: Tensor) -> None:
         coder, calibration = self.coder, self.calibration
         code = coder.encode(x)
         rest = y - coder.skip(x)
@@ -53,7 +54,10 @@ class _CoderPiece:
         for kind, error in errors.items():
             squared = error.square()
             self.channel[kind] += squared.sum(dim=0, dtype=torch.float64)
-            self.block[kind].index_add_(0, block, squared.sum(dim=1, dtype=torch.float64))
+            by_row = squared.sum(dim=1, dtype=torch.float64)
+            self.block[kind].index_add_(0, block, by_row)
+            if kind == "coder":
+                self.unseen.index_add_(0, block, by_row * unseen)
         self._keep(code, batch.number)
 
     def _keep(self, code: Code, index: Tensor) -> None:
@@ -67,7 +71,9 @@ class _CoderPiece:
     def sums(self) -> Arrays:
         found = {f"{k}/channel": v.cpu().numpy() for k, v in self.channel.items()}
         found |= {f"{k}/block": v.cpu().numpy() for k, v in self.block.items()}
-        return found | {"counts": self.counts.cpu().numpy()}
+        return found | {
+            "counts": self.counts.cpu().numpy(), "unseen": self.unseen.cpu().numpy()
+        }  # fmt: skip
 
     def code(self, start: int) -> Arrays:
         wide = self.coder.config.n_latents > 1 << 16
@@ -106,6 +112,7 @@ def pass_over_rows(
     document: NDArray[np.int64],
     pieces: Pieces,
     codes: Mapping[str, Pieces],
+    seen: NDArray[np.bool_] | None = None,
     max_rows: int | None = None,
     without_tokens: Collection[int] = (),
 ) -> Generator[int]:
@@ -119,6 +126,7 @@ def pass_over_rows(
         document: (rows,) number of each row's document, which intervals are resampled by.
         pieces: where the sums go.
         codes: where the code of each coder goes.
+        seen: (rows,) whether a row's text was trained on word for word; None: not known.
         max_rows: rows to evaluate on at most.
         without_tokens: token ids whose rows are left out, as they were in training.
     """
@@ -141,23 +149,33 @@ def pass_over_rows(
             total = torch.zeros_like(mean)
             block_total = torch.zeros(blocks, dtype=torch.float64, device=device)
             block_rows = torch.zeros_like(block_total)
+            unseen_total, unseen_rows = torch.zeros_like(block_total), torch.zeros_like(block_total)
+            is_unseen = torch.ones(last - first, dtype=torch.float64)
+            if seen is not None:
+                is_unseen = torch.from_numpy(~seen[first:last]).double()
             work = {n: _CoderPiece(c, calibrations.get(n), blocks) for n, c in coders.items()}
             for batch in row_batches(
                 split, hookpoint, widest, without_tokens, first=first, last=last
             ):
                 x, y = batch.x.to(device, dtype), batch.y.to(device, dtype)
                 block = (own_documents[batch.number - first] - first_block).to(device)
+                unseen = is_unseen[batch.number - first].to(device)
                 squared = (y.double() - mean).square()
                 total += squared.sum(dim=0)
                 block_total.index_add_(0, block, squared.sum(dim=1))
                 block_rows += torch.bincount(block, minlength=blocks)
+                unseen_total.index_add_(0, block, squared.sum(dim=1) * unseen)
+                unseen_rows.index_add_(0, block, unseen)
                 for one in work.values():
-                    one.add(batch, y if one.coder.config.side == "output" else x, y, block)
+                    side = y if one.coder.config.side == "output" else x
+                    one.add(batch, side, y, block, unseen)
             for name, one in work.items():
                 codes[name].write(piece, one.code(first))
             sums: Arrays = {
                 "first_block": np.array([first_block]), "block_rows": block_rows.cpu().numpy(),
                 "total/channel": total.cpu().numpy(), "total/block": block_total.cpu().numpy(),
+                "total/unseen": unseen_total.cpu().numpy(),
+                "unseen_rows": unseen_rows.cpu().numpy(),
             }  # fmt: skip
             for i, one in enumerate(work.values()):
                 sums |= {f"{i}/{key}": value for key, value in one.sums().items()}
@@ -176,6 +194,9 @@ class Sums(NamedTuple):
     """(documents,) rows of each document."""
     counts: NDArray[Any]
     """(F,) int64: rows in which each latent is not 0."""
+    unseen: dict[str, NDArray[Any]]
+    """Squared error by document over rows that were not seen in training, of the kinds total and
+    coder, and `rows`, how many there are: (documents,). All rows, where that is not known."""
 
     @property
     def rows(self) -> int:
@@ -198,6 +219,7 @@ def add_up(pieces: Pieces, n_pieces: int, names: list[str], n_blocks: int) -> di
                     {k: np.zeros_like(own[f"{k}/channel"]) for k in kinds},
                     {k: np.zeros(n_blocks) for k in kinds},
                     np.zeros(n_blocks), np.zeros_like(own["counts"]),
+                    {k: np.zeros(n_blocks) for k in ("total", "coder", "rows")},
                 )  # fmt: skip
             sums = found[name]
             here = slice(at, at + len(arrays["block_rows"]))
@@ -205,5 +227,8 @@ def add_up(pieces: Pieces, n_pieces: int, names: list[str], n_blocks: int) -> di
                 sums.channel[kind][...] += own[f"{kind}/channel"]
                 sums.block[kind][here] += own[f"{kind}/block"]
             sums.block_rows[here] += arrays["block_rows"]
+            sums.unseen["total"][here] += arrays["total/unseen"]
+            sums.unseen["coder"][here] += own["unseen"]
+            sums.unseen["rows"][here] += arrays["unseen_rows"]
             sums.counts[...] += own["counts"]
     return found

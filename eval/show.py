@@ -13,7 +13,8 @@ from bsc.array_file import read_arrays
 from bsc.cache.models import load_tokenizer
 from bsc.errors import StoreError, UserError, nearest
 from bsc.eval.codes import Codes
-from bsc.eval.examples import PARTS, Sample, Windows
+from bsc.eval.division import PARTS
+from bsc.eval.examples import Sample, Windows
 from bsc.eval.pieces import Pieces
 from bsc.eval.setting import open_store
 from bsc.train.run import Run

@@ -32,7 +32,7 @@ from bsc.train.coders.coder import SparseCoder
 __all__ = ["EVAL_VERSION", "RUN_VERSION", "Run", "claim", "waiting_lock"]
 
 RUN_VERSION = 1
-EVAL_VERSION = 2
+EVAL_VERSION = 3
 _LOCK = ".lock"
 
 

@@ -23,7 +23,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bsc.eval.examples import STRATA, Windows, explain_documents, hash64
+from bsc.cache.hashing import hash64
+from bsc.eval.division import EXPLAIN, TEST
+from bsc.eval.examples import STRATA, Windows
 
 __all__ = ["MIN_WINDOWS", "Evidence", "Marking", "Texts", "Window", "gather"]
 
@@ -85,7 +87,7 @@ class Texts:
     def __init__(
         self, windows: Windows, read: NDArray[np.bool_], *, length: int, seed: int
     ) -> None:
-        """Divide the documents.
+        """Take the text and what its rows are for.
 
         Args:
             windows: text of the split.
@@ -95,13 +97,13 @@ class Texts:
         """
         self.windows, self.read, self.length, self.seed = windows, read, length, seed
         self.doc_id = windows.doc_id.astype(np.uint64)
-        self.explain = explain_documents(windows.doc_id)
+        self.explain, self.test = windows.part == EXPLAIN, windows.part == TEST
         # Texts end where rows were not evaluated any more: `bsc eval --rows`.
         last = int(np.flatnonzero(read)[-1]) + 1 if read.any() else 0
         sizes = windows.ends - windows.starts
         self.text_start = np.repeat(windows.starts, sizes)
         self.text_end = np.minimum(np.repeat(windows.ends, sizes), max(last, 1))
-        self.rows = np.flatnonzero(read & ~self.explain)
+        self.rows = np.flatnonzero(read & self.test)
         """To look for windows without firings from."""
 
     def for_firing(self, rows: NDArray[np.int64], latent: int) -> NDArray[np.bool_]:
@@ -143,7 +145,7 @@ def gather(
                       marking if graded else "all")  # fmt: skip
 
     windows = [w for _, w in drawn(explaining, explain)]
-    around = drawn(~explaining & firing_document, test)
+    around = drawn(texts.test[row] & firing_document, test)
     evidence = Evidence(latent, n, windows, [w for _, w in around], drawn=len(around))
     if evidence.why_not or len(texts.rows) == 0:
         return evidence

@@ -132,7 +132,7 @@ def _predictability(
             windows = materials.windows
             contexts[hook] = contexts_of_tokens(
                 windows.ids, windows.doc_id, windows.position, materials.read[hook],
-                seed=materials.config.seed,
+                windows.part, seed=materials.config.seed,
             )  # fmt: skip
         scores = predictability(material.code, contexts[hook], seed=materials.config.seed)
         pieces.write(0, scores._asdict())

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from bsc.cache.hashing import hash64
 from bsc.eval.codes import LatentCode
-from bsc.eval.examples import explain_documents, hash64
+from bsc.eval.division import EXPLAIN, NEITHER
 
 __all__ = ["CONTEXTS", "Contexts", "Predictability", "contexts_of_tokens", "predictability"]
 
@@ -63,7 +64,7 @@ class Predictability(NamedTuple):
 
 def contexts_of_tokens(
     ids: NDArray[Any], doc_id: NDArray[Any], position: NDArray[np.int64], read: NDArray[np.bool_],
-    *, seed: int = 0,
+    division: NDArray[np.uint8], *, seed: int = 0,
 ) -> Contexts:  # fmt: skip
     """Hash the local context of every row.
 
@@ -72,6 +73,7 @@ def contexts_of_tokens(
         doc_id: (rows,) document of each.
         position: (rows,) position in the text; where it does not count up, another text begins.
         read: (rows,) whether the row was evaluated.
+        division: (rows,) what the row is for (eval/division.py).
         seed: of the hashes and of the halves.
     """
     n = len(ids)
@@ -94,10 +96,9 @@ def contexts_of_tokens(
     fine = np.minimum(position, 31)
     wide = 32 + 4 * np.log2(np.maximum(position, 32) / 32)
     bucket[-1] = np.where(position < 32, fine, wide.astype(np.int64)).astype(np.int32)
-    explain = explain_documents(doc_id)
     weighed = hash64(doc_id, seed + 7) >> np.uint64(63) == 0
-    part = np.where(explain, np.where(weighed, 1, 0), 2)
-    return Contexts(bucket, np.where(read, part, 3).astype(np.int8))
+    part = np.where(division == EXPLAIN, np.where(weighed, 1, 0), 2)
+    return Contexts(bucket, np.where(read & (division != NEITHER), part, 3).astype(np.int8))
 
 
 def _sample(rows: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:

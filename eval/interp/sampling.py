@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bsc.eval.examples import hash64
+from bsc.cache.hashing import hash64
 
 __all__ = ["DESIGNS", "Chosen", "Design", "choose"]
 

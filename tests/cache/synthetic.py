@@ -31,6 +31,7 @@ def block(start: int, stop: int) -> dict[str, torch.Tensor]:
         "tokens/token_id": number,
         "tokens/doc_id": number // 10,
         "tokens/position": number % 10,
+        "tokens/ngram": number.long() << 31,
     }
 
 
@@ -107,6 +108,7 @@ def numbers(store: ActivationStore, *, exact: bool = True) -> np.ndarray:
     ids = split.tokens("token_id").astype(np.int64)
     assert np.array_equal(split.tokens("doc_id"), ids // 10)
     assert np.array_equal(split.tokens("position"), ids % 10)
+    assert np.array_equal(split.tokens("ngram").astype(np.int64), ids << 31)
     if exact:
         x = torch.cat([split.tensor("layers.0.mlp/input", i) for i in range(split.shards)]).float()
         y = torch.cat([split.tensor("layers.0.mlp/output", i) for i in range(split.shards)]).float()

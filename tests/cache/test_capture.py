@@ -101,7 +101,7 @@ def test_tensorstore_and_zarr_open_every_array_with_the_bits_that_the_capture_sa
         for name, spec in split.specs.items():
             folder = path / "data.zarr" / spec.path
             a = ts.open({"driver": "zarr3", "kvstore": f"file://{folder}/"}).result()
-            expected = ml_dtypes.bfloat16 if spec.dtype == "bfloat16" else np.uint32
+            expected = ml_dtypes.bfloat16 if spec.dtype == "bfloat16" else np.dtype(spec.dtype)
             assert a.dtype.numpy_dtype == expected and a.shape[0] == split.rows
             by_tensorstore = np.asarray(a.read().result())
             by_zarr = np.asarray(group[spec.path][:])
@@ -109,7 +109,7 @@ def test_tensorstore_and_zarr_open_every_array_with_the_bits_that_the_capture_sa
             mapped = np.concatenate([split.shard(name, i) for i in range(split.shards)])
             assert mapped.tobytes() == by_zarr.tobytes()
             raw = torch.cat(seen[f"{split.split}:{name}"])
-            captured = bits(raw) if spec.dtype == "bfloat16" else raw.numpy().astype(np.uint32)
+            captured = bits(raw) if spec.dtype == "bfloat16" else raw.numpy().astype(spec.dtype)
             stored = by_zarr.view(np.uint16) if spec.dtype == "bfloat16" else by_zarr
             captured = captured.reshape(len(captured), -1)
             stored = stored.reshape(len(stored), -1)
@@ -120,14 +120,14 @@ def test_tensorstore_and_zarr_open_every_array_with_the_bits_that_the_capture_sa
                     order = _order(split, seen)
                 assert np.array_equal(stored, captured[order])
             arrays += 1
-    assert arrays == 10
+    assert arrays == 12
 
 
 def _order(split: object, seen: dict[str, list[torch.Tensor]]) -> np.ndarray:
-    """For every stored row the number of the captured row, by all three token arrays."""
-    names = ("tokens/token_id", "tokens/doc_id", "tokens/position")
+    """For every stored row the number of the captured row, by all token arrays."""
+    names = ("tokens/token_id", "tokens/doc_id", "tokens/position", "tokens/ngram")
     captured = np.stack([torch.cat(seen[f"train:{n}"]).numpy() for n in names], axis=1)
-    stored = np.stack([split.tokens(n.split("/")[1]) for n in names], axis=1)  # type: ignore[attr-defined]
+    stored = np.stack([split.tokens(n.split("/")[1]).astype(np.int64) for n in names], axis=1)  # type: ignore[attr-defined]
     where: dict[tuple[int, ...], list[int]] = {}
     for i, key in enumerate(map(tuple, captured.tolist())):
         where.setdefault(key, []).append(i)

@@ -115,10 +115,10 @@ def test_a_text_that_ends_early_says_how_many_rows_there_are_and_why(
 
 def test_a_store_of_a_newer_format_is_refused_by_name(store_copy: Path) -> None:
     path = store_copy / "data.zarr/zarr.json"
-    path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
-    with pytest.raises(StoreError, match="format version 3, this bsc reads version 2"):
+    path.write_text(path.read_text().replace('"version": 3', '"version": 4'))
+    with pytest.raises(StoreError, match="format version 4, this bsc reads version 3"):
         ActivationStore(store_copy)
-    assert any("format version 3" in p for p in verify(store_copy))
+    assert any("format version 4" in p for p in verify(store_copy))
 
 
 def test_a_read_only_store_is_read_and_verified(store_copy: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_damaged_manifest_stops_a_resumed_capture_with_its_name(
         path.write_bytes(sorted((store / "manifest/held_out").glob("*.jsonl"))[-1].read_bytes())
     else:
         provenance = store / "provenance.json"
-        text = provenance.read_text().replace('"format_version": 2', '"format_version": 9')
+        text = provenance.read_text().replace('"format_version": 3', '"format_version": 9')
         provenance.write_text(text)
     expected = r"format_version is 9" if damage == "newer" else rf"{path.name}: "
     with pytest.raises(UserError, match=expected):

@@ -61,7 +61,7 @@ def test_the_paper_s_setting_is_the_92_terabytes_of_the_docs(smollm2: str) -> No
     shown = re.search(r"```\n(hookpoint.*?)```", page, flags=re.S)
     assert shown is not None and "\n".join(lines[:10]) == shown[1].rstrip("\n")
     assert [h.name for h in made.plan.hookpoints] == [f"layers.{i}.mlp" for i in (0, 9, 18, 27)]
-    assert made.plan.bytes == pytest.approx(92.3e12, rel=1e-3) and not made.fits
+    assert made.plan.bytes == pytest.approx(92.4e12, rel=1e-3) and not made.fits
 
 
 def test_every_way_out_that_a_plan_names_fits(smollm2: str) -> None:
@@ -94,7 +94,7 @@ def test_memory_is_that_of_the_buffers(smollm2: str) -> None:
     text = TextSource(corpus="stdlib")
     config = CaptureConfig(model=smollm2, store="acts", text=text, tokens=10**10)
     plan = estimate(config, free=10**15).plan
-    buffers = 64 * 8 * 128 * 1152 + 64 * 3 * 4096 * 4
+    buffers = 64 * 8 * 128 * 1152 + 64 * 3 * 4096 * 4 + 64 * 4096 * 8
     blocks = 3 * 8192 * 8 * 1152
     assert plan.memory() == buffers + blocks
     ten = estimate(replace(config, tokens=10**11), free=10**16).plan
@@ -112,7 +112,7 @@ def test_the_command_prints_the_plan_and_writes_nothing(
         main(["plan", "--model", smollm2, "--tokens", "10B", "--free", "1T", "--rate", "1000000"])
     assert done.value.code == 0
     shown = capsys.readouterr().out
-    assert "92.3 TB" in shown and "it does not fit" in shown and "--ring" in shown
+    assert "92.4 TB" in shown and "it does not fit" in shown and "--ring" in shown
     with pytest.raises(SystemExit):
         main(["plan", "--model", smollm2, "--tokens", "10B", "--free", "100T", "--json"])
     value = json.loads(capsys.readouterr().out)

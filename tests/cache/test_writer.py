@@ -232,8 +232,8 @@ def test_commit_order_is_files_then_manifest_then_shape(
     monkeypatch.setattr(LocalFolder, "write", spy_write)
     make_store(tmp_path / "s", 960, GRID, window=5)
     kinds = "".join(kind[:1] for kind, _ in steps if kind)
-    # Two windows of five shards and five arrays: 25 shards, a manifest, five shapes.
-    one = "s" * 25 + "m" + "s" * 5
+    # Two windows of five shards and six arrays: 30 shards, a manifest, six shapes.
+    one = "s" * 30 + "m" + "s" * 6
     assert kinds == one * 2
     assert [len(list(windows(open_folder(tmp_path / "s"), "train", 0)))] == [2]
 

@@ -57,7 +57,14 @@ def planted_contexts(n: int, predicted: int) -> Contexts:
     ids = np.zeros((n, predicted + 1), np.int64)
     ones = np.ones(ids.shape, bool)
     return Contexts(
-        ids, ids, ones, ones[:, 1:], "joined", "positions", np.arange(n)[:, None] + 0 * ids[:, 1:]
+        ids,
+        ids,
+        ones,
+        ones[:, 1:],
+        "joined",
+        "positions",
+        np.arange(n)[:, None] + 0 * ids[:, 1:],
+        ones[:, 1:],
     )
 
 

@@ -95,8 +95,8 @@ def test_latents_go_by_their_own_numbers_whatever_the_order_of_rows(
 def test_figures_are_differences_from_the_spliced_baseline() -> None:
     none = np.zeros(20)
     sums = {
-        "whole": LossSums(np.full(20, 40.0), none, none),
-        "bin": LossSums(np.full(20, 42.0), none, none),
+        "whole": LossSums(np.full(20, 40.0), none, none, none),
+        "bin": LossSums(np.full(20, 42.0), none, none, none),
     }
     (found,) = ablation_figures(
         [np.array([1, 2])], np.array([9.0, 1.0, 4.0]), np.array([10, 30, 10]), sums, ["bin"],

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from bsc.cache.models import load_tokenizer
+from bsc.cache.ngrams import token_ngrams
 from bsc.cache.store import ActivationStore
 from bsc.eval.codes import LatentCode
+from bsc.eval.division import EXPLAIN, NEITHER, PARTS, TEST, divide
 from bsc.eval.examples import (
-    PARTS,
     PER_STRATUM,
     STRATA,
     Windows,
     choose_latents,
-    explain_documents,
     sample,
 )
 from tests.eval.planted import latent_code
@@ -31,7 +31,7 @@ def planted() -> tuple[np.ndarray, np.ndarray]:
 
 def test_strata_are_tenths_of_a_latents_firings() -> None:
     dense, doc = planted()
-    drawn = sample(latent_code(dense), doc, per_stratum=1_000)
+    drawn = sample(latent_code(dense), parts(doc), per_stratum=1_000)
     # With room for all, every firing is drawn once.
     assert len(drawn.row) == (dense != 0).sum()
     for latent in (0, 1, 3):
@@ -49,7 +49,7 @@ def test_strata_are_tenths_of_a_latents_firings() -> None:
 
 def test_ties_are_not_in_the_order_of_the_text() -> None:
     dense, doc = planted()
-    own = sample(latent_code(dense), doc, per_stratum=1_000).of(3)
+    own = sample(latent_code(dense), parts(doc), per_stratum=1_000).of(3)
     first, last = (own.row[own.stratum == s].mean() for s in (0, STRATA - 1))
     assert abs(first - last) < 600  # in the order of the text it would be 3,600
 
@@ -62,16 +62,45 @@ def test_a_stratum_is_drawn_uniformly() -> None:
     code, doc = latent_code(dense), np.arange(400)
     times = np.zeros(400)
     for seed in range(400):
-        times[sample(code, doc, per_stratum=2, seed=seed).row] += 1
+        times[sample(code, parts(doc), per_stratum=2, seed=seed).row] += 1
     # 40 firings a stratum, 2 of each part: a tenth of the time.
     assert times.mean() == pytest.approx(40, rel=0.02)
     assert times.std() < 1.5 * np.sqrt(40)
 
 
+def parts(doc: np.ndarray) -> np.ndarray:
+    """Documents without n-grams."""
+    return divide(doc, np.zeros(len(doc), np.uint64))
+
+
+def test_documents_that_share_text_are_on_one_side_and_what_is_left_is_on_neither() -> None:
+    """Copies with a changed end, and a paragraph that stands in many documents."""
+    rng = np.random.default_rng(0)
+    notice = rng.integers(1000, size=40)
+    documents = []
+    for _ in range(60):
+        text = rng.integers(1000, size=300)
+        text[100:140] = notice
+        copy = text.copy()
+        copy[280:] = rng.integers(1000, size=20)
+        documents += [text, copy]
+    ngrams = np.concatenate([token_ngrams(d) for d in documents])
+    doc = np.repeat(np.arange(120), 300)
+    part = divide(doc, ngrams).reshape(120, 300)
+    explain = (part == EXPLAIN).any(1)
+    assert 20 < explain.sum() < 100
+    assert (explain[::2] == explain[1::2]).mean() > 0.85
+    test = part[~explain]
+    assert not (test == EXPLAIN).any() and (test[:, 100:140] == NEITHER).all()
+    # No n-gram of a row to test on stands where explanations come from.
+    inside = np.unique(ngrams[(part == EXPLAIN).ravel() & (ngrams > 0)])
+    assert not np.isin(ngrams[(part == TEST).ravel()], inside).any()
+
+
 def test_no_document_is_in_both_parts_and_draws_are_limited() -> None:
     dense, doc = planted()
-    drawn = sample(latent_code(dense), doc)
-    explain = explain_documents(doc)
+    drawn = sample(latent_code(dense), parts(doc))
+    explain = parts(doc) == EXPLAIN
     assert 10 < len(set(doc[explain])) < 30
     assert np.array_equal(drawn.part == PARTS.index("explain"), explain[drawn.row])
     documents = [set(doc[drawn.row[drawn.part == p]]) for p in (0, 1)]
@@ -86,9 +115,9 @@ def test_no_document_is_in_both_parts_and_draws_are_limited() -> None:
 def test_the_sample_does_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     dense, doc = planted()
     code = latent_code(dense)
-    whole = sample(code, doc)
+    whole = sample(code, parts(doc))
     monkeypatch.setattr(LatentCode, "blocks", lambda self: ((i, i + 1) for i in range(4)))
-    again = sample(code, doc).arrays()
+    again = sample(code, parts(doc)).arrays()
     for name, values in whole.arrays().items():
         assert np.array_equal(values, again[name])
 

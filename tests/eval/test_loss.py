@@ -219,7 +219,7 @@ def test_models_of_another_family_with_layers_that_return_tuples(dtype: torch.dt
     position = np.broadcast_to(np.arange(24), ids.shape).copy()
     ones = np.ones(ids.shape, bool)
     contexts = Contexts(ids, position, ones, ones[:, 1:], "joined", "positions",
-                        np.arange(4)[:, None] + 0 * ids[:, 1:])  # fmt: skip
+                        np.arange(4)[:, None] + 0 * ids[:, 1:], ones[:, 1:])  # fmt: skip
     variants: dict[str, Variant] = {
         "identity": {"h.1.mlp": coder_replacement(identity(32))},
         "zero": {"h.1.mlp": zero_replacement},
@@ -293,8 +293,8 @@ def test_added_losses_are_paired() -> None:
     clean = rng.normal(300, 100, 100)
     none = np.zeros(100)
     contexts = planted_contexts(100, 100)
-    changed = LossSums(clean + 10 + rng.normal(0, 1, 100), none, none)
-    delta, interval = added_loss(changed, LossSums(clean, none, none), contexts)
+    changed = LossSums(clean + 10 + rng.normal(0, 1, 100), none, none, none)
+    delta, interval = added_loss(changed, LossSums(clean, none, none, none), contexts)
     assert delta == pytest.approx(0.1, abs=0.01)
     # Contexts differ by 1 nat a token; what is added differs by a hundredth of that.
     assert interval is not None and interval[1] - interval[0] < 0.01

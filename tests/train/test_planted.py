@@ -26,7 +26,7 @@ KINDS = [
 
 def _directions(generator: torch.Generator) -> torch.Tensor:
     drawn = torch.randn(TRUE, D, generator=generator)
-    return drawn / drawn.norm(dim=1, keepdim=True)
+    return torch.nn.functional.normalize(drawn)
 
 
 class Planted:
@@ -45,7 +45,8 @@ class Planted:
             self.linear = torch.randn(D, D, generator=self.generator) / D**0.5
         self.units = (1.0, 1.0)
         x, y = self.rows(20_000)
-        self.units = tuple(float((r - r.mean(0)).square().mean() ** 0.5) for r in (x, y))
+        self.units = (float(x.std(0, correction=0).square().mean() ** 0.5),
+                      float(y.std(0, correction=0).square().mean() ** 0.5))  # fmt: skip
         x, y = self.rows(20_000)
         self.means = (x.mean(0), y.mean(0))
         self.variance = float((y - self.means[1]).square().sum(1).mean())

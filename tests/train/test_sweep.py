@@ -156,8 +156,8 @@ def test_binary_latents_of_unit_rows_have_amplitudes_unless_it_is_said_otherwise
     store: ActivationStore,
 ) -> None:
     def amplitudes(**fields: object) -> list[str]:
-        base = {"hookpoint": "layers.0.mlp", "n_latents": 64, "k": 4}
-        base["code"] = ["continuous", "binary", "hybrid"]  # type: ignore[assignment]
+        base: dict[str, object] = {"hookpoint": "layers.0.mlp", "n_latents": 64, "k": 4}
+        base["code"] = ["continuous", "binary", "hybrid"]
         return [p.coder.amplitude for p in plan_coders(expand([base | fields], "t"), store)]
 
     assert amplitudes(site="sae") == ["none", "learned", "learned"]

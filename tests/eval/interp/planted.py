@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from bsc.cache.ngrams import token_ngrams
 from bsc.eval.codes import LatentCode
 from bsc.eval.examples import Windows
 from bsc.eval.interp.evidence import Texts
@@ -35,6 +36,7 @@ def texts(documents: int = 60, tokens: int = 200, *, seed: int = 0, length: int 
         "token_id": ids.astype(np.uint32),
         "doc_id": np.repeat(np.arange(documents), tokens).astype(np.uint32),
         "position": np.tile(np.arange(tokens), documents).astype(np.uint16),
+        "ngram": np.concatenate([token_ngrams(own) for own in ids.reshape(documents, tokens)]),
     }
     split = cast(Any, SimpleNamespace(tokens=columns.__getitem__))
     read = np.ones(len(ids), bool)

@@ -47,7 +47,7 @@ def test_no_document_is_on_two_sides(where: Texts) -> None:
 
 
 def test_a_document_is_on_either_side_for_different_latents(where: Texts) -> None:
-    rows = np.flatnonzero(~where.explain)
+    rows = np.flatnonzero(where.test)
     sides = np.array([where.for_firing(rows, latent) for latent in range(40)])
     assert sides.mean(axis=0).min() > 0.2 and sides.mean(axis=0).max() < 0.8
 

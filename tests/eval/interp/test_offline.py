@@ -25,7 +25,7 @@ def where() -> Texts:
 
 def contexts(where: Texts) -> Contexts:
     w = where.windows
-    return contexts_of_tokens(w.ids, w.doc_id, w.position, where.read)
+    return contexts_of_tokens(w.ids, w.doc_id, w.position, where.read, w.part)
 
 
 def planted_masks(where: Texts) -> dict[str, NDArray[np.bool_]]:
@@ -92,14 +92,14 @@ def test_documents_are_on_one_side(where: Texts) -> None:
         assert len(set(part[where.windows.doc_id == document])) == 1
     assert {0, 1, 2} == set(part)
     # The half to test on is that of the examples.
-    assert np.array_equal(part == 2, ~where.explain)
+    assert np.array_equal(part == 2, where.test)
 
 
 def test_rows_that_were_not_read_are_left_out(where: Texts) -> None:
     w = where.windows
     read = np.zeros(len(w.ids), bool)
     read[: len(read) // 2] = True
-    c = contexts_of_tokens(w.ids, w.doc_id, w.position, read)
+    c = contexts_of_tokens(w.ids, w.doc_id, w.position, read, w.part)
     assert (c.part[len(read) // 2 :] == 3).all()
     # Nor does a text see another one before it.
     first = np.flatnonzero(w.position == 0)
