@@ -17,6 +17,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
+from bsc.cache.check import ShardChecks
 from bsc.cache.folder import StoreFolder, open_folder
 from bsc.cache.layout import (
     CODECS,
@@ -66,15 +67,24 @@ class StoreSplit:
     """The committed rows of one split."""
 
     def __init__(
-        self, folder: StoreFolder, split: Split, hookpoints: tuple[Hookpoint, ...], codec: Codec
-    ) -> None:
+        self, folder: StoreFolder, split: Split, hookpoints: tuple[Hookpoint, ...], codec: Codec,
+        *, check: bool = True,
+    ) -> None:  # fmt: skip
         """Read the metadata of every array.
+
+        Args:
+            folder: the store.
+            split: of its splits.
+            hookpoints: of the store.
+            codec: of the store.
+            check: whether shards are compared with the manifest when they are first read.
 
         Raises:
             StoreError: the metadata is missing, damaged, or not that of a store of this version.
         """
         self.folder, self.split, self.codec = folder, split, codec
         self.specs = array_specs(hookpoints, split, codec)
+        self._checks = ShardChecks(folder, split) if check else None
         self._map = lru_cache(maxsize=_MAPPED)(self._map_uncached)
         self.refresh()
 
@@ -144,8 +154,14 @@ class StoreSplit:
                 break
             try:
                 if spec.lz4:
+                    if self._checks is not None:
+                        self._checks.check(spec, shard, path.read_bytes)
                     return MappedTensor(decode_shard(path, spec, self.grid), None, path)
-                return MappedTensor(*map_shard(path, spec, self.grid), path)
+                mapped = MappedTensor(*map_shard(path, spec, self.grid), path)
+                if self._checks is not None and not self._checks.is_done(spec, shard):
+                    mapped.load()  # in one piece, rather than page by page
+                    self._checks.check(spec, shard, mapped.mapping)
+                return mapped
             except StoreError:
                 if path.exists() or attempt == 2:  # else the copy went out of a full cache
                     raise
@@ -265,13 +281,19 @@ class ActivationStore:
     of a hookpoint, mapped.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, *, check: bool = True) -> None:
         """Open the store in folder `root`.
+
+        Args:
+            root: the folder, or an address in object storage.
+            check: whether a shard is compared with the manifest when it is first read, which reads
+                all of it.
 
         Raises:
             StoreError: there is no store, or it is one that this version of bsc cannot read.
         """
         self.folder = open_folder(root)
+        self.check = check
         if self.folder.missing():
             raise StoreError(f"{self.folder}: no such folder. Make a store with `bsc cache` first.")
         if not self.folder.exists(f"{DATA}/zarr.json"):
@@ -311,7 +333,7 @@ class ActivationStore:
             if hook.name.startswith(("/", ".")) or "/" in hook.name or "\\" in hook.name:
                 raise StoreError(f"{self.folder}: {hook.name!r} is no name of a hookpoint.")
         self.splits: dict[Split, StoreSplit] = {
-            s: StoreSplit(self.folder, s, self.hookpoints, self.codec) for s in splits
+            s: StoreSplit(self.folder, s, self.hookpoints, self.codec, check=check) for s in splits
         }
         if "train" not in self.splits:
             raise StoreError(f"{self.folder}: the store has no training rows.")

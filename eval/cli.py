@@ -50,6 +50,13 @@ def evaluate(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: a GPU if any]")
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="Compare shards with the store's manifest when they are first read.",
+        ),
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure every coder of a run on held-out documents and write RUN/eval.json.
@@ -71,7 +78,9 @@ def evaluate(
     if probe or no_probe:
         values["probes"] = tuple(probe or ())
     config = parse_config(EvalConfig, values, "bsc eval")
-    result = evaluate_run(Run.open(run), config, store=store, model=model, device=device)
+    result = evaluate_run(
+        Run.open(run), config, store=store, model=model, device=device, check=check
+    )
     if as_json:
         typer.echo(canonical_json(result), nl=False)
     else:

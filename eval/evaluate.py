@@ -163,6 +163,7 @@ def evaluate(
     store: Path | None = None,
     model: str | None = None,
     device: str | None = None,
+    check: bool = True,
 ) -> dict[str, Any]:
     """Measure every coder of a run and write eval.json and what is in the folder eval.
 
@@ -172,6 +173,7 @@ def evaluate(
         store: where the store is now; None: where it was in training.
         model: where the model is now; None: where it was at the capture.
         device: where to compute; None: a GPU where there is one.
+        check: whether shards are compared with the manifest when they are first read.
 
     Returns:
         What eval.json holds.
@@ -182,7 +184,7 @@ def evaluate(
     """
     config = config or EvalConfig()
     sets = read_sets(config.probes)
-    setting = open_setting(run, store=store, model=model, device=device)
+    setting = open_setting(run, store=store, model=model, device=device, check=check)
     if setting.lm.model.device.type == "cpu":
         keep_freed_memory()
     with claim(run.folder):
@@ -201,6 +203,7 @@ def _evaluate(setting: Setting, config: EvalConfig, sets: list[LabelledTexts]) -
         "separation": setting.separation,
         "without_tokens": list(setting.without_tokens),
         "overlap": overlap,
+        "checked": setting.store.check,
         "device": setting.lm.model.device.type,
         "torch": torch.__version__,
     }

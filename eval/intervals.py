@@ -1,9 +1,19 @@
-"""Confidence intervals by resampling documents.
+"""Confidence intervals over documents.
 
-Tokens of one document depend on each other, so whole documents are drawn, and sums are kept by
-document. With few of them the percentile interval of a bootstrap is too short; its quantiles are
-moved outwards by the ratio of Student's t to the normal distribution (Hesterberg 2015, "What
-teachers should know about the bootstrap", section 5.3, the expanded percentile interval).
+Tokens of one document depend on each other, so documents are the sample, and sums are kept by
+document. A figure is a ratio of sums, r = sum_i a_i / sum_i b_i. Its standard error s is the
+jackknife's: what leaving out one document after the other changes. The interval is r - t s to
+r + t s, or r exp(-t s') to r exp(t s') with s' that of log r where no a_i is negative, t the
+97.5 % quantile of Student's distribution.
+
+Its degrees of freedom are those of an estimate of variance to which document i contributes in
+proportion to b_i^2 (Satterthwaite 1946; for clusters Bell and McCaffrey 2002):
+
+    d = (sum_i b_i^2)^2 / sum_i b_i^4 - 1
+
+which is n - 1 for documents of one size, and much less where a few hold most of the text or of the
+variance: then little is known, and the interval says so. docs/evaluation.md has the coverage that
+was measured on real documents, of this and of other methods.
 """
 
 from __future__ import annotations
@@ -15,72 +25,70 @@ from scipy import stats
 __all__ = [
     "LEVEL",
     "MIN_BLOCKS",
-    "RESAMPLES",
     "Interval",
+    "degrees_of_freedom",
     "ratio_intervals",
     "value_interval",
-    "widened_quantiles",
 ]
 
 LEVEL = 0.95
 MIN_BLOCKS = 8
 """Below this many documents, seeds or classes no interval is given: none is invented."""
-RESAMPLES = 2_000
-_AT_ONCE = 1 << 22
 
 Interval = list[float] | None
 """[low, high], or None where the sample is too small for one."""
 
 
-def widened_quantiles(n: int) -> tuple[float, float]:
-    """Quantiles of the resampled values of n blocks between which the interval lies.
+def degrees_of_freedom(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of a standard error of a mean with these weights, (documents,) or by column; at least 1.
 
-    >>> [round(q, 4) for n in (10, 10**6) for q in widened_quantiles(n)]
-    [0.0086, 0.9914, 0.025, 0.975]
+    >>> degrees_of_freedom(np.ones(10)).item(), degrees_of_freedom(np.array([8, 1, 1, 1])).item()
+    (9.0, 1.0)
     """
-    t = stats.t.ppf((1 - LEVEL) / 2, n - 1) * np.sqrt(n / (n - 1))
-    low = float(stats.norm.cdf(t))
-    return low, 1 - low
+    squares = np.square(weights, dtype=np.float64)
+    return np.asarray(np.maximum(squares.sum(axis=0) ** 2 / np.square(squares).sum(axis=0) - 1, 1))
 
 
 def ratio_intervals(
-    numerators: NDArray[np.float64],
-    denominators: NDArray[np.float64],
-    *,
-    seed: int = 0,
+    numerators: NDArray[np.float64], denominators: NDArray[np.float64]
 ) -> list[Interval]:
     """95 % intervals of sum(numerator) / sum(denominator), one for each column.
 
-    All columns see the same resamples, so differences of columns may be given as a column.
-
     Args:
         numerators: (documents, columns).
-        denominators: (documents,) or (documents, columns), such as predicted tokens.
-        seed: of the resampling.
+        denominators: (documents,) or (documents, columns), such as predicted tokens; not negative.
 
     Returns:
-        One interval for each column.
+        One interval for each column; None with fewer than 8 documents, or where leaving out one
+        leaves nothing to divide by.
     """
-    if denominators.ndim == 1:
-        denominators = denominators[:, None]
     n, columns = numerators.shape
     if n < MIN_BLOCKS:
         return [None] * columns
-    rng = np.random.Generator(np.random.Philox(key=seed))
-    at_once = max(1, _AT_ONCE // n)
-    resampled = []
-    for start in range(0, RESAMPLES, at_once):
-        size = min(at_once, RESAMPLES - start)
-        # How often each context was drawn: the sums of all columns are then one product.
-        times = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            resampled.append((times @ numerators) / (times @ denominators))
-    low, high = np.nanquantile(np.concatenate(resampled), widened_quantiles(n), axis=0)
-    return [[float(a), float(b)] if np.isfinite([a, b]).all() else None
-            for a, b in zip(low, high, strict=True)]  # fmt: skip
+    denominators = np.broadcast_to(
+        denominators[:, None] if denominators.ndim == 1 else denominators, numerators.shape
+    )
+    a, b = numerators.sum(axis=0), denominators.sum(axis=0)
+    positive = (numerators >= 0).all(axis=0) & (a > numerators.max(axis=0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio, without = a / b, (a - numerators) / (b - denominators)
+        t = stats.t.ppf((1 + LEVEL) / 2, degrees_of_freedom(denominators))
+        reach = t * _standard_error(without)
+        factor = np.exp(t * _standard_error(np.log(without)))
+        low = np.where(positive, ratio / factor, ratio - reach)
+        high = np.where(positive, ratio * factor, ratio + reach)
+    return [[float(x), float(y)] if np.isfinite([x, y]).all() else None
+            for x, y in zip(low, high, strict=True)]  # fmt: skip
 
 
-def value_interval(values: NDArray[np.float64], *, seed: int = 0) -> Interval:
+def _standard_error(without: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The jackknife's, from what a figure is without each document, (documents, columns)."""
+    n = len(without)
+    squares = np.square(without - without.mean(axis=0)).sum(axis=0)
+    return np.asarray(np.sqrt((n - 1) / n * squares))
+
+
+def value_interval(values: NDArray[np.float64]) -> Interval:
     """95 % interval of the mean of independent values, such as one per class."""
     column = np.asarray(values, np.float64)[:, None]
-    return ratio_intervals(column, np.ones(len(column)), seed=seed)[0]
+    return ratio_intervals(column, np.ones(len(column)))[0]

@@ -373,18 +373,15 @@ def joined(pieces: Iterable[Piece], documents: int) -> dict[str, LossSums]:
     return found
 
 
-def added_loss(
-    changed: LossSums, base: LossSums, contexts: Contexts, *, seed: int = 0
-) -> tuple[float, Interval]:
+def added_loss(changed: LossSums, base: LossSums, contexts: Contexts) -> tuple[float, Interval]:
     """Mean of changed - base in nats per predicted token, with its interval over documents.
 
     Args:
         changed: with something spliced in.
         base: of the same contexts without it, or with something else.
         contexts: what was predicted.
-        seed: of the resampling of documents.
     """
     difference = changed.nats - base.nats
     counts = contexts.counts.astype(np.float64)
-    (interval,) = ratio_intervals(difference[:, None], counts, seed=seed)
+    (interval,) = ratio_intervals(difference[:, None], counts)
     return float(difference.sum() / counts.sum()), interval

@@ -107,8 +107,13 @@ def _check_rows(store: ActivationStore, lm: LanguageModel) -> None:
             )
 
 
-def open_store(run: Run, store: Path | None) -> ActivationStore:
+def open_store(run: Run, store: Path | None, *, check: bool = True) -> ActivationStore:
     """The store that a run was trained on.
+
+    Args:
+        run: the run.
+        store: where the store is now; None: where it was in training.
+        check: whether shards are compared with the manifest when they are first read.
 
     Raises:
         StoreError: it is not there, or is another one.
@@ -120,7 +125,7 @@ def open_store(run: Run, store: Path | None) -> ActivationStore:
             f"where it is now with --store. `bsc report` and `bsc compare` work without it on runs "
             f"that were evaluated before."
         )
-    opened = ActivationStore(store or config["store"])
+    opened = ActivationStore(store or config["store"], check=check)
     if opened.store_id != config["store_id"]:
         raise StoreError(
             f"{opened.folder}: this is store {opened.store_id}, but run {run.folder} was trained "
@@ -129,13 +134,15 @@ def open_store(run: Run, store: Path | None) -> ActivationStore:
     return opened
 
 
-def open_setting(run: Run, *, store: Path | None, model: str | None, device: str | None) -> Setting:
+def open_setting(
+    run: Run, *, store: Path | None, model: str | None, device: str | None, check: bool = True
+) -> Setting:
     """Open everything that an evaluation of `run` needs.
 
     Raises:
         UserError: the store, its held-out rows or the model are not there or not the same.
     """
-    opened = open_store(run, store)
+    opened = open_store(run, store, check=check)
     opened.held_out  # noqa: B018 - says so where there are no held-out rows, before a model is loaded
     on = pick_device(device)
     lm = matching_model(opened, model, on)

@@ -152,6 +152,14 @@ def train(
             help="Keep the last one when the run has ended.  [default: keep]",
         ),
     ] = None,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check",
+            help="Compare shards with the store's manifest when they are first read.  "
+            "[default: check]",
+        ),
+    ] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with this run; --tokens may be more than it had.")
     ] = None,
@@ -207,7 +215,8 @@ def train(
         "micro_rows": micro_rows, "seed": data_seed, "dead_after": dead_after, "device": device,
         "without_special_tokens": without_special_tokens, "eval_every": eval_every,
         "checkpoint_every": checkpoint_every, "keep_checkpoint": keep_checkpoint,
-        "compile": compile_, "tensorboard": tensorboard, "wandb": wandb,
+        "check": check, "compile": compile_, "tensorboard": tensorboard,
+        "wandb": wandb,
     }  # fmt: skip
     coder_flags = {
         "hookpoint": hookpoint, "site": site, "select": select, "code": code,

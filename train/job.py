@@ -109,7 +109,7 @@ def make_job(
     Raises:
         UserError: the request cannot be carried out.
     """
-    store = ActivationStore(config.store)
+    store = ActivationStore(config.store, check=config.check)
     if planned is None:
         planned = plan_coders(expand(config.coders, where, config.preset), store)
     rows = store.train.rows if store.ring is None else store.planned_rows

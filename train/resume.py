@@ -19,6 +19,7 @@ __all__ = ["resume"]
 
 _FREE = frozenset(
     {
+        "check",
         "device",
         "checkpoint_every",
         "keep_checkpoint",

@@ -214,6 +214,8 @@ class TrainConfig(Config):
     """Steps between checkpoints; None: every ten minutes."""
     keep_checkpoint: bool = True
     """Whether the last checkpoint stays when the run has ended, to train on from it later."""
+    check: bool = True
+    """Whether shards are compared with the store's manifest when they are first read."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of the products; parameters and sums are float32 either way. fp32 is the reference."""
     compile: bool = False

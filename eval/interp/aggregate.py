@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from bsc.eval.interp.sampling import Chosen, Design
-from bsc.eval.intervals import LEVEL, MIN_BLOCKS, RESAMPLES, Interval, widened_quantiles
+from bsc.eval.intervals import LEVEL, MIN_BLOCKS, Interval
 
 __all__ = ["POWER", "estimate", "frequency_adjusted", "latents_needed", "summary"]
 
 POWER = 0.8
+_RESAMPLES = 2_000
 DIFFERENCE = 0.02
 """The difference between two coders that the power line speaks of."""
 MAX_CURVE = 24
@@ -71,8 +72,10 @@ def _resampled(design: Design, values: NDArray[np.float64], noise: NDArray[np.fl
     drawn = ~design.census
     n = int(drawn.sum())
     w = design.weight[:, None] * parts
-    times = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) if n else np.zeros((RESAMPLES, 0))
-    jitter = rng.standard_normal((RESAMPLES, int(design.census.sum()))) * noise[design.census]
+    times = (
+        rng.multinomial(n, np.full(n, 1 / n), size=_RESAMPLES) if n else np.zeros((_RESAMPLES, 0))
+    )
+    jitter = rng.standard_normal((_RESAMPLES, int(design.census.sum()))) * noise[design.census]
     top = times @ (w * values[:, None])[drawn] + (values[design.census] + jitter) @ w[design.census]
     bottom = times @ w[drawn] + w[design.census].sum(axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -85,13 +88,28 @@ def _blocks(design: Design, parts: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.asarray(np.where(drawn > 0, drawn, parts.sum(axis=0)))
 
 
+def _widened_quantiles(n: int) -> tuple[float, float]:
+    """Quantiles of the resampled means of n latents between which the interval lies.
+
+    With few latents the percentile interval of a bootstrap is too short; its quantiles are moved
+    outwards by the ratio of Student's t to the normal distribution (Hesterberg 2015, "What teachers
+    should know about the bootstrap", section 5.3, the expanded percentile interval).
+
+    >>> [round(q, 4) for n in (10, 10**6) for q in _widened_quantiles(n)]
+    [0.0086, 0.9914, 0.025, 0.975]
+    """
+    t = stats.t.ppf((1 - LEVEL) / 2, n - 1) * np.sqrt(n / (n - 1))
+    low = float(stats.norm.cdf(t))
+    return low, 1 - low
+
+
 def _intervals(resampled: NDArray[np.float64], blocks: NDArray[np.int64]) -> list[Interval]:
     found: list[Interval] = []
     for column, n in zip(resampled.T, blocks, strict=True):
         if n < MIN_BLOCKS or np.isnan(column).mean() > 0.01:
             found.append(None)
             continue
-        low, high = np.nanquantile(column, widened_quantiles(int(n)))
+        low, high = np.nanquantile(column, _widened_quantiles(int(n)))
         found.append([float(low), float(high)])
     return found
 

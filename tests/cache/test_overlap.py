@@ -46,7 +46,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def plain(store: ActivationStore) -> tuple[set[tuple[int, ...]], list[list[int]], list[list[int]]]:
+def plain(store: ActivationStore) -> tuple[set[int], list[list[int]], list[list[int]]]:
     """Training n-grams, and held-out documents as tokens and rows, from the rows themselves."""
     held = store.held_out
     ids, doc = held.tokens("token_id").tolist(), held.tokens("doc_id")
@@ -68,11 +68,11 @@ def test_seen_rows_are_those_of_n_grams_that_were_trained_on(path: Path, name: s
         assert np.array_equal(store.held_out.tokens("ngram")[own], hashes)
         hit = [int(h) in known for h in store.held_out.tokens("ngram")[own].tolist()]
         ngrams += int((hashes > 0).sum())
-        for i in np.flatnonzero(hit):
+        for i in np.flatnonzero(hit).tolist():
             expected[own[max(0, i - NGRAM + 1) : i + 1]] = True
-        for i in range(LONG_RUN - 1, len(ids)):
+        for end in range(LONG_RUN - 1, len(ids)):
             long_runs += 1
-            seen_long += all(hit[i - LONG_RUN + NGRAM : i + 1])
+            seen_long += all(hit[end - LONG_RUN + NGRAM : end + 1])
     assert np.array_equal(seen, expected)
     assert 0.2 < seen.mean() < 0.6  # the notice, and nothing else
     assert said["train_rows"] == store.train.rows and said["seen_rows"] == seen.sum()
