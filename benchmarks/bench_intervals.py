@@ -9,9 +9,10 @@ and delta CE, for the method of bsc/eval/intervals.py and, for comparison, for o
 * bca: bias-corrected and accelerated
 * jackknife: Student's interval with n - 1 degrees of freedom
 
-    python benchmarks/bench_intervals.py RUN... [--write tests/eval/documents.json]
+    python benchmarks/bench_intervals.py POPULATION... [--write tests/eval/documents.json]
 
-The last line is JSON. `--write` keeps the sums of the documents of coders with k 32 for the test.
+A population is an evaluated run, or a file that --write wrote. The last line is JSON. `--write`
+keeps the sums of the documents of coders with k 32 for the test.
 """
 
 from __future__ import annotations
@@ -127,17 +128,27 @@ def coverage(a: Array, b: Array, n: int, trials: int) -> dict[str, dict[str, flo
 def main() -> None:
     """Print a line for each run, coder, figure and number of documents, then one of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("populations", nargs="+", type=Path)
     parser.add_argument("--trials", type=int, default=1_000)
     parser.add_argument("--write", type=Path)
     args = parser.parse_args()
     results: list[dict[str, Any]] = []
-    populations: dict[str, Any] = {}
-    for path in args.runs:
-        for name, own in documents(Run.open(path)).items():
+    kept: dict[str, Any] = {}
+    found: dict[str, dict[str, dict[str, Array]]] = {}
+    for path in args.populations:
+        if path.suffix == ".json":
+            for name, coders in json.loads(path.read_text()).items():
+                found[name] = {
+                    coder: {k: np.array(v, np.float64) for k, v in own.items()}
+                    for coder, own in coders.items()
+                }
+        else:
+            found[path.resolve().name] = documents(Run.open(path))
+    for population, coders in found.items():
+        for name, own in coders.items():
             short = name.rsplit("/", 1)[-1]
             if "-k32-" in short:
-                populations.setdefault(path.resolve().name, {})[short] = {
+                kept.setdefault(population, {})[short] = {
                     k: [float(f"{x:.6g}") for x in v] for k, v in own.items()
                 }
             for figure, a, b in (
@@ -145,16 +156,16 @@ def main() -> None:
                 ("delta_ce", own["added_nats"], own["predicted"]),
             ):
                 for n in DRAWS:
-                    found = coverage(a, b, n, args.trials)
+                    held = coverage(a, b, n, args.trials)
                     results.append(
-                        {"run": path.name, "coder": short, "figure": figure, "documents": len(a),
-                         "drawn": n, "methods": found}
+                        {"population": population, "coder": short, "figure": figure,
+                         "documents": len(a), "drawn": n, "methods": held}
                     )  # fmt: skip
-                    cells = [f"{m} {f['coverage']:.3f}" for m, f in found.items()]
-                    print(f"{path.name} {short} {figure} of {len(a)}, {n}: {', '.join(cells)}",
+                    cells = [f"{m} {f['coverage']:.3f}" for m, f in held.items()]
+                    print(f"{population} {short} {figure} of {len(a)}, {n}: {', '.join(cells)}",
                           flush=True)  # fmt: skip
     if args.write:
-        args.write.write_text(json.dumps(populations, separators=(",", ":")) + "\n")
+        args.write.write_text(json.dumps(kept, separators=(",", ":")) + "\n")
     print(json.dumps({"benchmark": "intervals", "trials": args.trials, "results": results}))
 
 

@@ -68,6 +68,7 @@ def blocks(count: int) -> list[dict[str, torch.Tensor]]:
         rows = torch.randn((BLOCK, D), generator=generator).bfloat16()
         number = torch.arange(i * BLOCK, (i + 1) * BLOCK, dtype=torch.int32)
         tokens = {f"tokens/{n}": number for n in ("token_id", "doc_id", "position")}
+        tokens["tokens/ngram"] = number.long()
         made.append({NAMES[0]: rows, NAMES[1]: rows.flip(0), **tokens})
     return made
 

@@ -9,6 +9,7 @@ from bsc.cache.layout import DATA
 from bsc.cache.shuffle import check_shuffle
 from bsc.cache.store import ActivationStore, StoreSplit
 from bsc.errors import StoreError
+from bsc.formats import percent
 from bsc.progress import format_bytes
 from bsc.train.run import Run
 
@@ -77,11 +78,11 @@ def _store(store: ActivationStore) -> dict[str, Any]:
 def _overlap(found: dict[str, Any]) -> str:
     """How much of the held-out text was seen in training, in a sentence."""
     rows, runs = found["rows"], found["runs"]
+    seen_rows, seen_runs = found["seen_rows"] / max(1, rows), found["seen_runs"] / max(1, runs)
     return (
-        f"{found['seen_rows'] / max(1, rows):.2%} of {rows:,} held-out rows belong to "
-        f"{found['ngram_tokens']} tokens in a row that stand in {found['train_rows']:,} training "
-        f"rows too; at most {found['seen_runs'] / max(1, runs):.2%} of {runs:,} held-out runs of "
-        f"{found['run_tokens']} tokens do"
+        f"{percent(seen_rows, 2)} of {rows:,} held-out rows belong to {found['ngram_tokens']} "
+        f"tokens in a row that stand in {found['train_rows']:,} training rows too; at most "
+        f"{percent(seen_runs, 2)} of {runs:,} held-out runs of {found['run_tokens']} tokens do"
     )
 
 

@@ -7,12 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["comparison_table", "figures_table", "interval_text"]
+from bsc.formats import interval, percent
 
-
-def interval_text(interval: list[float] | None) -> str:
-    """An interval, or a dash where the sample gave none."""
-    return "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+__all__ = ["comparison_table", "figures_table"]
 
 
 def figures_table(evaluation: dict[str, Any], title: str | None = None) -> None:
@@ -29,10 +26,10 @@ def figures_table(evaluation: dict[str, Any], title: str | None = None) -> None:
             f"{f['fvu']:.4f}",
             f"{f['l0']:.1f}",
             f"{f['bits']:.0f}",
-            f"{f['dead'] / f['latents']:.1%}",
+            percent(f["dead"] / f["latents"], 1),
             *(str(above[t]) for t in ("0.01", "0.1", "0.5")),
             f"{f['delta_ce']:.4f}",
-            interval_text(f["delta_ce_interval"]),
+            interval(f["delta_ce_interval"]),
         )
     # Wide enough for every name, also where stdout is no terminal.
     Console(highlight=False, width=200).print(table)
@@ -52,7 +49,7 @@ def comparison_table(comparison: dict[str, Any]) -> None:
             f = entry[figure]
             cells += [
                 f"{f['first']:.4f} -> {f['second']:.4f}", f"{f['difference']:+.4f}",
-                interval_text(f["interval"]),
+                interval(f["interval"]),
             ]  # fmt: skip
         latents = entry.get("latents")
         alike = (
@@ -67,7 +64,7 @@ def comparison_table(comparison: dict[str, Any]) -> None:
             console.print(
                 f"{mean['coders']} and its like, {mean['seeds']} seeds: mean difference of "
                 f"{figure} {mean[figure]['difference']:+.4f}, 95 % interval over seeds "
-                f"{interval_text(mean[figure]['interval'])}"
+                f"{interval(mean[figure]['interval'])}"
             )
     if not comparison["paired"]:
         console.print("Not on the same contexts, so differences of delta CE have no interval.")

@@ -48,7 +48,7 @@ def table(text: str) -> dict[str, list[float]]:
     for line in text.splitlines():
         if line.startswith("layers."):
             name, *rest = line.split()
-            found[name] = [float(x.rstrip("%")) for x in rest if x not in ("to",)]
+            found[name] = [float(x) for x in rest if x not in ("to", "%")]
     return found
 
 

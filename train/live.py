@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from bsc.formats import percent
 from bsc.progress import console
 
 __all__ = ["TrainingView", "training_view"]
@@ -61,7 +62,8 @@ class TrainingView:
         """Rate, and what bounds it."""
         share = self._waited / max(self.seconds, 1e-9)
         bound = "disk-bound" if share > _DISK_BOUND else "compute-bound"
-        return f"{self.rows() / max(self.seconds, 1e-9):,.0f} rows/s, {bound} ({share:.0%} waiting)"
+        rate = self.rows() / max(self.seconds, 1e-9)
+        return f"{rate:,.0f} rows/s, {bound} ({percent(share)} waiting)"
 
     def line(self) -> str:
         """Where the run is, for logs."""
@@ -95,7 +97,7 @@ def _cells(f: Mapping[str, Any]) -> list[str]:
     held_out = f.get("held_out_fvu")
     return [
         f"{f['fvu']:.4f}", "" if held_out is None else f"{held_out:.4f}", f"{f['l0']:.1f}",
-        f"{f['dead']:.1%}", f"{f['lr']:.2g}",
+        percent(f["dead"], 1), f"{f['lr']:.2g}",
     ]  # fmt: skip
 
 

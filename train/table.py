@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
+from bsc.formats import percent
 from bsc.train.trainer import CoderSummary
 
 __all__ = ["summary_table"]
@@ -25,6 +26,6 @@ def summary_table(summaries: Iterable[CoderSummary]) -> None:
             table.add_row(s.name, "no figures", "", "", "")
         else:
             held_out = "" if s.held_out_fvu is None else f"{s.held_out_fvu:.4f}"
-            table.add_row(s.name, f"{s.fvu:.4f}", held_out, f"{s.l0:.1f}", f"{s.dead:.1%}")
+            table.add_row(s.name, f"{s.fvu:.4f}", held_out, f"{s.l0:.1f}", percent(s.dead, 1))
     # Wide enough for every name, also where stdout is no terminal.
     Console(highlight=False, width=200).print(table)

@@ -27,7 +27,7 @@ HOOKPOINT = "layers.3.mlp"
 TOKENS = 655_360
 HELD_OUT_TOKENS = 65_536
 EVALUATION = EvalConfig(
-    ce_tokens=32_768, ablation_bins=4, ablation_tokens=2_048, ultra_ablations=2, probe_texts=40
+    ce_tokens=65_536, ablation_bins=4, ablation_tokens=2_048, ultra_ablations=2, probe_texts=40
 )
 N_LATENTS = 1_536
 LATENTS = 20

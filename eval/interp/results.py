@@ -24,6 +24,7 @@ from bsc.eval.interp.offline import scores_csv
 from bsc.eval.interp.prompts import PROMPTS_VERSION
 from bsc.eval.interp.questions import CHANCE, Question, read_answers, score
 from bsc.files import write_atomically, write_json
+from bsc.formats import percent
 from bsc.progress import stage
 
 __all__ = ["INTERP_VERSION", "is_simulated", "write_results"]
@@ -240,11 +241,11 @@ def _flags(coders: Mapping[str, Any]) -> list[str]:
             continue
         tpr, tnr = np.mean(known, axis=0)
         if 1 - tnr > _ALWAYS and tpr > _ALWAYS:
-            found.append(f"{kind}: it says yes to nearly everything ({1 - tnr:.0%} of the windows "
-                         f"without a firing)")  # fmt: skip
+            found.append(f"{kind}: it says yes to nearly everything ({percent(1 - tnr)} of the "
+                         f"windows without a firing)")  # fmt: skip
         elif tpr < 1 - _ALWAYS and tnr > _ALWAYS:
-            found.append(f"{kind}: it says no to nearly everything ({1 - tpr:.0%} of the windows "
-                         f"with a firing)")  # fmt: skip
+            found.append(f"{kind}: it says no to nearly everything ({percent(1 - tpr)} of the "
+                         f"windows with a firing)")  # fmt: skip
     answers: Counter[str] = Counter()
     for coder in coders.values():
         for test in coder["tests"].values():
@@ -252,5 +253,5 @@ def _flags(coders: Mapping[str, Any]) -> list[str]:
     total = sum(answers.values())
     for state, n in sorted(answers.items()):
         if state != "ok" and n > MISSING * total:
-            found.append(f"{n / total:.1%} of the answers are {state}; see the bounds")
+            found.append(f"{percent(n / total, 1)} of the answers are {state}; see the bounds")
     return found

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from bsc.eval.interp.cost import Estimate, Prices
 from bsc.files import canonical_json
+from bsc.formats import percent
 
 __all__ = ["cost_table", "interp_table", "offline_table"]
 
@@ -45,7 +46,7 @@ def offline_table(result: dict[str, Any]) -> None:
         table.add_row(
             name, _mean(auc["unweighted"]), _mean(auc["weighted"]),
             _mean(overlap["unweighted"]), _mean(overlap["weighted"]),
-            f"{overlap['unweighted']['coverage']:.0%}", f"{overlap['weighted']['coverage']:.0%}",
+            percent(overlap["unweighted"]["coverage"]), percent(overlap["weighted"]["coverage"]),
         )  # fmt: skip
     _console().print(table)
 
@@ -61,7 +62,7 @@ def interp_table(result: dict[str, Any]) -> None:
             needed = test["unweighted"]["needed"]
             table.add_row(
                 name, kind, _mean(test["unweighted"]), _mean(test["weighted"]),
-                f"{test['unweighted']['coverage']:.0%}", f"{test['weighted']['coverage']:.0%}",
+                percent(test["unweighted"]["coverage"]), percent(test["weighted"]["coverage"]),
                 "-" if needed is None else f"{needed:,}",
             )  # fmt: skip
     console = _console()
@@ -92,7 +93,7 @@ def cost_table(found: Mapping[str, Estimate], prices: Prices, *, as_json: bool =
                    "of them shared", "reply tokens")  # fmt: skip
     for kind, one in [*found.items(), ("all", total)]:
         share = one.shared_tokens / one.prompt_tokens if one.prompt_tokens else 0.0
-        table.add_row(kind, f"{one.requests:,}", f"{one.prompt_tokens:,.0f}", f"{share:.0%}",
+        table.add_row(kind, f"{one.requests:,}", f"{one.prompt_tokens:,.0f}", percent(share),
                       f"{one.completion_tokens:,.0f}")  # fmt: skip
     console = _console()
     console.print(table)

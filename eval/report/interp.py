@@ -59,6 +59,19 @@ class Scored(NamedTuple):
         """About the judge; None: there was none."""
         return self.result.get("judge")
 
+    def caption(self, rows: Sequence[CoderRow]) -> str:
+        """What the figure of the means shows, by how many k there are."""
+        ks = {row.k for row in rows if row.run == self.run}
+        if len(ks) == 1:
+            return (
+                "Means over latents, full marks unweighted, open ones weighted by firing rate, "
+                "with their 95 % intervals over latents."
+            )
+        return (
+            "Means over latents against k: solid lines unweighted, dashed ones weighted by "
+            "firing rate."
+        )
+
     @property
     def heading(self) -> str:
         """What the scores are by."""

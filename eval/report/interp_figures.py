@@ -30,16 +30,27 @@ def scores(scored: Scored, rows: Sequence[CoderRow]) -> Drawing:
         for axis, (one, panel, members) in zip(axes, places, strict=False):
             title = f"{one.title}\n{panel}" if many else one.title
             words.append(f"{title}:")
+            single = len({r.k for r in members}) == 1
+            place = 0
             for design, dashed in (("unweighted", False), ("weighted", True)):
                 for code in dict.fromkeys(r.code for r in members):
-                    words += _draw(axis, one, [r for r in members if r.code == code], design,
-                                   dashed)  # fmt: skip
+                    of_code = [r for r in members if r.code == code]
+                    words += _draw(axis, one, of_code, design, dashed, place if single else None)
+                    place += 1
             axis.axhline(one.chance, color=INK, lw=0.7, ls=":", alpha=0.6)
             ks = sorted({r.k for r in members})
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(ks, [str(k) for k in ks])
+            if len(ks) == 1:  # no axis of k: a place for each mean, named below
+                codes = dict.fromkeys(r.code for r in members)
+                axis.set_xticks(range(2 * len(codes)), [
+                    f"{code}\n{design}" for design in ("unweighted", "weighted") for code in codes
+                ])  # fmt: skip
+                axis.set_xlim(-0.6, 2 * len(codes) - 0.4)
+                axis.set_xlabel(f"k = {ks[0]}")
+            else:
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(ks, [str(k) for k in ks])
+                axis.set_xlabel("k, latents selected per token")
             axis.minorticks_off()
-            axis.set_xlabel("k, latents selected per token")
             axis.set_ylabel("score")
             axis.set_title(title)
         if places:
@@ -51,8 +62,10 @@ def scores(scored: Scored, rows: Sequence[CoderRow]) -> Drawing:
 
 
 def _draw(
-    axis: Axes, one: ScoreSet, members: list[CoderRow], design: str, dashed: bool
-) -> list[str]:
+    axis: Axes, one: ScoreSet, members: list[CoderRow], design: str, dashed: bool,
+    place: int | None,
+) -> list[str]:  # fmt: skip
+    """Marks of the coders of one code, over k, or at one place where there is a single k."""
     points = []
     for row in members:
         found = one.coders[row.name][design]
@@ -66,7 +79,7 @@ def _draw(
     shift = {("continuous", False): 0.94, ("continuous", True): 0.98, ("binary", False): 1.02,
              ("binary", True): 1.06}.get((code, dashed), 1.0)  # fmt: skip
     points.sort()
-    x = [k * shift for k, _, _ in points]
+    x = [k * shift if place is None else float(place) for k, _, _ in points]
     y = [m for _, m, _ in points]
     errors = [
         [max(0.0, m - i[0]) for _, m, i in points],
@@ -77,9 +90,10 @@ def _draw(
     }  # fmt: skip
     line = "--" if dashed else "-"
     # Lines join the means over seeds; every coder is a mark.
-    ks = sorted(set(x))
-    means = [np.mean([m for other, m in zip(x, y, strict=True) if other == k]) for k in ks]
-    axis.plot(ks, means, color=colour, ls=line, lw=1.2)
+    if place is None:
+        ks = sorted(set(x))
+        means = [np.mean([m for other, m in zip(x, y, strict=True) if other == k]) for k in ks]
+        axis.plot(ks, means, color=colour, ls=line, lw=1.2)
     axis.errorbar(x, y, yerr=errors, **style, ls="none", elinewidth=0.9, capsize=2)
     axis.plot([], [], **style, ls=line, lw=1.2, label=f"{code}, {design}")
     low, high = min(y), max(y)

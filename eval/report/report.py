@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from bsc.errors import StoreError, UserError
 from bsc.eval.examples import STRATA
+from bsc.eval.intervals import MIN_BLOCKS
 from bsc.eval.report import figures
 from bsc.eval.report.drawing import COLOURS, Drawing
 from bsc.eval.report.figures import Curve
@@ -27,6 +28,7 @@ from bsc.eval.report.interp_figures import frequency_curves, scores
 from bsc.eval.report.rows import CoderRow, read_rows, run_labels
 from bsc.eval.report.summary import control_table, matched_tables, summary
 from bsc.files import write_atomically
+from bsc.formats import interval, percent, percent_interval
 from bsc.train.run import Run
 
 __all__ = ["drawings", "render_report", "write_report"]
@@ -100,15 +102,22 @@ def _marked(row: CoderRow, examples: Sequence[dict[str, Any]]) -> list[dict[str,
     return found
 
 
+def _ablation_bars(rows: Sequence[CoderRow]) -> str:
+    """What the bars of the ablation figure are, or why there are none."""
+    having = [b for r in rows for b in r.figures.get("ablation", {}).get("bins", [])]
+    if any(b["delta_ce_interval"] for b in having):
+        return "Bars are 95 % intervals over documents."
+    return (
+        f"There are no intervals: the tokens of the ablations are of fewer than {MIN_BLOCKS} "
+        f"documents (--ablation-tokens takes more)."
+    )
+
+
 def _thinned(values: Sequence[dict[str, Any]], n: int) -> list[dict[str, Any]]:
     """At most n of them, from the first to the last."""
     if len(values) <= n:
         return list(values)
     return [values[round(i * (len(values) - 1) / max(1, n - 1))] for i in range(n)]
-
-
-def _interval(value: Sequence[float] | None, digits: int = 4) -> str:
-    return "no interval" if value is None else f"{value[0]:.{digits}f} to {value[1]:.{digits}f}"
 
 
 def _environment() -> jinja2.Environment:
@@ -119,9 +128,10 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["interval"] = _interval
+    environment.filters["interval"] = interval
+    environment.filters["percent_interval"] = percent_interval
     environment.filters["digits"] = lambda value, n=4: f"{value:.{n}f}"
-    environment.filters["percent"] = lambda value, n=0: f"{100 * value:.{n}f} %"
+    environment.filters["percent"] = percent
     environment.filters["whole"] = lambda value: f"{value:,}"
     return environment
 
@@ -160,6 +170,7 @@ def render_report(runs: Sequence[Run]) -> str:
             summary=summary(rows),
             matched={by: matched_tables(rows, by) for by in ("l0", "bits")},
             control=control_table(rows),
+            ablation_bars=_ablation_bars(rows),
             drawings={name: d.svg() for name, d in drawings(runs, rows, interp).items()},
             interp=interp,
             shown_ultra=max(4, ALL_ULTRA // len(rows)),

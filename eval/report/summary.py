@@ -7,6 +7,7 @@ from typing import Any
 
 from bsc.eval.rate import matched
 from bsc.eval.report.rows import CoderRow, by_panel
+from bsc.formats import percent_span
 
 __all__ = ["control_table", "matched_tables", "summary"]
 
@@ -44,8 +45,8 @@ def summary(rows: Sequence[CoderRow]) -> list[str]:
         b, c = ([arm[code].figures for arm in arms.values()] for code in ("binary", "continuous"))
         sentences.append(
             f"{panel}, k = {_span(list(arms), 'd')}: binary coders leave "
-            f"{_span([f['fvu'] for f in b], '.1%')} of the variance unexplained, continuous ones "
-            f"{_span([f['fvu'] for f in c], '.1%')}. Spliced into the model they cost "
+            f"{percent_span([f['fvu'] for f in b], 1)} of the variance unexplained, continuous "
+            f"ones {percent_span([f['fvu'] for f in c], 1)}. Spliced into the model they cost "
             f"{_span([f['delta_ce'] for f in b], '.3f')} and "
             f"{_span([f['delta_ce'] for f in c], '.3f')} nats per token."
         )
@@ -66,7 +67,7 @@ def _control_sentence(b: list[dict[str, Any]], c: list[dict[str, Any]]) -> list[
     cheaper = sum(x["delta_ce"] < y["delta_ce_binarised"] for x, y in zip(b, c, strict=True))
     return [
         f"Continuous coders whose values are replaced, after training, by each latent's mean leave "
-        f"{_span([f['fvu_binarised'] for f in c], '.1%')} unexplained and cost "
+        f"{percent_span([f['fvu_binarised'] for f in c], 1)} unexplained and cost "
         f"{_span([f['delta_ce_binarised'] for f in c], '.3f')} nats. Training without magnitudes "
         f"leaves less unexplained than taking them away afterwards for {better} of {len(b)} k, and "
         f"costs the model less for {cheaper} of {len(b)}."
@@ -90,9 +91,9 @@ def _ultra_sentence(b: list[dict[str, Any]], c: list[dict[str, Any]]) -> str:
     return (
         f"Latents that fire on more than 10 % of tokens: "
         f"{_span([f['latents_above']['0.1'] for f in b], 'd')} in binary coders, with "
-        f"{_span([f['share_of_firings_above']['0.1'] for f in b], '.0%')} of all firings, and "
+        f"{percent_span([f['share_of_firings_above']['0.1'] for f in b])} of all firings, and "
         f"{_span([f['latents_above']['0.1'] for f in c], 'd')} in continuous ones, with "
-        f"{_span([f['share_of_firings_above']['0.1'] for f in c], '.0%')}."
+        f"{percent_span([f['share_of_firings_above']['0.1'] for f in c])}."
     )
 
 

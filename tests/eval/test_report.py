@@ -9,11 +9,15 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bsc.errors import StoreError
 from bsc.eval.report.export import write_figures
+from bsc.eval.report.interp import Scored, ScoreSet
+from bsc.eval.report.interp_figures import scores
 from bsc.eval.report.report import render_report, write_report
+from bsc.eval.report.rows import read_rows
 from bsc.train.run import Run
 
 HOSTILE = "</div><script>alert(1)</script><img src=x onerror=alert(2)>&\"'"
@@ -204,3 +208,82 @@ def test_figures_and_numbers_for_a_paper(evaluated: Run, tmp_path: Path) -> None
     tables = json.loads((first / "figures.json").read_text())
     assert {len(tables["coders"]), len(tables["stability"])} == {8, 4}
     assert len(tables["probing"]) == (8 + 2) * 12 + 2  # and all channels of each side
+
+
+def shown(page: str) -> str:
+    """The text of a page, without style, script and plots."""
+    page = re.sub(r"<(style|script|svg)\b.*?</\1>", "", page, flags=re.S)
+    return re.sub(r"<[^>]*>", " ", page)
+
+
+def test_percentages_are_written_in_one_way(evaluated: Run) -> None:
+    text = shown(render_report([evaluated]))
+    assert re.search(r"\d %", text) and not re.findall(r"\S*\d%", text)
+    # And no piece of code or template has a way of its own.
+    root = Path(__file__).parent.parent.parent
+    for folder in ("bsc", "cache", "train", "eval"):
+        for path in [*(root / folder).rglob("*.py"), *(root / folder).rglob("*.j2")]:
+            code = path.read_text()
+            assert not re.search(r":[.\d]*%[}\"']", code), path
+            assert not re.search(r"\}\} ?%", code), path
+
+
+def test_an_interval_has_the_unit_of_its_figure(evaluated_copy: Run) -> None:
+    found = evaluated_copy.evaluation()
+    for figures in found["coders"].values():
+        figures |= {"delta_top1": -0.00935, "delta_top1_interval": [-0.0129, -0.0051]}
+    evaluated_copy.eval_path.write_text(json.dumps(found))
+    assert "-0.935 % (-1.290 to -0.510 %)" in " ".join(
+        shown(render_report([evaluated_copy])).split()
+    )
+
+
+def test_the_caption_of_the_ablations_speaks_of_the_bars_that_there_are(
+    evaluated_copy: Run,
+) -> None:
+    found = evaluated_copy.evaluation()
+    for interval, says in (([0.1, 0.2], "Bars are 95 % intervals"), (None, "There are no interv")):
+        for figures in found["coders"].values():
+            for one in figures["ablation"]["bins"]:
+                one["delta_ce_interval"] = interval
+        evaluated_copy.eval_path.write_text(json.dumps(found))
+        text = shown(render_report([evaluated_copy]))
+        assert says in text and ("Bars are" in text) == (interval is not None)
+    assert "recovered, mean ablation" in " ".join(text.split())
+
+
+def test_scores_of_a_single_k_stand_beside_each_other_with_their_names(evaluated: Run) -> None:
+    rows = [r for r in read_rows([evaluated]) if r.k == 8]
+    assert {r.code for r in rows} == {"binary", "continuous"}
+    mean = {"mean": 0.7, "interval": [0.6, 0.8]}
+    one = ScoreSet("detection", 0.5, {r.name: dict.fromkeys(("unweighted", "weighted"), mean)
+                                      for r in rows})  # fmt: skip
+    judge = {"model": "m", "simulated": False}
+    scored = Scored(rows[0].run, "m", "interp-0-0", {"judge": judge}, [one], [])
+    (axis,) = scores(scored, rows).figure.axes
+    names = [label.get_text() for label in axis.get_xticklabels()]
+    assert names == [
+        f"{c}\n{d}" for d in ("unweighted", "weighted") for c in ("binary", "continuous")
+    ]
+    assert axis.get_xlabel() == "k = 8" and axis.get_xscale() == "linear"
+    marks = sorted(x for line in axis.lines for x in np.atleast_1d(line.get_xdata()).tolist()
+                   if line.get_marker() in ("o", "s"))  # fmt: skip
+    assert marks == [0, 1, 2, 3]
+    assert "line" not in scored.caption(rows)
+    several = read_rows([evaluated])
+    assert "solid lines" in scored.caption(several)
+
+
+def test_what_was_seen_in_training_is_said(evaluated_copy: Run) -> None:
+    found = evaluated_copy.evaluation()
+    found["overlap"] = {
+        "rows": 2_000, "seen_rows": 35, "ngram_tokens": 16, "run_tokens": 64, "runs": 1_000,
+        "seen_runs": 2,
+    }  # fmt: skip
+    first = next(iter(found["coders"].values()))
+    first |= {"rows_unseen": 1_965, "fvu_unseen": 0.33333, "fvu_unseen_interval": [0.3, 0.4]}
+    evaluated_copy.eval_path.write_text(json.dumps(found))
+    text = " ".join(shown(render_report([evaluated_copy])).split())
+    assert "1.75 % of the held-out rows were seen in training" in text.replace(" ,", ",")
+    assert "at most 0.20 % of the held-out runs of 64 tokens stand there" in text
+    assert "0.33333 (0.3000 to 0.4000), on 1,965 of" in text
