@@ -53,9 +53,10 @@ def scores(scored: Scored, rows: Sequence[CoderRow]) -> Drawing:
             axis.minorticks_off()
             axis.set_ylabel("score")
             axis.set_title(title)
-        if places:
+        # Of a single k the names stand on the axis.
+        if any(len({r.k for r in members}) > 1 for _, _, members in places):
             figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center",
-                          ncols=4, fontsize=7)  # fmt: skip
+                          ncols=4 if len(places) > 1 else 2, fontsize=7)  # fmt: skip
         return Drawing(
             scored.anchor, f"{scored.heading}, means over latents. {' '.join(words)}", figure
         )
@@ -96,8 +97,8 @@ def _draw(
         axis.plot(ks, means, color=colour, ls=line, lw=1.2)
     axis.errorbar(x, y, yerr=errors, **style, ls="none", elinewidth=0.9, capsize=2)
     axis.plot([], [], **style, ls=line, lw=1.2, label=f"{code}, {design}")
-    low, high = min(y), max(y)
-    return [f"{code} {design} {low:.3f} to {high:.3f};"]
+    low, high = f"{min(y):.3f}", f"{max(y):.3f}"
+    return [f"{code} {design} {low}{f' to {high}' if high != low else ''};"]
 
 
 def frequency_curves(scored: Scored, rows: Sequence[CoderRow]) -> list[Drawing]:

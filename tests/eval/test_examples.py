@@ -62,15 +62,15 @@ def test_a_stratum_is_drawn_uniformly() -> None:
     code, doc = latent_code(dense), np.arange(400)
     times = np.zeros(400)
     for seed in range(400):
-        times[sample(code, parts(doc), per_stratum=2, seed=seed).row] += 1
+        times[sample(code, parts(doc, seed), per_stratum=2, seed=seed).row] += 1
     # 40 firings a stratum, 2 of each part: a tenth of the time.
     assert times.mean() == pytest.approx(40, rel=0.02)
     assert times.std() < 1.5 * np.sqrt(40)
 
 
-def parts(doc: np.ndarray) -> np.ndarray:
+def parts(doc: np.ndarray, seed: int = 0) -> np.ndarray:
     """Documents without n-grams."""
-    return divide(doc, np.zeros(len(doc), np.uint64))
+    return divide(doc, np.zeros(len(doc), np.uint64), seed)
 
 
 def test_documents_that_share_text_are_on_one_side_and_what_is_left_is_on_neither() -> None:
@@ -89,7 +89,7 @@ def test_documents_that_share_text_are_on_one_side_and_what_is_left_is_on_neithe
     part = divide(doc, ngrams).reshape(120, 300)
     explain = (part == EXPLAIN).any(1)
     assert 20 < explain.sum() < 100
-    assert (explain[::2] == explain[1::2]).mean() > 0.85
+    assert (explain[::2] == explain[1::2]).mean() > 0.75
     test = part[~explain]
     assert not (test == EXPLAIN).any() and (test[:, 100:140] == NEITHER).all()
     # No n-gram of a row to test on stands where explanations come from.

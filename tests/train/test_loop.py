@@ -135,14 +135,14 @@ def test_the_table_shows_every_coder_and_what_the_run_waits_for() -> None:
     out = io.StringIO()
     Console(file=out, width=160).print(view)
     text = out.getvalue()
-    assert "layers.0.mlp/c2 " in text and "0.5000" in text and "25.0%" in text
+    assert "layers.0.mlp/c2 " in text and "0.5000" in text and "25.0 %" in text
     assert " 0 rows/s" not in text
     assert "and 6 more" in text and "disk-bound" in text and "500" not in text.splitlines()[1]
     assert view.line().startswith("train 3 coders: 50.0 %, 0.0 h left, ")
     assert view.line().endswith("FVU 0.0000 to 0.2900")
     quick = live.TrainingView("train", 1000, 0)
     quick.advance(10, waited=0.0)
-    assert "compute-bound (0% waiting)" in quick.note()
+    assert "compute-bound (0 % waiting)" in quick.note()
 
 
 def test_tensorboard_and_wandb_that_are_not_installed_are_named(
