@@ -1,9 +1,11 @@
 """What does it cost at capture that held-out documents are chosen and compared by what they hold?
 
 * capture: the embedded model over the standard library, as the demo does it, and over the same text
-  as a stream (a file of JSON lines). The time spent in choosing sides, in n-grams and in the
-  comparison at the end, over the time of the capture. Sides and n-grams are worked out in a thread
-  beside the model's, so this is the most that they can cost.
+  as a stream (a file of JSON lines). What choosing sides, n-grams and the comparison at the end take,
+  over the time of the capture: of the first two the time of the processor (they are worked out in a
+  thread beside the model's), of the last the time that passes.
+* difference: captures with all of it, and with documents held out by name, no n-grams and no
+  comparison, in turn; the ratio of their times.
 * parts: nanoseconds a byte of choosing sides, a token of n-grams, a training row of the comparison
   with a million held-out n-grams.
 
@@ -36,6 +38,7 @@ from bsc.cache.overlap import seen_ngrams
 from bsc.cache.sides import is_text_held_out
 from bsc.cache.text import TextSource, parse_text
 from bsc.demo.corpus import documents
+from bsc.held_out import is_held_out
 from bsc.versions import versions
 
 PARTS = {
@@ -50,12 +53,14 @@ def timed_capture(root: Path, source: TextSource, n: int) -> dict[str, float]:
     spent = dict.fromkeys(PARTS, 0.0)
 
     def counted(part: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        clock = time.perf_counter if part == "comparison" else time.thread_time
+
         def run(*args: Any, **how: Any) -> Any:
-            started = time.perf_counter()
+            started = clock()
             try:
                 return work(*args, **how)
             finally:
-                spent[part] += time.perf_counter() - started
+                spent[part] += clock() - started
 
         return run
 
@@ -64,6 +69,11 @@ def timed_capture(root: Path, source: TextSource, n: int) -> dict[str, float]:
         for part, places in PARTS.items()
         for module, name in places
     ]
+    return {"capture": patched_capture(root, source, n, patches)} | spent
+
+
+def patched_capture(root: Path, source: TextSource, n: int, patches: list[Any]) -> float:
+    """Seconds of a capture while some functions are others."""
     for one in patches:
         one.start()
     try:
@@ -74,11 +84,33 @@ def timed_capture(root: Path, source: TextSource, n: int) -> dict[str, float]:
                 held_out_tokens=n // 10,
             )
         )  # fmt: skip
-        seconds = time.perf_counter() - started
+        return time.perf_counter() - started
     finally:
         for one in patches:
             one.stop()
-    return {"capture": seconds} | spent
+
+
+def difference(repeats: int, n: int, folder: Path) -> dict[str, Any]:
+    """Time of captures with all of it over that of captures without."""
+    without = [
+        patch.object(text, "held_out_documents",
+                     lambda found, share: [is_held_out(d.name, share) for d in found]),
+        patch.object(tokens, "token_ngrams", lambda ids: np.zeros(len(ids), np.uint64)),
+        patch.object(commit, "measure_overlap", lambda store: None),
+    ]  # fmt: skip
+    source, ratios = TextSource(corpus="stdlib"), []
+    for i in range(repeats):
+        arms: list[tuple[str, list[Any]]] = [("with", []), ("without", without)]
+        seconds = {
+            name: patched_capture(folder / f"{name}{i}", source, n, patches)
+            for name, patches in (arms if i % 2 else arms[::-1])
+        }
+        ratios.append(seconds["with"] / seconds["without"])
+        print(seconds, file=sys.stderr, flush=True)
+    return {
+        "ratio": round(statistics.median(ratios), 4),
+        "all": [round(r, 4) for r in sorted(ratios)],
+    }
 
 
 def captures(repeats: int, n: int, folder: Path) -> dict[str, Any]:
@@ -136,7 +168,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=655_360)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        results = {"captures": captures(args.repeats, args.tokens, Path(folder)), "parts": parts()}
+        root = Path(folder)
+        results = {
+            "captures": captures(args.repeats, args.tokens, root),
+            "difference": difference(2 * args.repeats, args.tokens, root),
+            "parts": parts(),
+        }
     facts = {"threads": torch.get_num_threads(), "versions": versions()}
     print(json.dumps({"benchmark": "overlap", "results": results} | facts))
 

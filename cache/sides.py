@@ -30,8 +30,8 @@ __all__ = ["SHINGLE_BYTES", "held_out_documents", "is_text_held_out"]
 SHINGLE_BYTES = 64
 _SHARED = 0.05
 """Share of a document's shingles that may stand in training documents."""
-_SAMPLE = np.uint64(16)
-"""Of shingles in a corpus every sixteenth is looked at, by its hash."""
+_SAMPLE = np.uint64(15)
+"""Of shingles in a corpus those are looked at whose hash has none of these bits: a sixteenth."""
 
 
 def _shingles(text: str) -> NDArray[np.uint64]:
@@ -70,11 +70,11 @@ def held_out_documents(documents: Sequence[Document], fraction: float) -> list[b
     held_out = [is_held_out(d.name, fraction) for d in documents]
     if not any(held_out):
         return held_out
-    sampled = [h[h % _SAMPLE == 0] for h in (_shingles(d.text) for d in documents)]
+    sampled = [h[h & _SAMPLE == 0] for h in (_shingles(d.text) for d in documents)]
     shared = {i: np.zeros(len(sampled[i]), bool) for i, held in enumerate(held_out) if held}
     new = [h for h, held in zip(sampled, held_out, strict=True) if not held]
     while new:
-        known = np.unique(np.concatenate(new))
+        known = np.sort(np.concatenate(new))  # faster than np.unique, and copies do no harm
         new = []
         for i, seen in list(shared.items()):
             if len(known):
