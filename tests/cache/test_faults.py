@@ -297,7 +297,7 @@ def test_an_lz4_shard_with_a_hostile_index_is_refused(tmp_path: Path) -> None:
     for lengths in ([10**12, 1, 1, 1], [1, 1, 1, 1], [len(raw), 0, 0, 0]):
         shard.write_bytes(raw[:-footer] + index_bytes(lengths))
         with pytest.raises(StoreError, match=r"c/0/0: chunk \d"):
-            ActivationStore(tmp_path / "s").train.tensor("layers.0.mlp/input", 0)
+            ActivationStore(tmp_path / "s", check=False).train.tensor("layers.0.mlp/input", 0)
     assert os.path.getsize(shard) == len(raw) and torch.get_num_threads() >= 1
 
 

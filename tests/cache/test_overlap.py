@@ -18,6 +18,7 @@ from bsc.cache.text import TextSource, parse_text
 from bsc.cache.verify import verify
 from bsc.describe import describe
 from bsc.errors import StoreError
+from bsc.formats import percent
 
 
 def sentences(rng: np.random.Generator, n: int) -> list[str]:
@@ -79,7 +80,7 @@ def test_seen_rows_are_those_of_n_grams_that_were_trained_on(path: Path, name: s
     assert (said["ngrams"], said["runs"]) == (ngrams, long_runs)
     assert said["seen_runs"] == seen_long > 0
     facts = describe(path / name)["overlap"]
-    assert f"{seen.mean():.2%} of {store.held_out.rows:,} held-out rows" in facts
+    assert f"{percent(seen.mean(), 2)} of {store.held_out.rows:,} held-out rows" in facts
 
 
 def test_every_training_row_carries_its_n_gram_wherever_the_scatter_put_it(path: Path) -> None:
