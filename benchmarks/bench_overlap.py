@@ -1,9 +1,9 @@
 """What does it cost at capture that held-out documents are chosen and compared by what they hold?
 
 * capture: the embedded model over the standard library, as the demo does it, and over the same text
-  as a stream (a file of JSON lines). What choosing sides, n-grams and the comparison at the end take,
-  over the time of the capture: of the first two the time of the processor (they are worked out in a
-  thread beside the model's), of the last the time that passes.
+  as a stream (a file of JSON lines). What choosing sides, n-grams and the comparison at the end
+  take, over the time of the capture: of the first two the time of the processor (they are worked
+  out in a thread beside the model's), of the last the time that passes.
 * difference: captures with all of it, and with documents held out by name, no n-grams and no
   comparison, in turn; the ratio of their times.
 * parts: nanoseconds a byte of choosing sides, a token of n-grams, a training row of the comparison

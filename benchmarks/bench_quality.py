@@ -75,7 +75,8 @@ def bench_collapse(store: Path) -> list[dict[str, Any]]:
     """Binary SAEs, whose latents die."""
     tables: list[dict[str, Any]] = [
         {"site": "sae", "code": "binary", "optimiser": o, "lr": lr, **norm}
-        for norm in ({"decoder_norm": "unit"}, {"decoder_norm": "free"},
+        for norm in ({"decoder_norm": "unit", "amplitude": "none"},
+                     {"decoder_norm": "free"},
                      {"decoder_norm": "unit", "amplitude": "learned"})
         for o in ("adam", "signum")
         for lr in ("paper", None)
