@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,10 @@ def documents(run: Run) -> dict[str, dict[str, Array]]:
     return found
 
 
-def _ours(a: Array, b: Array, rng: np.random.Generator) -> tuple[float, float]:
-    (interval,) = ratio_intervals(a[:, None], b)
+def _ours(
+    a: Array, b: Array, rng: np.random.Generator, positive: bool = False
+) -> tuple[float, float]:
+    (interval,) = ratio_intervals(a[:, None], b, positive=positive)
     return (interval[0], interval[1]) if interval else (-np.inf, np.inf)
 
 
@@ -107,11 +110,13 @@ METHODS: dict[str, Callable[[Array, Array, np.random.Generator], tuple[float, fl
 }  # fmt: skip
 
 
-def coverage(a: Array, b: Array, n: int, trials: int) -> dict[str, dict[str, float]]:
+def coverage(
+    a: Array, b: Array, n: int, trials: int, *, positive: bool
+) -> dict[str, dict[str, float]]:
     """By method the share of intervals that hold the ratio of all, and their median width."""
     truth = a.sum() / b.sum()
     found = {}
-    for name, method in METHODS.items():
+    for name, method in (METHODS | {"bsc": partial(_ours, positive=positive)}).items():
         draws, rng = np.random.default_rng(n), np.random.default_rng(0)
         held, width = [], []
         for _ in range(trials):
@@ -156,7 +161,7 @@ def main() -> None:
                 ("delta_ce", own["added_nats"], own["predicted"]),
             ):
                 for n in DRAWS:
-                    held = coverage(a, b, n, args.trials)
+                    held = coverage(a, b, n, args.trials, positive=figure == "fvu")
                     results.append(
                         {"population": population, "coder": short, "figure": figure,
                          "documents": len(a), "drawn": n, "methods": held}

@@ -261,23 +261,28 @@ def complete(
                 for spec in specs.values():
                     folder.delete(shard_key(spec, shard))
             stranded[split] = len(beyond) * grid.shard_rows
-        if "completed" not in provenance:
-            dropped = {
-                split: sum(end.dropped.get(split, 0) for end in ends if end) + stranded[split]
-                for split in arrays
-            }
-            completed = {
-                "rows": {s: committed[s] * grid.shard_rows for s, (_, grid) in arrays.items()},
-                "dropped_rows": dropped,
-                "text_ended": any(end.text_ended for end in ends if end),
-                "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-            if errors := _stored_errors(folder, arrays):
-                completed["fvu_of_stored_rows"] = errors
-            if overlap := measure_overlap(ActivationStore(folder.address)):
-                folder.write(OVERLAP, overlap.bits())
-                completed["overlap"] = overlap.to_json()
-            folder.write(PROVENANCE, sealed(provenance | {"completed": completed}))
+    if "completed" not in provenance:
+        dropped = {
+            split: sum(end.dropped.get(split, 0) for end in ends if end) + stranded[split]
+            for split in arrays
+        }
+        completed = {
+            "rows": {s: committed[s] * grid.shard_rows for s, (_, grid) in arrays.items()},
+            "dropped_rows": dropped,
+            "text_ended": any(end.text_ended for end in ends if end),
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        if errors := _stored_errors(folder, arrays):
+            completed["fvu_of_stored_rows"] = errors
+        # Not under the lock, which is for moments: the n-grams of all rows are read.
+        overlap = measure_overlap(ActivationStore(folder.address))
+        if overlap is not None:
+            completed["overlap"] = overlap.to_json()
+        with folder.locked():
+            if "completed" not in json.loads(folder.read(PROVENANCE)):
+                if overlap is not None:
+                    folder.write(OVERLAP, overlap.bits())
+                folder.write(PROVENANCE, sealed(provenance | {"completed": completed}))
     folder.drop_locks(writers)
     return True, committed
 

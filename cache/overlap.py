@@ -8,6 +8,7 @@ in the training rows is bounded by it: then all of its n-grams do.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -15,9 +16,12 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from bsc.cache.layout import shard_key
 from bsc.cache.ngrams import NGRAM, Runs
 from bsc.cache.ring import first_kept
 from bsc.cache.store import ActivationStore, StoreSplit
+from bsc.errors import StoreError
+from bsc.progress import stage
 
 __all__ = ["LONG_RUN", "Overlap", "measure_overlap", "seen_ngrams"]
 
@@ -57,23 +61,34 @@ class Overlap(NamedTuple):
         }  # fmt: skip
 
 
-def seen_ngrams(known: NDArray[np.uint64], split: StoreSplit, shards: range) -> NDArray[np.bool_]:
+def seen_ngrams(
+    known: NDArray[np.uint64],
+    split: StoreSplit,
+    shards: range,
+    on_shard: Callable[[], None] = lambda: None,
+) -> NDArray[np.bool_]:
     """Which n-grams stand in the rows of some shards, (n,).
 
-    5 ns a row and core, and 8 bytes a row from the disk.
+    About 20 ns a row with a million n-grams known, on two cores, and 8 bytes a row from the disk.
 
     Args:
         known: n-grams, ascending, each once.
         split: whose rows are looked at.
         shards: of the split.
+        on_shard: called after each that is still there.
     """
     slots = 1 << (max(1, len(known)) * _SLOTS_EACH - 1).bit_length()
     mask = np.uint64(slots - 1)
     table = np.zeros(slots, bool)
     table[known & mask] = True
 
-    def hits(shard: int) -> NDArray[np.int64]:
-        ngrams = split.shard("tokens/ngram", shard)
+    def hits(shard: int) -> NDArray[np.int64] | None:
+        try:
+            ngrams = split.shard("tokens/ngram", shard)
+        except StoreError:
+            if split.folder.exists(shard_key(split.spec("tokens/ngram"), shard)):
+                raise
+            return None  # a ring has moved past it
         likely = ngrams[table[ngrams & mask]]
         at = np.searchsorted(known, likely).clip(max=len(known) - 1)
         return np.unique(at[known[at] == likely])
@@ -82,12 +97,14 @@ def seen_ngrams(known: NDArray[np.uint64], split: StoreSplit, shards: range) -> 
     if len(known):
         with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="overlap") as pool:
             for at in pool.map(hits, shards):
-                found[at] = True
+                if at is not None:
+                    found[at] = True
+                    on_shard()
     return found
 
 
 def measure_overlap(store: ActivationStore) -> Overlap | None:
-    """Compare the held-out rows of a store with its training rows; None where it has none.
+    """Compare the held-out rows of a store with its training rows; None where there are none.
 
     Raises:
         StoreError: a shard is missing or damaged.
@@ -99,9 +116,19 @@ def measure_overlap(store: ActivationStore) -> Overlap | None:
     kept = 0
     if store.ring is not None:
         kept = first_kept(store.folder, train.spec("tokens/ngram"), train.shards)
+    if kept == train.shards:
+        return None
     ngrams = held_out.tokens("ngram")
     known, place = np.unique(ngrams, return_inverse=True)
-    is_seen = seen_ngrams(known[known > 0], train, range(kept, train.shards))
+    size = train.grid.shard_rows
+    with stage("overlap", (train.shards - kept) * size, "rows") as progress:
+        looked_at: list[int] = []
+
+        def note() -> None:
+            looked_at.append(size)
+            progress.advance(size)
+
+        is_seen = seen_ngrams(known[known > 0], train, range(kept, train.shards), note)
     is_seen = np.concatenate([np.zeros(len(known) - len(is_seen), bool), is_seen])  # of 0: no
     ends_seen = is_seen[place]
     runs = Runs(held_out.tokens("doc_id"))
@@ -109,7 +136,7 @@ def measure_overlap(store: ActivationStore) -> Overlap | None:
     long_runs, seen_long_runs = runs.whole(ends_seen, LONG_RUN - NGRAM + 1, LONG_RUN)
     return Overlap(
         seen=runs.covered(ends_seen, NGRAM),
-        train_rows=(train.shards - kept) * train.grid.shard_rows,
+        train_rows=sum(looked_at) if (known > 0).any() else (train.shards - kept) * size,
         ngrams=int((ngrams > 0).sum()),
         seen_ngrams=int(ends_seen.sum()),
         long_runs=long_runs,

@@ -162,6 +162,8 @@ class StoreSplit:
                     mapped.load()  # in one piece, rather than page by page
                     self._checks.check(spec, shard, mapped.mapping)
                 return mapped
+            except FileNotFoundError:  # the copy went out of a full cache
+                continue
             except StoreError:
                 if path.exists() or attempt == 2:  # else the copy went out of a full cache
                     raise
@@ -408,13 +410,14 @@ class ActivationStore:
     def seen_rows(self) -> NDArray[np.bool_] | None:
         """Which held-out rows stand in an n-gram that was trained on, (rows,) (cache/overlap.py).
 
-        None where it is not known, as for `overlap`.
+        None where it is not known: as for `overlap`, and of a ring, whose oldest training rows
+        were gone when it was measured.
 
         Raises:
             StoreError: what the capture measured is missing or damaged.
         """
         said = self.overlap
-        if said is None:
+        if said is None or int(said["train_rows"]) < self.train.rows:
             return None
         try:
             raw = self.folder.read(OVERLAP)

@@ -39,6 +39,7 @@ def fidelity_figures(sums: Sums) -> dict[str, Any]:
     intervals = ratio_intervals(
         np.stack([sums.block[k][used] for k in kinds], axis=1),
         sums.block["total"][used],
+        positive=True,
     )
     interval = dict(zip(kinds, intervals, strict=True))
     total = sums.channel["total"]
@@ -59,7 +60,7 @@ def fidelity_figures(sums: Sums) -> dict[str, Any]:
         figures |= {
             "rows_unseen": n,
             "fvu_unseen": float(error.sum() / deviation.sum()) if n else None,
-            "fvu_unseen_interval": ratio_intervals(error[:, None], deviation)[0],
+            "fvu_unseen_interval": ratio_intervals(error[:, None], deviation, positive=True)[0],
         }
     if "binarised" in kinds:
         figures |= {

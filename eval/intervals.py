@@ -3,8 +3,8 @@
 Tokens of one document depend on each other, so documents are the sample, and sums are kept by
 document. A figure is a ratio of sums, r = sum_i a_i / sum_i b_i. Its standard error s is the
 jackknife's: what leaving out one document after the other changes. The interval is r - t s to
-r + t s, or r exp(-t s') to r exp(t s') with s' that of log r where no a_i is negative, t the
-97.5 % quantile of Student's distribution.
+r + t s, or, for figures that cannot be negative, r exp(-t s') to r exp(t s') with s' that of log r;
+t is the 97.5 % quantile of Student's distribution.
 
 Its degrees of freedom are those of an estimate of variance to which document i contributes in
 proportion to b_i^2 (Satterthwaite 1946; for clusters Bell and McCaffrey 2002):
@@ -50,33 +50,38 @@ def degrees_of_freedom(weights: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def ratio_intervals(
-    numerators: NDArray[np.float64], denominators: NDArray[np.float64]
+    numerators: NDArray[np.float64], denominators: NDArray[np.float64], *, positive: bool = False
 ) -> list[Interval]:
     """95 % intervals of sum(numerator) / sum(denominator), one for each column.
 
     Args:
         numerators: (documents, columns).
         denominators: (documents,) or (documents, columns), such as predicted tokens; not negative.
+            Documents with nothing in any of them are none.
+        positive: whether the figures are of a kind that cannot be negative, such as FVU and KL, so
+            that intervals of their logarithms are taken.
 
     Returns:
         One interval for each column; None with fewer than 8 documents, or where leaving out one
         leaves nothing to divide by.
     """
-    n, columns = numerators.shape
-    if n < MIN_BLOCKS:
-        return [None] * columns
     denominators = np.broadcast_to(
         denominators[:, None] if denominators.ndim == 1 else denominators, numerators.shape
     )
+    used = (denominators != 0).any(axis=1)
+    numerators, denominators = numerators[used], denominators[used]
+    n, columns = numerators.shape
+    if n < MIN_BLOCKS:
+        return [None] * columns
     a, b = numerators.sum(axis=0), denominators.sum(axis=0)
-    positive = (numerators >= 0).all(axis=0) & (a > numerators.max(axis=0))
+    by_logarithm = positive & (a > numerators.max(axis=0))  # else the logarithm may be of 0
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio, without = a / b, (a - numerators) / (b - denominators)
         t = stats.t.ppf((1 + LEVEL) / 2, degrees_of_freedom(denominators))
         reach = t * _standard_error(without)
         factor = np.exp(t * _standard_error(np.log(without)))
-        low = np.where(positive, ratio / factor, ratio - reach)
-        high = np.where(positive, ratio * factor, ratio + reach)
+        low = np.where(by_logarithm, ratio / factor, ratio - reach)
+        high = np.where(by_logarithm, ratio * factor, ratio + reach)
     return [[float(x), float(y)] if np.isfinite([x, y]).all() else None
             for x, y in zip(low, high, strict=True)]  # fmt: skip
 

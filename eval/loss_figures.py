@@ -84,10 +84,11 @@ def loss_figures(
     columns = np.stack([spliced.nats - clean.nats, spliced.kl, spliced.right - clean.right], axis=1)
     delta, kl, top1 = (float(c) for c in columns.sum(axis=0) / predicted.sum())
     intervals = ratio_intervals(columns, predicted)
+    (kl_interval,) = ratio_intervals(columns[:, 1:2], predicted, positive=True)
     figures: dict[str, Any] = {
         "ce_spliced": float(spliced.nats.sum() / predicted.sum()),
         "delta_ce": delta, "delta_ce_interval": intervals[0],
-        "kl": kl, "kl_interval": intervals[1],
+        "kl": kl, "kl_interval": kl_interval,
         "delta_top1": top1, "delta_top1_interval": intervals[2],
     }  # fmt: skip
     new = contexts.unseen_counts.astype(np.float64)

@@ -198,7 +198,9 @@ class BankTrainer:
             own, whole = step - progress.first_step, steps - progress.first_step
             progress.lr = coder.lr * lr_scale(own, whole, coder.warmup, coder.decay)
             self.optimisers[c].step(progress.lr)
-            self.bank.renormalise(c)
+            lengths = self.bank.renormalise(c)
+            if lengths is not None:
+                self.optimisers[c].rescale("W_dec", lengths)
         seen = rows.to(self.device).unsqueeze(1).expand_as(self.last_fired)
         self.last_fired = torch.where(result.fired & (seen > 0), seen, self.last_fired)
         return frozen

@@ -164,6 +164,17 @@ class CoderOptimiser:
             part.step()
 
     @torch.no_grad()
+    def rescale(self, name: str, lengths: Tensor) -> None:
+        """Follow a parameter whose rows were divided by `lengths`, (rows, 1).
+
+        What schedule-free keeps beside the parameter is divided too, so that the average, which
+        is worked out from both, is that of the divided rows.
+        """
+        for part in self._parts:
+            if isinstance(part, ScheduleFreeSignSGD):
+                part.state[self.parameters[name]]["z"] /= lengths
+
+    @torch.no_grad()
     def finish(self) -> None:
         """Put the weights that are kept into the parameters. No step may follow."""
         for part in self._parts:

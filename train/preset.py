@@ -38,20 +38,23 @@ def coder_defaults(preset: str | None, point: Mapping[str, Any]) -> dict[str, An
     >>> coder_defaults("paper", {"site": "sae", "code": "binary"})["optimiser"]
     'signum'
     >>> coder_defaults("paper", {"code": "continuous"})
-    {'lr': 'paper', 'expansion': 64, 'optimiser': 'adam', 'warmup': 0.1}
+    {'expansion': 64, 'optimiser': 'adam', 'lr': 'paper', 'warmup': 0.1}
     """
     if preset != "paper":
         return {}
     sae = point.get("site") == "sae"
     binary = point.get("code", "continuous") != "continuous"
     gumbel = binary and point.get("surrogate") == "gumbel"
-    found: dict[str, Any] = {"lr": "paper", "expansion": 32 if sae else 64}
+    found: dict[str, Any] = {"expansion": 32 if sae else 64}
     if sae:
         found |= {"decoder_norm": "unit", "amplitude": "none"}
     if gumbel:
         found["gumbel_support"] = "full"
     optimiser = point.get("optimiser") or ("signum" if gumbel or (binary and sae) else "adam")
     found["optimiser"] = optimiser
+    hybrid = point.get("code") == "hybrid"
+    if optimiser in ("adam", "signum") and not hybrid and not (gumbel and optimiser == "adam"):
+        found["lr"] = "paper"  # for others the paper has no rule, so ours holds
     if optimiser == "adam":
         found["warmup"] = _WARMUP_STEPS / _STEPS
     return found

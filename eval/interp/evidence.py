@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsc.cache.hashing import hash64
-from bsc.eval.division import EXPLAIN, TEST
+from bsc.eval.division import EXPLAIN, NEITHER, TEST
 from bsc.eval.examples import STRATA, Windows
 
 __all__ = ["MIN_WINDOWS", "Evidence", "Marking", "Texts", "Window", "gather"]
@@ -100,9 +100,12 @@ class Texts:
         self.explain, self.test = windows.part == EXPLAIN, windows.part == TEST
         # Texts end where rows were not evaluated any more: `bsc eval --rows`.
         last = int(np.flatnonzero(read)[-1]) + 1 if read.any() else 0
-        sizes = windows.ends - windows.starts
-        self.text_start = np.repeat(windows.starts, sizes)
-        self.text_end = np.minimum(np.repeat(windows.ends, sizes), max(last, 1))
+        # A window does not reach into text that stands on both sides: it ends there like a text.
+        neither = np.flatnonzero(np.diff(windows.part == NEITHER, prepend=False))
+        starts = np.union1d(windows.starts, neither)
+        sizes = np.diff(np.append(starts, len(read)))
+        self.text_start = np.repeat(starts, sizes)
+        self.text_end = np.minimum(np.repeat(starts + sizes, sizes), max(last, 1))
         self.rows = np.flatnonzero(read & self.test)
         """To look for windows without firings from."""
 

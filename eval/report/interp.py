@@ -61,7 +61,8 @@ class Scored(NamedTuple):
 
     def caption(self, rows: Sequence[CoderRow]) -> str:
         """What the figure of the means shows, by how many k there are."""
-        ks = {row.k for row in rows if row.run == self.run}
+        scored = {name for one in self.sets for name in one.coders}
+        ks = {row.k for row in rows if row.run == self.run and row.name in scored}
         if len(ks) == 1:
             return (
                 "Means over latents, full marks unweighted, open ones weighted by firing rate, "

@@ -42,6 +42,9 @@ def test_an_interval_over_tokens_would_be_too_short() -> None:
 def test_no_interval_is_invented_from_few_contexts() -> None:
     ones = np.ones((MIN_BLOCKS - 1, 2))
     assert ratio_intervals(ones, np.ones(MIN_BLOCKS - 1)) == [None, None]
+    # Documents without a token are none.
+    empty = np.append(np.ones(MIN_BLOCKS - 1), np.zeros(5))
+    assert ratio_intervals(empty[:, None], empty) == [None]
     assert value_interval(np.array([0.5])) is None
     assert value_interval(np.full(MIN_BLOCKS, 0.5)) == [0.5, 0.5]
 
@@ -64,7 +67,7 @@ def test_intervals_hold_the_truth_on_real_documents(population: str, figure: str
                  "delta_ce": ("added_nats", "predicted")}[figure]  # fmt: skip
         a, b = (np.array(own[name], np.float64) for name in names)
         drawn = rng.integers(len(a), size=(n, 3_000))
-        found = ratio_intervals(a[drawn], b[drawn])
+        found = ratio_intervals(a[drawn], b[drawn], positive=figure == "fvu")
         truth = a.sum() / b.sum()
         held = np.mean([i is not None and i[0] <= truth <= i[1] for i in found])
         assert held >= 0.93, (population, figure, n, held)
@@ -86,12 +89,16 @@ def test_where_one_document_holds_nearly_all_little_is_known() -> None:
 def test_ratios_of_what_is_not_negative_have_intervals_above_0() -> None:
     rng = np.random.default_rng(0)
     errors = rng.exponential(size=(9, 500)) ** 3
-    for interval in ratio_intervals(errors, np.ones(9)):
+    for interval in ratio_intervals(errors, np.ones(9), positive=True):
         assert interval is not None and interval[0] > 0
+    # What may be negative has the interval of its mirror image, whatever signs the sample has.
+    for x, y in zip(ratio_intervals(errors, np.ones(9)), ratio_intervals(-errors, np.ones(9)),
+                    strict=True):  # fmt: skip
+        assert x is not None and y is not None and x == pytest.approx([-y[1], -y[0]])
     # What is 0 in all documents but one has an interval too.
     one = np.zeros((20, 1))
     one[3] = 1.0
-    (interval,) = ratio_intervals(one, np.ones(20))
+    (interval,) = ratio_intervals(one, np.ones(20), positive=True)
     assert interval is not None and interval[0] < 0 < 0.05 < interval[1]
 
 

@@ -277,8 +277,8 @@ def test_scores_of_a_single_k_stand_beside_each_other_with_their_names(evaluated
 def test_what_was_seen_in_training_is_said(evaluated_copy: Run) -> None:
     found = evaluated_copy.evaluation()
     found["overlap"] = {
-        "rows": 2_000, "seen_rows": 35, "ngram_tokens": 16, "run_tokens": 64, "runs": 1_000,
-        "seen_runs": 2,
+        "train_rows": 9_000, "rows": 2_000, "seen_rows": 35, "ngram_tokens": 16,
+        "run_tokens": 64, "runs": 1_000, "seen_runs": 2,
     }  # fmt: skip
     first = next(iter(found["coders"].values()))
     first |= {"rows_unseen": 1_965, "fvu_unseen": 0.33333, "fvu_unseen_interval": [0.3, 0.4]}

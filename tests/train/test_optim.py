@@ -195,3 +195,22 @@ def test_the_rules_of_the_paper_by_name() -> None:
     with pytest.raises(ConfigError, match="no learning rate for muon and binary"):
         paper_lr("muon", "binary", "sigmoid", 100)
     assert default_lr("adam", "hybrid", 2**14) == default_lr("adam", "continuous", 2**14)
+
+
+def test_the_average_of_signum_follows_rows_that_are_normalised() -> None:
+    """Schedule-free keeps z and works the average out from y and z: both are divided."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn((5, 7), generator=generator)
+    gradient = torch.zeros_like(w)
+    optimiser = CoderOptimiser("signum", {"W_dec": (w, gradient)}, 0.1)
+    for _ in range(20):
+        gradient.copy_(torch.randn(w.shape, generator=generator))
+        optimiser.step(0.1)
+        with optimiser.averaged():
+            before = w.detach().clone()
+        lengths = w.detach().norm(dim=1, keepdim=True)
+        with torch.no_grad():
+            w /= lengths
+        optimiser.rescale("W_dec", lengths)
+        with optimiser.averaged():
+            torch.testing.assert_close(w.detach(), before / lengths)

@@ -7,7 +7,7 @@ import pytest
 from bsc.cache.store import ActivationStore
 from bsc.config import parse_config, read_toml
 from bsc.errors import ConfigError, StoreError
-from bsc.train.schedule import paper_lr
+from bsc.train.schedule import default_lr, paper_lr
 from bsc.train.sweep import PlannedCoder, SweepPoint, TrainConfig, expand, plan_coders
 
 
@@ -191,6 +191,10 @@ def test_the_paper_s_settings_by_one_name(store: ActivationStore) -> None:
     assert parse_config(TrainConfig, said.model_dump(mode="json"), "t") == said
     (one,) = expand([{"lr": 0.5, "optimiser": "muon"}], "t", "paper")
     assert (one.lr, one.optimiser, one.warmup, one.expansion) == (0.5, "muon", None, 64)
+    # Where the paper has no learning rate, ours holds.
+    others = [{"code": "hybrid", "k": 4, "n_latents": 64}, {"optimiser": "muon", "n_latents": 64}]
+    for p in plan_coders(expand(others, "t", "paper"), store):
+        assert p.lr == default_lr(p.optimiser, p.coder.code, 64)
     gumbel = {"code": "binary", "select": "groupmax", "surrogate": "gumbel"}
     (one,) = expand([gumbel], "t", "paper")
     assert (one.optimiser, one.gumbel_support) == ("signum", "full")

@@ -315,11 +315,18 @@ class Bank:
         return gain
 
     @torch.no_grad()
-    def renormalise(self, coder: int) -> None:
-        """Give the decoder rows of a coder length 1 where its config says so; acts as before."""
-        if self.configs[coder].decoder_norm == "unit":
-            w = self.parameters["W_dec"][coder]
-            w /= w.norm(dim=1, keepdim=True)
+    def renormalise(self, coder: int) -> Tensor | None:
+        """Give the decoder rows of a coder length 1 where its config says so; acts as before.
+
+        Returns:
+            The lengths that they had, (F, 1); None: they are free.
+        """
+        if self.configs[coder].decoder_norm != "unit":
+            return None
+        w = self.parameters["W_dec"][coder]
+        lengths: Tensor = w.norm(dim=1, keepdim=True)
+        w /= lengths
+        return lengths
 
     def _note_minima(self, c: int, latent: Tensor, margin: Tensor, on: Tensor) -> None:
         """Batch top-k: remember the smallest margin of an active latent, per part."""

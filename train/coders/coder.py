@@ -249,7 +249,8 @@ class SparseCoder:
         if written is not None and written != _tensor_hash(tensors):
             raise StoreError(
                 f"{folder / _WEIGHTS}: damaged or exchanged: the tensors do not have the hash in "
-                f"{_CONFIG}. Copy the coder again from where it is whole, or train it again."
+                f"{_CONFIG}. Where training was stopped while it wrote, `bsc train --resume` "
+                f"writes it again; else copy it from where it is whole, or train it again."
             )
         bad = [name for name, t in tensors.items() if not bool(t.isfinite().all())]
         if bad and not frozen:

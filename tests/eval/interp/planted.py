@@ -27,11 +27,16 @@ class Tokenizer:
         return "".join(f" w{i}" for i in ids)
 
 
-def texts(documents: int = 60, tokens: int = 200, *, seed: int = 0, length: int = 16) -> Texts:
-    """Documents of words with Zipf's frequencies."""
+def texts(
+    documents: int = 60, tokens: int = 200, *, seed: int = 0, length: int = 16, shared: int = 0
+) -> Texts:
+    """Documents of words with Zipf's frequencies, with a passage that stands in all of them."""
     rng = np.random.default_rng(seed)
     share = 1 / np.arange(2, WORDS + 2)
     ids = rng.choice(WORDS, size=documents * tokens, p=share / share.sum())
+    passage = rng.choice(WORDS, size=shared)
+    for document in ids.reshape(documents, tokens):
+        document[50 : 50 + shared] = passage
     columns = {
         "token_id": ids.astype(np.uint32),
         "doc_id": np.repeat(np.arange(documents), tokens).astype(np.uint32),

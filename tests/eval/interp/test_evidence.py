@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
 
+from bsc.eval.division import NEITHER
 from bsc.eval.interp.evidence import MIN_WINDOWS, Evidence, Texts, Window, gather
 from bsc.eval.interp.questions import TESTS, Question, TestKind, intruder_groups
 from bsc.eval.interp.questions import test_questions as questions_of
@@ -44,6 +45,19 @@ def test_no_document_is_on_two_sides(where: Texts) -> None:
     windows = [found.explain, found.firing_token, found.silent_token]
     for one, other in itertools.combinations(windows, 2):
         assert not documents(where, one) & documents(where, other)
+
+
+def test_no_window_to_test_on_reaches_into_text_that_stands_on_both_sides() -> None:
+    where = planted.texts(documents=80, tokens=300, shared=60)
+    both = where.windows.part == NEITHER
+    assert 0.02 < both.mean() < 0.2
+    for latent, word in enumerate((3, 10, 20, 40)):
+        found = evidence(where, where.windows.ids == word, latent)
+        windows = [*found.firing, *found.silent, *found.firing_token, *found.silent_token]
+        assert len(windows) > 10
+        assert not any(both[w.start : w.start + w.tokens].any() for w in windows)
+        # What it is explained from may hold the passage: it is in no window to test on.
+        assert all(where.explain[w.start : w.start + w.tokens].all() for w in found.explain)
 
 
 def test_a_document_is_on_either_side_for_different_latents(where: Texts) -> None:
