@@ -15,7 +15,7 @@ import xxhash
 
 from bsc.cache.folder import StoreFolder
 from bsc.cache.layout import PROVENANCE, ArraySpec, Split, shard_key
-from bsc.cache.manifest import read_json, read_window
+from bsc.cache.manifest import read_json, read_shard_hashes
 from bsc.cache.scatter import owned_shards, window_sizes
 from bsc.errors import StoreError
 
@@ -72,11 +72,7 @@ class ShardChecks:
             rank = shard % len(self._ends)
             window = int(np.searchsorted(self._ends[rank], shard // len(self._ends), side="right"))
             if (rank, window) not in self._known:
-                record = read_window(self.folder, self.split, rank, window)
-                self._known[rank, window] = {
-                    (s.array, s.shard): (s.bytes, s.xxh3_128)
-                    for s in (record.shards if record else ())
-                }
+                self._known[rank, window] = read_shard_hashes(self.folder, self.split, rank, window)
             found = self._known[rank, window].get((spec.path, shard))
         if found is None:
             raise StoreError(

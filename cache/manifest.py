@@ -9,6 +9,7 @@ begins, and carries a hash of everything before it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,8 +22,13 @@ from bsc.cache.shard import ShardRecord
 from bsc.errors import StoreError
 from bsc.files import canonical_json
 
-__all__ = ["PartEnd", "TextPoint", "WindowRecord", "read_end", "read_json", "read_window", "sealed",
+__all__ = ["PartEnd", "TextPoint", "WindowRecord", "read_end", "read_json",
+           "read_shard_hashes", "read_window", "sealed",
            "write_end", "write_window"]  # fmt: skip
+
+# Keys of canonical JSON are in order: what is looked for stands first and last.
+_LINE_START = re.compile(r'\{"array": ("(?:[^"\\]|\\.)*"), "bytes": (\d+), ')
+_LINE_END = re.compile(r'"shard": (\d+), "window": \d+, "xxh3_128": "([0-9a-f]{32})"\}\n$')
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,19 @@ def _checked(text: str, where: str) -> list[dict[str, Any]]:
     Raises:
         StoreError: the file is cut, changed or of another form.
     """
+    lines, last = _checked_lines(text, where)
+    try:
+        return [*(json.loads(line) for line in lines), last]
+    except ValueError as error:
+        raise StoreError(f"{where}: cut or changed ({error})") from None
+
+
+def _checked_lines(text: str, where: str) -> tuple[list[str], dict[str, Any]]:
+    """The lines of such a file but the last, as they are, and the last without its hash.
+
+    Raises:
+        StoreError: as `_checked`.
+    """
     lines = text.splitlines(keepends=True)
     try:
         last = json.loads(lines[-1])
@@ -99,7 +118,7 @@ def _checked(text: str, where: str) -> list[dict[str, Any]]:
         body = "".join(lines[:-1]) + canonical_json(last, indent=None)
         if xxhash.xxh3_128_hexdigest(body.encode()) != found or text != _hashed(lines[:-1], last):
             raise ValueError("its hash does not match")
-        return [*(json.loads(line) for line in lines[:-1]), last]
+        return lines[:-1], last
     except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{where}: cut or changed ({error})") from None
 
@@ -142,6 +161,37 @@ def read_window(folder: StoreFolder, split: Split, rank: int, window: int) -> Wi
     if (record.split, record.rank, record.window) != (split, rank, window):
         raise StoreError(f"{folder}/{key}: the manifest of another window lies here")
     return record
+
+
+def read_shard_hashes(
+    folder: StoreFolder, split: Split, rank: int, window: int
+) -> dict[tuple[str, int], tuple[int, str]]:
+    """By path and number of each shard of a committed window its size and XXH3-128; none where the
+    window is not committed.
+
+    The hash of the file vouches for its lines, which hold thousands of sums each: only their two
+    ends are read.
+
+    Raises:
+        StoreError: the file is cut, changed or of another form.
+    """
+    key = window_key(split, rank, window)
+    try:
+        text = folder.read(key).decode()
+    except FileNotFoundError:
+        return {}
+    except UnicodeDecodeError as error:
+        raise StoreError(f"{folder}/{key}: cut or changed ({error})") from None
+    lines, last = _checked_lines(text, f"{folder}/{key}")
+    if (last.get("split"), last.get("rank"), last.get("window")) != (split, rank, window):
+        raise StoreError(f"{folder}/{key}: the manifest of another window lies here")
+    found = {}
+    for line in lines:
+        start, end = _LINE_START.match(line), _LINE_END.search(line, max(0, len(line) - 200))
+        if start is None or end is None:
+            raise StoreError(f"{folder}/{key}: not a manifest of bsc")
+        found[str(json.loads(start[1])), int(end[1])] = (int(start[2]), end[2])
+    return found
 
 
 def windows(folder: StoreFolder, split: Split, rank: int) -> Iterator[WindowRecord]:

@@ -9,8 +9,10 @@ import pytest
 import torch
 import xxhash
 
+from bsc.cache.folder import open_folder
 from bsc.cache.layout import Codec, Grid
 from bsc.cache.loader import Loader
+from bsc.cache.manifest import read_shard_hashes, read_window
 from bsc.cache.store import ActivationStore
 from bsc.cli import main
 from bsc.errors import StoreError
@@ -125,3 +127,21 @@ def test_commands_name_the_file_and_exit_with_2(
             Run.open(tmp_path / "trusting").coder("layers.2.mlp/skip_transcoder-binary-k4-s0").W_dec
         ).all()
     )
+
+
+@pytest.mark.parametrize("codec", ["raw", "lz4", "int8"])
+def test_the_ends_of_a_manifest_s_lines_say_what_the_whole_lines_say(
+    tmp_path: Path, codec: Codec
+) -> None:
+    make_store(tmp_path / "acts", 960, GRID, window=4, codec=codec)
+    folder = open_folder(tmp_path / "acts")
+    for window in range(3):
+        record = read_window(folder, "train", 0, window)
+        assert record is not None
+        expected = {(s.array, s.shard): (s.bytes, s.xxh3_128) for s in record.shards}
+        assert read_shard_hashes(folder, "train", 0, window) == expected
+    assert read_shard_hashes(folder, "train", 0, 3) == {}
+    path = tmp_path / "acts/manifest/train/0-000001.jsonl"
+    path.write_text(path.read_text().replace('"bytes": ', '"bytes": 1', 1))
+    with pytest.raises(StoreError, match=r"0-000001.jsonl: cut or changed"):
+        read_shard_hashes(folder, "train", 0, 1)
