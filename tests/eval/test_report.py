@@ -270,8 +270,11 @@ def test_scores_of_a_single_k_stand_beside_each_other_with_their_names(evaluated
                    if line.get_marker() in ("o", "s"))  # fmt: skip
     assert marks == [0, 1, 2, 3]
     assert "line" not in scored.caption(rows)
+    # It goes by the coders that were scored, not by those of the run.
     several = read_rows([evaluated])
-    assert "solid lines" in scored.caption(several)
+    assert "line" not in scored.caption(several)
+    every = one._replace(coders={r.name: {} for r in several})
+    assert "solid lines" in scored._replace(sets=[every]).caption(several)
 
 
 def test_what_was_seen_in_training_is_said(evaluated_copy: Run) -> None:
