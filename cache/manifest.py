@@ -133,6 +133,20 @@ def write_window(folder: StoreFolder, record: WindowRecord) -> None:
     folder.write_text(window_key(record.split, record.rank, record.window), _hashed(lines, last))
 
 
+def _text(folder: StoreFolder, key: str) -> str | None:
+    """A file of the manifest, or None where it is not there.
+
+    Raises:
+        StoreError: it is not text.
+    """
+    try:
+        return folder.read(key).decode()
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise StoreError(f"{folder}/{key}: cut or changed ({error})") from None
+
+
 def read_window(folder: StoreFolder, split: Split, rank: int, window: int) -> WindowRecord | None:
     """A committed window, or None where it is not committed.
 
@@ -140,12 +154,9 @@ def read_window(folder: StoreFolder, split: Split, rank: int, window: int) -> Wi
         StoreError: the file is cut, changed or of another form.
     """
     key = window_key(split, rank, window)
-    try:
-        text = folder.read(key).decode()
-    except FileNotFoundError:
+    text = _text(folder, key)
+    if text is None:
         return None
-    except UnicodeDecodeError as error:
-        raise StoreError(f"{folder}/{key}: cut or changed ({error})") from None
     *shards, last = _checked(text, f"{folder}/{key}")
     try:
         record = WindowRecord(
@@ -176,12 +187,9 @@ def read_shard_hashes(
         StoreError: the file is cut, changed or of another form.
     """
     key = window_key(split, rank, window)
-    try:
-        text = folder.read(key).decode()
-    except FileNotFoundError:
+    text = _text(folder, key)
+    if text is None:
         return {}
-    except UnicodeDecodeError as error:
-        raise StoreError(f"{folder}/{key}: cut or changed ({error})") from None
     lines, last = _checked_lines(text, f"{folder}/{key}")
     if (last.get("split"), last.get("rank"), last.get("window")) != (split, rank, window):
         raise StoreError(f"{folder}/{key}: the manifest of another window lies here")
