@@ -187,7 +187,7 @@ def test_tensorstore_and_zarr_open_every_array_of_the_demo(demo: Demo) -> None:
         for p in data.rglob("zarr.json")
         if json.loads(p.read_text())["node_type"] == "array"
     )
-    assert len(arrays) == 10
+    assert len(arrays) == 12
     code = """
 import sys, xxhash, numpy as np
 if sys.argv[1] == "tensorstore":
