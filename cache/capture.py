@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -29,7 +29,7 @@ from bsc.cache.layout import (
     store_attributes,
     store_id_of,
 )
-from bsc.cache.manifest import PartEnd, read_end, write_end
+from bsc.cache.manifest import PartEnd, read_array_json, read_end, read_provenance, write_end
 from bsc.cache.plan import CapturePlan, check_disk, check_open_files, plan_capture
 from bsc.cache.prefetch import prefetched
 from bsc.cache.ring import RingWriter
@@ -38,7 +38,6 @@ from bsc.cache.source import (
     CaptureConfig,
     Source,
     channel_scales,
-    default_hookpoints,
     open_source,
 )
 from bsc.cache.staging import Staging
@@ -49,7 +48,7 @@ from bsc.errors import UserError
 from bsc.progress import console, format_bytes, stage
 from bsc.versions import versions
 
-__all__ = ["CaptureConfig", "CaptureResult", "capture", "default_hookpoints"]
+__all__ = ["CaptureConfig", "CaptureResult", "capture"]
 
 _READ_AHEAD = 4
 """Batches that are tokenised before the model asks for them."""
@@ -172,9 +171,25 @@ def _already(
     config: CaptureConfig, folder: StoreFolder, plan: CapturePlan, store_id: str
 ) -> CaptureResult:
     """What there is to say of a part that is finished; finishes the store where that is left."""
-    console.print(f"{folder}: part {config.rank} is finished already")
-    folder.drop_leftovers(config.rank, _metadata(plan))
-    return _result(config, folder, plan, store_id, time.perf_counter())
+    started = time.perf_counter()
+    completed = read_provenance(folder).get("completed")
+    if completed is None:
+        console.print(f"{folder}: part {config.rank} is finished already")
+    else:
+        console.print(f"{folder}: complete already")
+    try:
+        folder.drop_leftovers(config.rank, _metadata(plan))
+        return _result(config, folder, plan, store_id, started)
+    except OSError as error:
+        if completed is None or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+    # A finished store on a disk that cannot be written: there is nothing left to write.
+    rows = completed["rows"]
+    return CaptureResult(
+        store=str(folder), store_id=store_id, rows=rows["train"],
+        held_out_rows=rows.get("held_out", 0), bytes=0, seconds=time.perf_counter() - started,
+        dropped=0, complete=True,
+    )  # fmt: skip
 
 
 def _device_name(device: torch.device) -> str:
@@ -342,7 +357,7 @@ def _pump(
 def _committed_bad(folder: StoreFolder, plan: CapturePlan) -> dict[tuple[Split, str], int]:
     """By split and array: committed rows with values that are not finite, of all writers."""
     return {
-        (split, name): json.loads(folder.read(array_key(spec)))["attributes"]["non_finite_rows"]
+        (split, name): int(read_array_json(folder, spec)[1]["non_finite_rows"])
         for split, (specs, _) in plan.arrays.items()
         for name, spec in specs.items()
         if spec.width is not None

@@ -15,7 +15,7 @@ import xxhash
 
 from bsc.cache.folder import StoreFolder
 from bsc.cache.layout import PROVENANCE, ArraySpec, Split, shard_key
-from bsc.cache.manifest import read_json, read_shard_hashes
+from bsc.cache.manifest import read_provenance, read_shard_hashes
 from bsc.cache.scatter import owned_shards, window_sizes
 from bsc.errors import StoreError
 
@@ -83,7 +83,7 @@ class ShardChecks:
 
     def _window_ends(self) -> list[Any]:
         """By writer: how many of its shards there are up to the end of each window."""
-        provenance = read_json(self.folder, PROVENANCE, "provenance")
+        provenance = read_provenance(self.folder)
         try:
             made = provenance["capture"]
             writers = int(made["writers"])

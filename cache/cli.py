@@ -11,86 +11,94 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bsc.counts import parse_count
+from bsc.flags import MACHINE, AsJson, Device, flag
 
 if TYPE_CHECKING:
     from bsc.cache.capture import CaptureConfig
 
 __all__ = ["add_commands"]
 
+_MODEL, _TEXT, _ROWS, _STORE = "Model", "Text", "What is captured", "How it is stored"
+
 Model = Annotated[
-    str,
-    typer.Option(help="'demo', a short name (SmolLM2-135M), a folder, or a hub id (owner/name)."),
+    str, flag("'demo', a short name (SmolLM2-135M), a folder, or a hub id (owner/name).", _MODEL)
+]
+Revision = Annotated[str | None, flag("Revision of the model on the hub.", _MODEL)]
+Dtype = Annotated[
+    str, flag("Type of the model's arithmetic: auto, float32, bfloat16 or float16.", _MODEL)
+]
+RandomWeights = Annotated[
+    int | None, flag("Seed of untrained weights instead of the model's: a control.", _MODEL)
 ]
 Text = Annotated[
     list[str] | None,
-    typer.Option(
-        help="'stdlib', 'env', or files and folders (txt, jsonl, parquet, arrow); may be given "
-        "several times. Default: what goes with the model."
+    flag(
+        "'stdlib', 'env', or files and folders (txt, jsonl, parquet, arrow); may be given several "
+        "times.",
+        _TEXT,
+        default="what goes with the model",
     ),
 ]
-Dataset = Annotated[str | None, typer.Option(help="Dataset on the hub (owner/name).")]
-DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of the dataset on the hub.")]
-DatasetRevision = Annotated[str | None, typer.Option(help="Revision of the dataset on the hub.")]
-Split = Annotated[str, typer.Option(help="Split of the dataset on the hub.")]
-Column = Annotated[str, typer.Option(help="Column that has the text.")]
+Dataset = Annotated[str | None, flag("Dataset on the hub (owner/name).", _TEXT)]
+DatasetConfig = Annotated[str | None, flag("Configuration of the dataset on the hub.", _TEXT)]
+DatasetRevision = Annotated[str | None, flag("Revision of the dataset on the hub.", _TEXT)]
+Split = Annotated[str, flag("Split of the dataset on the hub.", _TEXT)]
+Column = Annotated[str, flag("Column that has the text.", _TEXT)]
+HeldOut = Annotated[float, flag("Share of the documents that is held out from training.", _TEXT)]
+Seed = Annotated[int, flag("Seed of the order of documents and rows.", _TEXT)]
 Hookpoints = Annotated[
     list[str] | None,
-    typer.Option(
-        help="Module names relative to the base model, with * and {a,b}: 'layers.{0,9,18,27}.mlp'; "
-        "a@b takes the input of a and the output of b. Default: the MLPs at 0, 30, 60 and 90 % of "
-        "the depth."
+    flag(
+        "Module names relative to the base model, with * and {a,b}: 'layers.{0,9,18,27}.mlp'; a@b "
+        "takes the input of a and the output of b. `bsc modules MODEL` lists what there is.",
+        _ROWS,
+        default="the MLPs at 0, 30, 60 and 90 % of the depth",
     ),
 ]
 Tokens = Annotated[
-    int, typer.Option(help="Training tokens to capture: 500000, 10M, 1B.", parser=parse_count)
+    int, flag("Training tokens to capture: 500000, 10M, 1B.", _ROWS, parser=parse_count)
 ]
-HeldOut = Annotated[float, typer.Option(help="Share of documents held out from training.")]
 HeldOutTokens = Annotated[
     int | None,
-    typer.Option(
-        help="Tokens of held-out documents to capture. Default: the same share of --tokens, at "
-        "most 1,048,576.",
+    flag(
+        "Tokens of held-out documents to capture.",
+        _ROWS,
         parser=parse_count,
+        default="the held-out share of --tokens, at most 1,048,576",
     ),
 ]
 Context = Annotated[
-    int | None, typer.Option(help="Tokens in a context. Default: the model's, at most 2048.")
-]
-BatchTokens = Annotated[
-    int | None, typer.Option(help="Tokens in a forward pass. Default: by device.")
+    int | None, flag("Tokens in a context.", _ROWS, default="the model's, at most 2048")
 ]
 PackingFlag = Annotated[
     str,
-    typer.Option(
-        help="masked: documents share contexts and do not see each other; joined: they do; none: a "
-        "context per document."
+    flag(
+        "masked: documents share contexts and do not see each other; joined: they do; none: a "
+        "context per document.",
+        _ROWS,
     ),
+]
+MaxNonFinite = Annotated[
+    float, flag("Share of rows with NaN or inf above which to stop.", _ROWS, min=0, max=1)
 ]
 CodecFlag = Annotated[
-    str,
-    typer.Option(help="raw, lz4 (exact, about a quarter smaller), int8 (half, FVU about 1e-4)."),
+    str, flag("raw, lz4 (exact, about a quarter smaller) or int8 (half, FVU about 1e-4).", _STORE)
 ]
+Window = Annotated[int, flag("Shards that rows are scattered over at a time.", _STORE)]
 Ring = Annotated[
     int | None,
-    typer.Option(
-        help="Keep at most so many training shards on disk, and wait for training runs that read "
-        "them at the same time."
+    flag(
+        "Training shards on disk at most; the capture waits for training runs that read them at "
+        "the same time.",
+        _STORE,
+        default="all of them stay",
     ),
 ]
-Window = Annotated[int, typer.Option(help="Shards that rows are scattered over at a time.")]
+BatchTokens = Annotated[int | None, flag("Tokens in a forward pass.", MACHINE, default="by device")]
+Rank = Annotated[int | None, flag("Number of this process.", MACHINE, default="torchrun's, or 0")]
 World = Annotated[
-    int | None, typer.Option(help="Processes that write the store. Default: torchrun's.")
+    int | None, flag("Processes that write the store.", MACHINE, default="torchrun's, or 1")
 ]
-Revision = Annotated[str | None, typer.Option(help="Revision of the model on the hub.")]
-RandomWeights = Annotated[
-    int | None, typer.Option(help="Seed of untrained weights instead of the model's: a control.")
-]
-Dtype = Annotated[
-    str, typer.Option(help="Of the model's arithmetic: auto, float32, bfloat16, float16.")
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU if any.")]
-Seed = Annotated[int, typer.Option(help="Of the order of documents and rows.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def _config(
@@ -124,7 +132,7 @@ def _config(
 def cache(
     model: Model,
     store: Annotated[
-        str, typer.Option(help="Folder of the store, or s3://bucket/path; goes on with one begun.")
+        str, flag("Folder of the store, or s3://bucket/path; one begun is gone on with.", _STORE)
     ] = "acts",
     text: Text = None,
     dataset: Dataset = None,
@@ -142,13 +150,9 @@ def cache(
     dataset_revision: DatasetRevision = None,
     window: Window = 64,
     ring: Ring = None,
-    rank: Annotated[
-        int | None, typer.Option(help="Which of the processes this is. Default: torchrun's.")
-    ] = None,
+    rank: Rank = None,
     world: World = None,
-    max_non_finite: Annotated[
-        float, typer.Option(help="Share of rows with NaN or inf above which to stop.")
-    ] = 1e-6,
+    max_non_finite: MaxNonFinite = 1e-6,
     revision: Revision = None,
     random_weights: RandomWeights = None,
     dtype: Dtype = "auto",
@@ -186,7 +190,7 @@ def cache(
 
 def plan(
     model: Model,
-    store: Annotated[str, typer.Option(help="Where the store would be.")] = "acts",
+    store: Annotated[str, flag("Where the store would be.", _STORE)] = "acts",
     text: Text = None,
     dataset: Dataset = None,
     dataset_config: DatasetConfig = None,
@@ -205,14 +209,25 @@ def plan(
     ring: Ring = None,
     world: World = None,
     rate: Annotated[
-        float | None, typer.Option(help="Tokens per second of one process, for the hours.")
+        int | None,
+        flag("Tokens per second of one process: 700k.", MACHINE, parser=parse_count),
     ] = None,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Load the model and measure the rate here.")
+        bool,
+        flag("Load the model, and measure its rate and that of the disk here.", MACHINE, "--probe"),
     ] = False,
+    disk_rate: Annotated[
+        int | None,
+        flag(
+            "Bytes per second that the disk takes: 2B.",
+            MACHINE,
+            parser=parse_count,
+            default="1B, or what --probe measures",
+        ),
+    ] = None,
     free: Annotated[
         int | None,
-        typer.Option(help="Free bytes to plan for: 2T. Default: the disk's.", parser=parse_count),
+        flag("Free bytes to plan for: 2T.", MACHINE, parser=parse_count, default="the disk's"),
     ] = None,
     revision: Revision = None,
     dtype: Dtype = "auto",
@@ -236,16 +251,55 @@ def plan(
         context=context, batch_tokens=batch_tokens, packing=packing, codec=codec,
         world=world or 1, ring=ring, window=window, revision=revision, device=device,
     )  # fmt: skip
-    made = estimate(config, rate=rate, probe=probe, free=free)
+    made = estimate(config, rate=rate, probe=probe, disk_rate=disk_rate, free=free)
     typer.echo(canonical_json(made.to_json()) if as_json else "\n".join(made.lines()))
+
+
+def modules(
+    model: Annotated[
+        str, typer.Argument(help="'demo', a short name (SmolLM2-135M), a folder, or a hub id.")
+    ],
+    every: Annotated[
+        bool, flag("Modules through which no rows of activations go, too.", None, "--all")
+    ] = False,
+    revision: Annotated[str | None, flag("Revision of the model on the hub.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the modules of a model that can be hooked, with their widths.
+
+    Needs the model's config alone. Names go into --hookpoints of `bsc cache`, with * for every
+    layer or {0,9,18} for some.
+    """
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from bsc.cache.architectures import list_modules
+    from bsc.cache.models import load_architecture
+    from bsc.files import canonical_json
+
+    base, _ = load_architecture(model, revision=revision)
+    found = [g for g in list_modules(base) if every or g.can_be_hooked]
+    if as_json:
+        typer.echo(canonical_json([asdict(g) for g in found]), nl=False)
+        return
+    table = Table("module", "class", "d_in", "d_out", "modules", box=None, pad_edge=False)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for g in found:
+        widths = ["" if width is None else str(width) for width in (g.d_in, g.d_out)]
+        name = f"{g.pattern}  (default)" if g.default else g.pattern
+        table.add_row(name, g.kind, *widths, str(g.count), style="bold" if g.default else None)
+    Console(highlight=False, width=160).print(table)
 
 
 def verify(
     path: Annotated[str, typer.Argument(help="Folder of a store, or s3://bucket/path.")],
     quick: Annotated[
-        bool, typer.Option("--quick", help="Check everything but the rows: names, sizes, sums.")
+        bool, flag("Check everything but the rows: names, sizes, sums.", None, "--quick")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the problems as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check every byte of a store against its own record.
 
@@ -278,8 +332,8 @@ def verify(
 
 def shuffle_check(
     path: Annotated[str, typer.Argument(help="Folder of a store, or s3://bucket/path.")],
-    batch_rows: Annotated[int, typer.Option(help="Rows in a batch.", parser=parse_count)] = 8192,
-    batches: Annotated[int, typer.Option(help="Batches to look at.")] = 64,
+    batch_rows: Annotated[int, flag("Rows in a batch.", parser=parse_count)] = 8192,
+    batches: Annotated[int, flag("Batches to look at.")] = 64,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well the batches of a store are shuffled.
@@ -297,7 +351,10 @@ def shuffle_check(
 
 def add_commands(app: typer.Typer) -> None:
     """Put the commands of this stage into the command line."""
-    app.command()(cache)
-    app.command()(plan)
-    app.command()(verify)
-    app.command(name="shuffle-check")(shuffle_check)
+    app.command(
+        epilog="Example: bsc cache --model SmolLM2-135M --text papers/ --tokens 100M --store acts"
+    )(cache)
+    app.command(epilog="Example: bsc plan --model SmolLM2-135M --tokens 10B --probe")(plan)
+    app.command(epilog="Example: bsc modules gpt2")(modules)
+    app.command(epilog="Example: bsc verify acts --quick")(verify)
+    app.command(epilog="Example: bsc shuffle-check acts")(shuffle_check)

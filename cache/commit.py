@@ -28,7 +28,13 @@ from bsc.cache.layout import (
     group_keys,
     shard_key,
 )
-from bsc.cache.manifest import WindowRecord, read_end, read_window, sealed
+from bsc.cache.manifest import (
+    WindowRecord,
+    read_array_json,
+    read_end,
+    read_provenance,
+    read_window,
+)
 from bsc.cache.overlap import measure_overlap
 from bsc.cache.readme import store_readme
 from bsc.cache.scatter import owned_shards, window_sizes
@@ -37,6 +43,7 @@ from bsc.cache.store import ActivationStore
 from bsc.cache.writer import SplitStart
 from bsc.errors import StoreError, UserError
 from bsc.files import canonical_json
+from bsc.records import sealed
 
 __all__ = ["advance", "complete", "create", "differences", "split_start"]
 
@@ -103,12 +110,8 @@ def check_same(folder: StoreFolder, identity: Mapping[str, Any]) -> dict[str, An
         UserError: it is another one; the message names what differs.
         StoreError: there is none that can be read.
     """
-    try:
-        provenance: dict[str, Any] = json.loads(folder.read(PROVENANCE))
-        made = provenance["capture"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{folder}/{PROVENANCE}: cannot be read ({error}).") from None
-    wrong = differences(made, json.loads(canonical_json(dict(identity))))
+    provenance = read_provenance(folder)
+    wrong = differences(provenance["capture"], json.loads(canonical_json(dict(identity))))
     # What follows from other settings is named only where nothing else differs.
     wrong = [w for w in wrong if not w.startswith(("grids.", "batch_contexts "))] or wrong
     if wrong:
@@ -199,11 +202,10 @@ def _advance(
         raise StoreError(f"{folder}: the manifest lacks shard {shard} of {spec.path}.")
 
     for spec in specs.values():
-        meta = json.loads(folder.read(array_key(spec)))
-        before = int(meta["shape"][0]) // grid.shard_rows
+        rows, attributes = read_array_json(folder, spec)
+        before = rows // grid.shard_rows
         if before >= prefix:
             continue
-        attributes = meta["attributes"]
         if spec.width is not None:
             sums = ChannelSums.from_json(attributes)
             for shard in range(before, prefix):
@@ -245,7 +247,7 @@ def complete(
         }
         if any(end is None for end in ends):
             return False, committed
-        provenance = json.loads(folder.read(PROVENANCE))
+        provenance = read_provenance(folder)
         stranded: dict[Split, int] = {}
         for split, (specs, grid) in arrays.items():
             beyond = [
@@ -279,7 +281,7 @@ def complete(
         if overlap is not None:
             completed["overlap"] = overlap.to_json()
         with folder.locked():
-            if "completed" not in json.loads(folder.read(PROVENANCE)):
+            if "completed" not in read_provenance(folder):
                 if overlap is not None:
                     folder.write(OVERLAP, overlap.bits())
                 folder.write(PROVENANCE, sealed(provenance | {"completed": completed}))
@@ -298,9 +300,9 @@ def _stored_errors(
     for name, spec in arrays["train"][0].items():
         if spec.width is None:
             continue
-        meta = json.loads(folder.read(array_key(spec)))
-        sums = ChannelSums.from_json(meta["attributes"])
-        rows = meta["shape"][0] - sums.non_finite_rows
+        rows, attributes = read_array_json(folder, spec)
+        sums = ChannelSums.from_json(attributes)
+        rows -= sums.non_finite_rows
         if sums.sum_sq_error is None or rows < 1:
             continue
         deviation = np.maximum(sums.sum_sq - sums.sum**2 / rows, 0.0)

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from bsc.files import canonical_json
+from bsc.records import record_hash
 
 __all__ = [
     "CODECS",
@@ -168,7 +169,10 @@ class ArraySpec:
         return (rows,) if self.width is None else (rows, self.width)
 
     def zarr_json(self, rows: int, grid: Grid, attributes: dict[str, Any]) -> dict[str, Any]:
-        """Zarr v3 metadata of the array with `rows` committed rows."""
+        """Zarr v3 metadata of the array with `rows` committed rows.
+
+        Its hash is among the attributes, `xxh3_128`.
+        """
         little = {"name": "bytes", "configuration": {"endian": "little"}}
         # The bytes codec of one-byte types has no byte order.
         chunk_codecs: list[dict[str, Any]] = [{"name": "bytes"} if self.dtype == "int8" else little]
@@ -178,7 +182,7 @@ class ArraySpec:
                 "shuffle": "bitshuffle", "blocksize": 0,
             }  # fmt: skip
             chunk_codecs.append({"name": "blosc", "configuration": blosc})
-        return {
+        meta = {
             "zarr_format": 3,
             "node_type": "array",
             "shape": list(self.row_shape(rows)),
@@ -203,6 +207,7 @@ class ArraySpec:
             ],
             "attributes": attributes,
         }
+        return meta | {"attributes": attributes | {"xxh3_128": record_hash(meta)}}
 
 
 ROW_SCALE = "_row_scale"

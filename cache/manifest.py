@@ -8,7 +8,6 @@ begins, and carries a hash of everything before it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,13 +16,22 @@ from typing import Any
 import xxhash
 
 from bsc.cache.folder import StoreFolder
-from bsc.cache.layout import MANIFEST, Split, end_key, window_key
+from bsc.cache.layout import (
+    MANIFEST,
+    PROVENANCE,
+    ArraySpec,
+    Split,
+    array_key,
+    end_key,
+    window_key,
+)
 from bsc.cache.shard import ShardRecord
 from bsc.errors import StoreError
 from bsc.files import canonical_json
+from bsc.records import check_seal, parse_json, parse_object, record_hash
 
-__all__ = ["PartEnd", "TextPoint", "WindowRecord", "read_end", "read_json",
-           "read_shard_hashes", "read_window", "sealed",
+__all__ = ["PartEnd", "TextPoint", "WindowRecord", "parse_array_json", "read_array_json",
+           "read_end", "read_json", "read_provenance", "read_shard_hashes", "read_window",
            "write_end", "write_window"]  # fmt: skip
 
 # Keys of canonical JSON are in order: what is looked for stands first and last.
@@ -85,13 +93,6 @@ def _hashed(lines: list[str], last: dict[str, Any]) -> str:
     return "".join(lines) + canonical_json(last | {"xxh3_128": digest}, indent=None)
 
 
-def sealed(value: dict[str, Any]) -> bytes:
-    """Canonical JSON of an object with a hash of itself, so that any change of it shows."""
-    rest = {k: v for k, v in value.items() if k != "xxh3_128"}
-    digest = xxhash.xxh3_128_hexdigest(canonical_json(rest).encode())
-    return canonical_json(rest | {"xxh3_128": digest}).encode()
-
-
 def _checked(text: str, where: str) -> list[dict[str, Any]]:
     """The lines of a file that ends with a hash of itself.
 
@@ -100,7 +101,7 @@ def _checked(text: str, where: str) -> list[dict[str, Any]]:
     """
     lines, last = _checked_lines(text, where)
     try:
-        return [*(json.loads(line) for line in lines), last]
+        return [*(parse_json(line) for line in lines), last]
     except ValueError as error:
         raise StoreError(f"{where}: cut or changed ({error})") from None
 
@@ -113,7 +114,7 @@ def _checked_lines(text: str, where: str) -> tuple[list[str], dict[str, Any]]:
     """
     lines = text.splitlines(keepends=True)
     try:
-        last = json.loads(lines[-1])
+        last = parse_json(lines[-1])
         found = last.pop("xxh3_128")
         body = "".join(lines[:-1]) + canonical_json(last, indent=None)
         if xxhash.xxh3_128_hexdigest(body.encode()) != found or text != _hashed(lines[:-1], last):
@@ -198,7 +199,7 @@ def read_shard_hashes(
         start, end = _LINE_START.match(line), _LINE_END.search(line, max(0, len(line) - 200))
         if start is None or end is None:
             raise StoreError(f"{folder}/{key}: not a manifest of bsc")
-        found[str(json.loads(start[1])), int(end[1])] = (int(start[2]), end[2])
+        found[str(parse_json(start[1])), int(end[1])] = (int(start[2]), end[2])
     return found
 
 
@@ -244,13 +245,54 @@ def read_json(folder: StoreFolder, key: str, what: str) -> dict[str, Any]:
     Raises:
         StoreError: it is missing, cannot be read, or holds something else.
     """
-    where = f"{folder}/{key}"
     try:
-        value = json.loads(folder.read(key))
+        raw = folder.read(key)
     except FileNotFoundError:
         raise StoreError(f"{folder}: no {what} here ({key} is missing).") from None
-    except (OSError, ValueError) as error:  # not UTF-8 and not JSON are ValueErrors
-        raise StoreError(f"{where}: cannot be read as JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise StoreError(f"{where}: expected a JSON object, found {type(value).__name__}.")
-    return value
+    except OSError as error:
+        raise StoreError(f"{folder}/{key}: cannot be read ({error}).") from None
+    return parse_object(raw, f"{folder}/{key}")
+
+
+def read_provenance(folder: StoreFolder) -> dict[str, Any]:
+    """How a store was made; what the capture found is under `completed` once it has ended.
+
+    Raises:
+        StoreError: it is missing, cannot be read, or was changed since it was written.
+    """
+    where = f"{folder}/{PROVENANCE}"
+    made = check_seal(read_json(folder, PROVENANCE, "provenance"), where)
+    if not isinstance(made.get("capture"), dict):
+        raise StoreError(f"{where}: not the provenance of a store.")
+    return made
+
+
+def read_array_json(folder: StoreFolder, spec: ArraySpec) -> tuple[int, dict[str, Any]]:
+    """Rows and attributes of an array, from its zarr.json.
+
+    Raises:
+        StoreError: as `read_json` and `parse_array_json`.
+    """
+    key = array_key(spec)
+    return parse_array_json(read_json(folder, key, "array"), f"{folder}/{key}")
+
+
+def parse_array_json(meta: dict[str, Any], where: str) -> tuple[int, dict[str, Any]]:
+    """Rows and attributes of an array, from what is in its zarr.json.
+
+    Raises:
+        StoreError: it is not that of an array of a store, or was changed since it was written.
+    """
+    try:
+        rows, attributes = int(meta["shape"][0]), dict(meta["attributes"])
+        hashed = attributes.pop("xxh3_128")
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"{where}: not the metadata of an array of a bsc store ({error!r})."
+        ) from None
+    if hashed != record_hash(meta | {"attributes": attributes}):
+        raise StoreError(
+            f"{where}: changed since it was written, or damaged: it does not have the hash that it "
+            f"carries. Copy it again from where the store is whole."
+        )
+    return rows, attributes

@@ -265,7 +265,10 @@ def load_architecture(name: str, *, revision: str | None = None) -> tuple[torch.
             source, revision=revision, trust_remote_code=False
         )
         with torch.device("meta"):
-            model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+            # Without weights some modules, such as a mixture of experts, know shapes in it alone.
+            model = transformers.AutoModel.from_config(
+                config, dtype=torch.bfloat16, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         first_line = (str(error).strip().splitlines() or [repr(error)])[0]
         raise UserError(

@@ -168,6 +168,11 @@ def plan_capture(
     )  # fmt: skip
 
 
+_MAX_PASSES = 8
+"""Over text that coders are trained on again more often, nobody would take fewer tokens for as
+many."""
+
+
 def what_fits(plan: CapturePlan, free: int) -> list[str]:
     """Flags, with their numbers, each of which alone makes a capture fit into `free` bytes."""
     room = _DISK_SHARE * free
@@ -176,12 +181,15 @@ def what_fits(plan: CapturePlan, free: int) -> list[str]:
     rest = plan.bytes - per_shard * min(train.shards, plan.ring or train.shards)
     fitting = int((room - rest) / per_shard) if room > rest else 0
     options = []
+    if fitting >= 2 and plan.ring != fitting:
+        alone = "" if plan.writers == 1 else ", one process writes"
+        options.append(
+            f"--ring {fitting} (every row passes once, training runs at the same time{alone})"
+        )
     rows = int(0.98 * train.rows * room / plan.bytes)
-    if rows >= plan.batch_rows and plan.ring is None:
-        passes = -(-train.rows // rows)
+    passes = -(-train.rows // max(1, rows))
+    if rows >= plan.batch_rows and plan.ring is None and passes <= _MAX_PASSES:
         options.append(f"--tokens {rows} (and {passes} epochs of training instead of one)")
-    if fitting >= 2 and plan.writers == 1:
-        options.append(f"--ring {fitting} (every row passes once, training runs at the same time)")
     if plan.codec == "raw" and plan.bytes * 0.51 < room:
         options.append("--codec int8 (half the bytes, FVU of the rows about 1e-4)")
     count = len(plan.hookpoints)

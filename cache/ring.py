@@ -8,7 +8,6 @@ pace. A reader that dies is named, and holds the ring until it is started again 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -20,10 +19,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bsc.cache.folder import PARTIAL, StoreFolder, process_is_gone
-from bsc.cache.layout import ArraySpec, Grid, array_key, shard_key
+from bsc.cache.layout import ArraySpec, Grid, shard_key
+from bsc.cache.manifest import read_array_json
 from bsc.errors import StoreError, UserError
 from bsc.files import canonical_json
 from bsc.progress import console
+from bsc.records import parse_json
 
 __all__ = ["RING", "ReaderCursor", "RingReader", "RingWriter", "readers"]
 
@@ -72,7 +73,7 @@ def readers(folder: StoreFolder) -> list[ReaderCursor]:
         if not key.endswith(".json"):
             continue
         try:
-            value = json.loads(folder.read(key))
+            value = parse_json(folder.read(key))
             cursor = ReaderCursor(**value)
             if min(int(cursor.next_shard), int(cursor.process)) < 0:
                 raise ValueError("negative number")
@@ -106,8 +107,8 @@ class _Ring:
 
     def committed(self) -> int:
         """Committed shards."""
-        rows = [json.loads(self.folder.read(array_key(s)))["shape"][0] for s in self.specs]
-        return int(min(rows)) // self.grid.shard_rows
+        rows = [read_array_json(self.folder, spec)[0] for spec in self.specs]
+        return min(rows) // self.grid.shard_rows
 
     def sweep(self) -> list[ReaderCursor]:
         """Remove shards that every reader has passed."""

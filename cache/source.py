@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bsc.cache.architectures import default_hookpoints, warn_of_residual
 from bsc.cache.attention import Separation, document_separation, forward_inputs
 from bsc.cache.hookpoints import RowTap, match_hookpoints
 from bsc.cache.layout import TOKEN_ARRAYS, Codec, Hookpoint
@@ -18,6 +19,7 @@ from bsc.cache.text import TextSource, read_text
 from bsc.cache.tokens import ContextBatch, Packing, context_batches
 from bsc.devices import pick_device
 from bsc.errors import UserError
+from bsc.progress import console
 
 __all__ = [
     "NO_TEXT",
@@ -25,7 +27,6 @@ __all__ = [
     "Source",
     "batch_contexts",
     "channel_scales",
-    "default_hookpoints",
     "open_source",
 ]
 
@@ -39,8 +40,6 @@ NO_TEXT = (
     "the text gives not one whole context of training tokens. Give more text, or a shorter "
     "--context."
 )
-PAPER_LAYERS = (0.0, 0.3, 0.6, 0.9)
-"""Depths of the MLPs that the paper takes: layers 0, 9, 18 and 27 of 30, or 0, 7, 14, 21 of 24."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,16 +86,6 @@ class CaptureConfig:
     """Training shards on disk at a time; None: all of them stay."""
     max_non_finite: float = MAX_NON_FINITE
     """Share of rows with values that are not finite above which to stop."""
-
-
-def default_hookpoints(base: torch.nn.Module) -> tuple[str, ...]:
-    """The MLPs at the paper's depths: layers 0, 9, 18 and 27 of a model with 30.
-
-    Raises:
-        UserError: the model has no modules called ``layers.*.mlp``.
-    """
-    names = match_hookpoints(base, ["layers.*.mlp"])
-    return tuple(dict.fromkeys(names[int(len(names) * depth)] for depth in PAPER_LAYERS))
 
 
 @dataclass(frozen=True)
@@ -150,7 +139,10 @@ def open_source(config: CaptureConfig) -> Source:
         random_weights=config.random_weights,
     )  # fmt: skip
     patterns = list(config.hookpoints) or list(default_hookpoints(lm.base))
-    tap = RowTap(lm.base, match_hookpoints(lm.base, patterns))
+    names = match_hookpoints(lm.base, patterns)
+    if warning := warn_of_residual(lm.base, names):
+        console.print(warning, markup=False, highlight=False)
+    tap = RowTap(lm.base, names)
     context = config.context or min(lm.context, MAX_DEFAULT_CONTEXT)
     if not 1 < context <= lm.context:
         raise UserError(

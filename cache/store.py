@@ -35,8 +35,9 @@ from bsc.cache.layout import (
     array_key,
     array_specs,
     shard_key,
+    store_attributes,
 )
-from bsc.cache.manifest import read_json, windows
+from bsc.cache.manifest import parse_array_json, read_json, read_provenance, windows
 from bsc.cache.rows import MappedTensor, QuantisedRows, ShardRows
 from bsc.cache.shard import ChannelSums, ShardRecord, decode_shard, map_shard
 from bsc.errors import StoreError, nearest
@@ -101,23 +102,23 @@ class StoreSplit:
         for name, spec in self.specs.items():
             key = array_key(spec)
             meta = read_json(self.folder, key, "array")
+            n_rows, attributes = parse_array_json(meta, f"{self.folder}/{key}")
             try:
                 shard = int(meta["chunk_grid"]["configuration"]["chunk_shape"][0])
                 chunk = int(meta["codecs"][0]["configuration"]["chunk_shape"][0])
-                n_rows = int(meta["shape"][0])
                 grid = Grid(shard, chunk, max(1, n_rows // shard))
-                self._attributes[name] = meta["attributes"]
+                self._attributes[name] = attributes
                 if n_rows % shard:
                     raise ValueError(f"{n_rows} rows are no whole shards of {shard}")
-                expected = spec.zarr_json(n_rows, grid, meta["attributes"])
+                expected = spec.zarr_json(n_rows, grid, attributes)
                 if meta != expected:
                     wrong = [k for k in expected if meta.get(k) != expected[k]]
                     raise ValueError(f"unexpected {', '.join(wrong) or 'extra keys'}")
                 if spec.width is not None:
-                    sums = ChannelSums.from_json(meta["attributes"])
+                    sums = ChannelSums.from_json(attributes)
                     if sums.width != spec.width:
                         raise ValueError(f"{sums.width} channel sums")
-                if spec.dtype == "int8" and len(meta["attributes"]["channel_scale"]) != spec.width:
+                if spec.dtype == "int8" and len(attributes["channel_scale"]) != spec.width:
                     raise ValueError("channel_scale of another width")
             except (
                 KeyError, IndexError, TypeError, ValueError, AssertionError, ZeroDivisionError,
@@ -331,6 +332,11 @@ class ActivationStore:
                 f"{self.folder}: the store has format version {version}, this bsc reads version "
                 f"{FORMAT_VERSION}. CHANGELOG.md says which release reads it."
             )
+        if check and store_attributes(self.provenance()["capture"]) != self.attributes:
+            raise StoreError(
+                f"{self.folder}: {DATA}/zarr.json and {PROVENANCE} speak of different stores: one "
+                f"of them was changed. Copy them again from where the store is whole."
+            )
         for hook in self.hookpoints:
             if hook.name.startswith(("/", ".")) or "/" in hook.name or "\\" in hook.name:
                 raise StoreError(f"{self.folder}: {hook.name!r} is no name of a hookpoint.")
@@ -339,6 +345,12 @@ class ActivationStore:
         }
         if "train" not in self.splits:
             raise StoreError(f"{self.folder}: the store has no training rows.")
+
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{s.rows:,} {name} rows" for name, s in self.splits.items())
+        hooks = ", ".join(f"{h.name} ({h.d_in} -> {h.d_out})" for h in self.hookpoints)
+        model = self.attributes["model"]["name"]
+        return f"<ActivationStore {self.folder}: {rows} of {hooks}; {model}>"
 
     @property
     def train(self) -> StoreSplit:
@@ -393,7 +405,7 @@ class ActivationStore:
         Raises:
             StoreError: provenance.json is missing or damaged.
         """
-        return read_json(self.folder, PROVENANCE, "provenance")
+        return read_provenance(self.folder)
 
     @property
     def overlap(self) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ name the file. A store is right when the list is empty.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
@@ -32,7 +31,7 @@ from bsc.cache.layout import (
     store_attributes,
     window_key,
 )
-from bsc.cache.manifest import PartEnd, WindowRecord, read_end, read_window, sealed
+from bsc.cache.manifest import PartEnd, WindowRecord, read_array_json, read_end, read_window
 from bsc.cache.readme import store_readme
 from bsc.cache.ring import first_kept, is_ring_file
 from bsc.cache.scatter import owned_shards, window_sizes
@@ -40,6 +39,7 @@ from bsc.cache.shard import ChannelSums, ShardRecord, read_index
 from bsc.cache.store import ActivationStore, StoreSplit
 from bsc.errors import StoreError
 from bsc.files import canonical_json
+from bsc.records import parse_json, sealed
 
 __all__ = ["verify"]
 
@@ -243,7 +243,12 @@ class _Check:
         """The array's own file is canonical and agrees with what the parts of the store say."""
         key = array_key(spec)
         raw = self.folder.read(key)
-        if raw != canonical_json(json.loads(raw)).encode():
+        try:
+            _, attributes = read_array_json(self.folder, spec)
+        except StoreError as error:
+            yield str(error)
+            return
+        if raw != canonical_json(parse_json(raw)).encode():
             yield f"{self.folder}/{key}: changed"
         provenance: dict[str, Any] = {}
         try:
@@ -256,7 +261,6 @@ class _Check:
         except (StoreError, KeyError, TypeError):
             return  # reported with the provenance
         own = provenance.get("array_attributes", {}).get(name, {})
-        attributes = json.loads(raw)["attributes"]
         if {k: v for k, v in attributes.items() if k in own} != own:
             yield f"{self.folder}/{key}: {', '.join(own)} changed"
         said = provenance.get("completed") if self.complete else None

@@ -8,56 +8,47 @@ from typing import Annotated, Any
 import typer
 
 from bsc.counts import parse_count
+from bsc.flags import AsJson, Check, Device, ModelNow, StoreNow, flag
 
 __all__ = ["add_commands"]
+
+_MUCH, _ABLATION, _PROBING = "How much is measured", "Ablations", "Sparse probing"
 
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    store: Annotated[
-        Path | None, typer.Option(help="Where the store is now.  [default: as in training]")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Where the model is now.  [default: as at the capture]")
-    ] = None,
+    store: StoreNow = None,
+    model: ModelNow = None,
     ce_tokens: Annotated[
-        int, typer.Option(help="Held-out tokens for the model's loss.", parser=parse_count)
+        int, flag("Held-out tokens for the model's loss.", _MUCH, parser=parse_count)
     ] = 100_000,
     rows: Annotated[
         int | None,
-        typer.Option(help="Held-out rows for all else.  [default: all]", parser=parse_count),
+        flag("Held-out rows for all else.", _MUCH, parser=parse_count, default="all"),
     ] = None,
     ablation_bins: Annotated[
-        int, typer.Option(help="Bins of latents that are turned off in turn; 0: none.")
+        int, flag("Bins of latents that are turned off in turn; 0: none.", _ABLATION)
     ] = 10,
     ablation_tokens: Annotated[
-        int, typer.Option(help="Held-out tokens for ablations.", parser=parse_count)
+        int, flag("Held-out tokens for ablations.", _ABLATION, parser=parse_count)
     ] = 8_192,
     ablation_score: Annotated[
-        str, typer.Option(help="Order of latents: rate, or a .csv/.jsonl of coder, latent, score.")
+        str, flag("Order of latents: rate, or a .csv/.jsonl of coder, latent, score.", _ABLATION)
     ] = "rate",
     ultra_ablations: Annotated[
-        int, typer.Option(help="Latents above 10 % that are turned off one by one, per coder.")
+        int, flag("Latents above 10 % that are turned off one by one, per coder.", _ABLATION)
     ] = 4,
     probe: Annotated[
         list[str] | None,
-        typer.Option(help="Labelled texts (.csv, .jsonl); several times.  [default: stdlib]"),
+        flag("Labelled texts (.csv, .jsonl); several times.", _PROBING, default="stdlib"),
     ] = None,
-    no_probe: Annotated[bool, typer.Option("--no-probe", help="No sparse probing.")] = False,
+    no_probe: Annotated[bool, flag("Leave sparse probing out.", _PROBING, "--no-probe")] = False,
     probe_texts: Annotated[
-        int, typer.Option(help="Labelled texts of a class at most.", parser=parse_count)
+        int, flag("Labelled texts of a class at most.", _PROBING, parser=parse_count)
     ] = 2_000,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: a GPU if any]")
-    ] = None,
-    check: Annotated[
-        bool,
-        typer.Option(
-            "--check/--no-check",
-            help="Compare shards with the store's manifest when they are first read.",
-        ),
-    ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    device: Device = None,
+    check: Check = True,
+    as_json: AsJson = False,
 ) -> None:
     """Measure every coder of a run on held-out documents and write RUN/eval.json.
 
@@ -91,15 +82,11 @@ def examples(
     run: Annotated[Path, typer.Argument(help="Folder of an evaluated run.")],
     coder: Annotated[str, typer.Argument(help="Name of a coder, or a part of it.")],
     latent: Annotated[int, typer.Argument(help="Number of a latent.")],
-    part: Annotated[str, typer.Option(help="Documents: explain, test or all.")] = "all",
-    per_stratum: Annotated[int, typer.Option(help="Contexts of each tenth of its firings.")] = 1,
-    store: Annotated[
-        Path | None, typer.Option(help="Where the store is now.  [default: as in training]")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Where the model is now.  [default: as at the capture]")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON lines.")] = False,
+    part: Annotated[str, flag("Documents: explain, test or all.")] = "all",
+    per_stratum: Annotated[int, flag("Contexts of each tenth of its firings.")] = 1,
+    store: StoreNow = None,
+    model: ModelNow = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show contexts in which any latent of an evaluated coder fires, strongest first."""
     from bsc.eval.show import latent_examples, print_examples
@@ -119,7 +106,7 @@ def examples(
 def compare(
     first: Annotated[Path, typer.Argument(help="Folder of an evaluated run.")],
     second: Annotated[Path, typer.Argument(help="Folder of another one, or the same.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare the coders of two runs: figures paired by document, and latents matched."""
     from bsc.eval.compare import compare_runs
@@ -137,11 +124,11 @@ def compare(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs that were evaluated.")],
     out: Annotated[
-        Path | None, typer.Option(help="File to write.  [default: RUN/report.html of the first]")
+        Path | None, flag("File to write.", default="report.html of the first run")
     ] = None,
     figures: Annotated[
         Path | None,
-        typer.Option(help="Folder for the figures as SVG and PDF and the numbers as CSV and JSON."),
+        flag("Folder for the figures as SVG and PDF and the numbers as CSV and JSON."),
     ] = None,
 ) -> None:
     """Write one static HTML page about one or several runs."""
@@ -157,7 +144,7 @@ def report(
 
 def add_commands(app: typer.Typer) -> None:
     """Put the commands of this stage into the command line."""
-    app.command("eval")(evaluate)
-    app.command()(examples)
-    app.command()(compare)
-    app.command()(report)
+    app.command("eval", epilog="Example: bsc eval runs/run --ce-tokens 1M")(evaluate)
+    app.command(epilog="Example: bsc examples runs/run binary-k32 17")(examples)
+    app.command(epilog="Example: bsc compare runs/run runs/other")(compare)
+    app.command(epilog="Example: bsc report runs/run runs/other --out report.html")(report)

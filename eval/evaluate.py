@@ -46,9 +46,9 @@ from bsc.eval.probing import probing_figures
 from bsc.eval.rows import Sums, add_up, pass_over_rows
 from bsc.eval.setting import Setting, open_setting
 from bsc.eval.stability import run_stability
-from bsc.files import write_json
 from bsc.progress import console, format_bytes, stage
-from bsc.train.run import EVAL_VERSION, Run, claim
+from bsc.records import write_record
+from bsc.train.run import EVAL_VERSION, Run, as_run, claim
 from bsc.versions import versions
 
 __all__ = ["EvalConfig", "evaluate"]
@@ -157,10 +157,10 @@ def _coder_hash(run: Run, name: str) -> str:
 
 
 def evaluate(
-    run: Run,
+    run: Run | str | Path,
     config: EvalConfig | None = None,
     *,
-    store: Path | None = None,
+    store: str | Path | None = None,
     model: str | None = None,
     device: str | None = None,
     check: bool = True,
@@ -168,7 +168,7 @@ def evaluate(
     """Measure every coder of a run and write eval.json and what is in the folder eval.
 
     Args:
-        run: a run whose training has ended.
+        run: a run whose training has ended, or its folder.
         config: how much is measured; None: the defaults.
         store: where the store is now; None: where it was in training.
         model: where the model is now; None: where it was at the capture.
@@ -182,6 +182,7 @@ def evaluate(
         UserError: the store, its held-out rows or the model are not there or not the same, or a
             file of labels or scores is not as it should be.
     """
+    run = as_run(run)
     config = config or EvalConfig()
     sets = read_sets(config.probes)
     setting = open_setting(run, store=store, model=model, device=device, check=check)
@@ -249,7 +250,7 @@ def _evaluate(setting: Setting, config: EvalConfig, sets: list[LabelledTexts]) -
             difference = added_loss(losses[a], losses[b], contexts)
             pair |= dict(zip(("delta_ce_difference", "delta_ce_interval"), difference, strict=True))
         _write(setting, folder, sums, losses, contexts)
-    write_json(run.examples_path, shown)
+    write_record(run.examples_path, {"version": EVAL_VERSION, "coders": shown})
     result |= {
         "version": EVAL_VERSION,
         "store_id": setting.store.store_id,
@@ -269,7 +270,7 @@ def _evaluate(setting: Setting, config: EvalConfig, sets: list[LabelledTexts]) -
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     # Last: an interrupted evaluation leaves the one before as it was.
-    write_json(run.eval_path, result)
+    write_record(run.eval_path, result)
     console.print(f"{run.eval_path}: {len(figures)} coders on {setting.split.rows:,} held-out rows")
     return result
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bsc.demo.corpus import documents
 from bsc.errors import UserError
+from bsc.records import parse_json
 
 __all__ = ["EMBEDDED", "LabelledTexts", "read_labelled", "read_sets"]
 
@@ -108,7 +108,7 @@ def _jsonl(file: Iterable[str], source: str) -> Iterator[tuple[int, dict[str, An
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
                 raise UserError(f"--probe {source}, line {number}: not JSON ({error}).") from None
             if not isinstance(row, dict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsc.errors import UserError, nearest
+from bsc.records import parse_json
 
 __all__ = ["read_scores", "read_table"]
 
@@ -32,7 +33,7 @@ def read_table(source: str, option: str, fields: str) -> list[dict[str, Any]]:
         with path.open(encoding="utf-8", newline="") as file:
             if path.suffix.lower() == ".csv":
                 return list(csv.DictReader(file))
-            return [json.loads(line) for line in file if line.strip()]
+            return [parse_json(line) for line in file if line.strip()]
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise UserError(
             f"{option} {source}: cannot be read ({error}). Expected a .csv or .jsonl file with the "
@@ -58,7 +59,9 @@ def read_scores(source: str, n_latents: Mapping[str, int]) -> dict[str, NDArray[
     for number, row in enumerate(rows, 1):
         try:
             name, latent, score = str(row["coder"]), int(row["latent"]), float(row["score"])
-        except (KeyError, TypeError, ValueError) as error:
+            if not math.isfinite(score):
+                raise ValueError(f"score {score} is not finite")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"--ablation-score {source}, entry {number}: needs coder, latent and score "
                 f"({error!r})."

@@ -107,7 +107,7 @@ def _check_rows(store: ActivationStore, lm: LanguageModel) -> None:
             )
 
 
-def open_store(run: Run, store: Path | None, *, check: bool = True) -> ActivationStore:
+def open_store(run: Run, store: str | Path | None, *, check: bool = True) -> ActivationStore:
     """The store that a run was trained on.
 
     Args:
@@ -135,7 +135,7 @@ def open_store(run: Run, store: Path | None, *, check: bool = True) -> Activatio
 
 
 def open_setting(
-    run: Run, *, store: Path | None, model: str | None, device: str | None, check: bool = True
+    run: Run, *, store: str | Path | None, model: str | None, device: str | None, check: bool = True
 ) -> Setting:
     """Open everything that an evaluation of `run` needs.
 
@@ -166,9 +166,7 @@ def open_setting(
             RowTap(lm.base, hooks).rows, dtype=lm.model.dtype, device=on,
             vocabulary=int(lm.model.get_input_embeddings().weight.shape[0]),
         )  # fmt: skip
-    without: tuple[int, ...] = ()
-    if run.config().get("without_special_tokens"):
-        without = tuple(opened.attributes["model"]["special_token_ids"])
+    without = tuple(run.config()["without_tokens"])
     return Setting(run, opened, lm, coders, left_out, separation, without)
 
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from bsc.array_file import read_arrays
 from bsc.cache.models import load_tokenizer
-from bsc.errors import StoreError, UserError, nearest
+from bsc.errors import StoreError, UserError
 from bsc.eval.codes import Codes
 from bsc.eval.division import PARTS
 from bsc.eval.examples import Sample, Windows
@@ -22,7 +22,7 @@ from bsc.train.run import Run
 # Control characters of a text must not reach the terminal.
 _UNPRINTABLE = dict.fromkeys([*range(32), *range(127, 160)], " ")
 
-__all__ = ["coder_called", "latent_examples", "load_sample", "print_examples"]
+__all__ = ["latent_examples", "load_sample", "print_examples"]
 
 
 def load_sample(run: Run, coder: str) -> Sample:
@@ -39,20 +39,6 @@ def load_sample(run: Run, coder: str) -> Sample:
     return Sample(**read_arrays(path, f"`bsc eval {run.folder}` writes it."))
 
 
-def coder_called(run: Run, name: str) -> str:
-    """The one coder whose name is `name` or has it as a part."""
-    names = run.coder_names()
-    found = [name] if name in names else [n for n in names if name in n]
-    if len(found) != 1:
-        which = f"{len(found)} coders have it in their names: {', '.join(found)}"
-        raise UserError(
-            f"{run.folder}: no coder {name!r}{nearest(name, names)}; it has {', '.join(names)}."
-            if not found
-            else f"{run.folder}: {name!r} is not one coder; {which}."
-        )
-    return found[0]
-
-
 def latent_examples(
     run: Run,
     coder: str,
@@ -60,7 +46,7 @@ def latent_examples(
     *,
     part: str = "all",
     per_stratum: int = 1,
-    store: Path | None = None,
+    store: str | Path | None = None,
     model: str | None = None,
 ) -> dict[str, Any]:
     """Contexts in which a latent fires, for any latent of an evaluated coder.
@@ -85,7 +71,7 @@ def latent_examples(
         raise UserError(f"--part {part}: should be {', '.join(PARTS)} or all.")
     if per_stratum < 1:
         raise UserError(f"--per-stratum {per_stratum}: should be 1 or more.")
-    name = coder_called(run, coder)
+    name = run.full_name(coder)
     drawn = load_sample(run, name)
     planned = next(c for c in run.config()["coders"] if c["name"] == name)
     n_latents = int(planned["coder"]["n_latents"])

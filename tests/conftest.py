@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+# Workers of pytest-xdist share the cores: one thread each, and in the processes that they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("MKL_NUM_THREADS", "1")
+
 import shutil
 from pathlib import Path
 from typing import Any

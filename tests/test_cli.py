@@ -6,13 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from bsc.cli import main
+from bsc.files import canonical_json
+from bsc.records import record_hash
 from bsc.train.run import Run
+from tests.cache.synthetic import change_capture
 
 
 def bsc(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -22,7 +24,7 @@ def bsc(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
     )  # fmt: skip
 
 
-def test_help_takes_less_than_half_a_second_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys, bsc.cli\n"
         "try: bsc.cli.main(['--help'])\n"
@@ -30,13 +32,8 @@ def test_help_takes_less_than_half_a_second_and_imports_nothing_heavy() -> None:
         "print([m for m in ('torch', 'zarr', 'numpy', 'transformers', 'datasets', 'pydantic')"
         " if m in sys.modules])"
     )
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        times.append(time.perf_counter() - started)
-        assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
-    assert min(times) < 0.5, times
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
 
 
 def test_the_import_test_can_fail() -> None:
@@ -69,7 +66,13 @@ MISTAKES = [
      "contexts of 2 to 64"),
     (["cache", "--model", "{tiny}", "--text", "stdlib", "--dtype", "int3"], "--dtype int3"),
     (["cache", "--model", "{tiny}", "--text", "stdlib", "--tokens", "1000T"],
-     "What would fit: --tokens"),
+     "What would fit: --ring"),
+    (["cache", "--model", "{tiny}", "--text", "stdlib", "--tokens", "9" * 400],
+     "is larger than 1,000T"),
+    (["cache", "--model", "{tiny}", "--text", "stdlib", "--max-non-finite", "-1"],
+     "should be greater than or equal to 0"),
+    (["cache", "--model", "{tiny}", "--text", "stdlib", "--max-non-finite", "2"],
+     "should be less than or equal to 1"),
     (["cache", "--model", "{tiny}", "--text", "stdlib", "--tokens", "many"], "is not a count"),
     (["cache", "--model", "{tiny}", "--text", "stdlib", "--store", "/proc/acts"],
      "cannot be written"),
@@ -132,8 +135,7 @@ def test_a_mistake_gets_one_message_exit_code_2_and_leaves_nothing(
     (tmp_path / "text.toml").write_text('[[coders]]\nk = "8"\n')
     other = shutil.copytree(store_path, tmp_path / "other") if "{other_store}" in arguments else ""
     if other:
-        path = Path(other) / "data.zarr/zarr.json"
-        path.write_text(path.read_text().replace('"store_id": "', '"store_id": "x'))
+        change_capture(Path(other), seed=7)
     places = {
         "tiny": tiny_model, "store": store_path, "run": run.folder, "empty": "empty.txt",
         "empty_folder": "empty", "toml": "bad.toml", "toml_table": "table.toml",
@@ -145,8 +147,7 @@ def test_a_mistake_gets_one_message_exit_code_2_and_leaves_nothing(
     code, err = run_main(capsys, *(a.format(**places) for a in arguments))
     assert code == 2, err
     assert message in err and "Traceback" not in err
-    assert sum(line.startswith(("error:", "Error:")) or "Invalid value" in line
-               for line in err.splitlines()) == 1, err  # fmt: skip
+    assert sum(line.startswith("error:") for line in err.splitlines()) == 1, err
     assert sorted(tmp_path.rglob("*")) == before and sorted(store_path.rglob("*")) == stored
 
 
@@ -155,6 +156,12 @@ def test_a_store_of_another_width_is_refused(
 ) -> None:
     path = store_copy / "data.zarr/layers.0.mlp/input/zarr.json"
     path.write_text(path.read_text().replace("32\n", "33\n"))
+    code, err = run_main(capsys, "train", "--store", store_copy, "--runs", store_copy.parent / "r")
+    assert code == 2 and "it does not have the hash that it carries" in err
+    meta = json.loads(path.read_text())
+    del meta["attributes"]["xxh3_128"]
+    meta["attributes"]["xxh3_128"] = record_hash(meta)  # of one who knows how
+    path.write_text(canonical_json(meta))
     code, err = run_main(capsys, "train", "--store", store_copy, "--runs", store_copy.parent / "r")
     assert code == 2 and "not the metadata of an array" in err
 

@@ -20,19 +20,12 @@ from bsc.train.coders.kernels import Entries
 from bsc.train.memory import EVALUATION_ROWS
 from bsc.train.optim import CoderOptimiser
 from bsc.train.schedule import annealed, lr_scale
-from bsc.train.sweep import PlannedCoder, TrainConfig
+from bsc.train.sweep import PlannedCoder, TrainConfig, left_out_tokens
 
-__all__ = ["BankTrainer", "Progress", "Scale", "compiled_dot", "left_out_tokens"]
+__all__ = ["BankTrainer", "Progress", "Scale", "compiled_dot"]
 
 _IMPROVEMENT = 0.999
 """A held-out FVU below this share of the best so far is an improvement."""
-
-
-def left_out_tokens(store: ActivationStore, config: TrainConfig) -> tuple[int, ...]:
-    """Token ids whose rows a run does not read."""
-    if not config.without_special_tokens:
-        return ()
-    return tuple(store.attributes["model"]["special_token_ids"])
 
 
 def compiled_dot(device: torch.device) -> Callable[[Tensor, Tensor, Entries], Tensor]:

@@ -10,7 +10,6 @@ the last one is removed: at every instant a whole one counts.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,8 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bsc.errors import StoreError
+from bsc.errors import StoreError, UserError
 from bsc.files import fsync_folder, make_durable_folder, write_json
+from bsc.records import parse_json, read_record, write_record
 
 __all__ = ["CHECKPOINT_VERSION", "load_checkpoint", "save_checkpoint"]
 
@@ -51,7 +51,13 @@ def save_checkpoint(
     write_json(target / _STATE, state)
     for number, tensors in enumerate(coders):
         path = target / f"{number}.safetensors"
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path)
+        try:
+            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path)
+        except SafetensorError as error:  # its form of what the file system refuses
+            raise UserError(
+                f"{path}: the checkpoint cannot be written ({error}). The one before it counts: "
+                f"once there is room, `bsc train --resume` goes on from there."
+            ) from None
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -60,7 +66,7 @@ def save_checkpoint(
     fsync_folder(target)
     fsync_folder(folder)
     files = {p.name: [p.stat().st_size, _digest(p)] for p in sorted(target.iterdir())}
-    write_json(
+    write_record(
         folder / _LATEST,
         {"version": CHECKPOINT_VERSION, "folder": name, "coders": len(coders), "files": files},
     )
@@ -79,13 +85,10 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[dict[str, Tensor
     if not path.exists():
         return None
     try:
-        latest = json.loads(path.read_text())
-        version = latest["version"]
-        if version != CHECKPOINT_VERSION:
-            raise StoreError(
-                f"{folder}: a checkpoint of format version {version}; this bsc reads "
-                f"{CHECKPOINT_VERSION}. Resume with the bsc that wrote it."
-            )
+        latest = read_record(
+            path, "checkpoint", CHECKPOINT_VERSION,
+            "It cannot be resumed; train the run again under another --name.",
+        )  # fmt: skip
         name, files, count = latest["folder"], latest["files"], int(latest["coders"])
         if not str(name).isdigit():
             raise ValueError(f"folder {name!r}")
@@ -97,7 +100,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[dict[str, Tensor
                     f"{target / file}: damaged or cut short. This checkpoint cannot be resumed; "
                     f"train the run again under another --name."
                 )
-        state = json.loads((target / _STATE).read_text())
+        state = parse_json((target / _STATE).read_bytes())
         return state, [load_file(target / f"{i}.safetensors") for i in range(count)]
     except StoreError:
         raise
@@ -108,7 +111,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[dict[str, Tensor
 def _counts(folder: Path) -> str | None:
     """Folder that `latest.json` names, if it can be read."""
     try:
-        return str(json.loads((folder / _LATEST).read_text())["folder"])
+        return str(parse_json((folder / _LATEST).read_bytes())["folder"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

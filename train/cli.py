@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from bsc.counts import parse_count
+from bsc.flags import MACHINE, AsJson, Device, flag
 
 __all__ = ["add_commands"]
 
@@ -37,160 +38,183 @@ def _field(text: str) -> dict[str, Any]:
             raise typer.BadParameter(f"FIELD=VALUE, got {text!r}") from None
 
 
+_RUN, _CODERS, _TRAINING, _STEERING = (
+    "The run", "Coders: every value may be given several times", "Training",
+    "Going on, planning, watching",
+)  # fmt: skip
+
+
 def train(
     sweep: Annotated[
         Path | None, typer.Argument(help="TOML file of a sweep; flags go before what it says.")
     ] = None,
     store: Annotated[
         str | None,
-        typer.Option(help="Folder of the activation store, or s3://bucket/path.  [default: acts]"),
+        flag("Folder of the activation store, or s3://bucket/path.", _RUN, default="acts"),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Name of the run.  [default: the file's, or 'run']")
+        str | None, flag("Name of the run.", _RUN, default="that of the file, or 'run'")
     ] = None,
-    runs: Annotated[Path | None, typer.Option(help="Folder of runs.  [default: runs]")] = None,
+    runs: Annotated[Path | None, flag("Folder of runs.", _RUN, default="runs")] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="'paper': every setting not given is the paper's.  [default: ours]"),
-    ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(help="Rows to train on.  [default: each once]", parser=parse_count),
-    ] = None,
-    batch_rows: Annotated[
-        int | None, typer.Option(help="Rows per step.  [default: 2048]", parser=parse_count)
-    ] = None,
-    micro_rows: Annotated[
-        int | None,
-        typer.Option(
-            help="Rows worked on at a time.  [default: what memory allows]", parser=parse_count
-        ),
+        flag("'paper': every setting that is not given is the paper's.", _RUN, default="ours"),
     ] = None,
     hookpoint: Annotated[
-        list[str] | None, typer.Option(help="Of the store.  [default: every one]")
+        list[str] | None, flag("Hookpoints of the store.", _CODERS, default="every one")
     ] = None,
     site: Annotated[
         list[str] | None,
-        typer.Option(help="sae, transcoder, skip_transcoder.  [default: skip_transcoder]"),
-    ] = None,
-    select: Annotated[
-        list[str] | None, typer.Option(help="topk, groupmax, batch_topk.  [default: topk]")
+        flag("sae, transcoder, skip_transcoder.", _CODERS, default="skip_transcoder"),
     ] = None,
     code: Annotated[
         list[str] | None,
-        typer.Option(help="binary, continuous, hybrid.  [default: binary and continuous]"),
+        flag("binary, continuous, hybrid.", _CODERS, default="binary and continuous"),
+    ] = None,
+    k: Annotated[list[int] | None, flag("Selected latents.", _CODERS, default="32")] = None,
+    n_latents: Annotated[
+        list[int] | None, flag("Latents.", _CODERS, default="32 times the output's width")
+    ] = None,
+    select: Annotated[
+        list[str] | None, flag("topk, groupmax, batch_topk.", _CODERS, default="topk")
     ] = None,
     surrogate: Annotated[
         list[str] | None,
-        typer.Option(help="sigmoid, identity, rectangle, re, gumbel.  [default: sigmoid]"),
-    ] = None,
-    k: Annotated[list[int] | None, typer.Option(help="Selected latents.  [default: 32]")] = None,
-    n_latents: Annotated[
-        list[int] | None, typer.Option(help="Latents.  [default: 32 times the output's width]")
+        flag("sigmoid, identity, rectangle, re, gumbel.", _CODERS, default="sigmoid"),
     ] = None,
     decoder_norm: Annotated[
-        list[str] | None, typer.Option(help="unit, free.  [default: unit for SAEs, else free]")
+        list[str] | None, flag("unit, free.", _CODERS, default="unit for SAEs, else free")
     ] = None,
     threshold: Annotated[
-        list[str] | None, typer.Option(help="learned, fixed, newton.  [default: learned]")
+        list[str] | None, flag("learned, fixed, newton.", _CODERS, default="learned")
     ] = None,
     auxk_alpha: Annotated[
-        list[float] | None, typer.Option(help="Weight of the AuxK loss.  [default: 0]")
+        list[float] | None, flag("Weight of the AuxK loss.", _CODERS, default="0")
     ] = None,
     optimiser: Annotated[
-        list[str] | None,
-        typer.Option(help="adam, signum, signum_classic, muon.  [default: adam]"),
+        list[str] | None, flag("adam, signum, signum_classic, muon.", _CODERS, default="adam")
     ] = None,
     lr: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Learning rate, or 'paper'.  [default: by optimiser and code]",
+        flag(
+            "Learning rate, or 'paper'.",
+            _CODERS,
+            default="by optimiser and code",
             parser=_lr,
             metavar="FLOAT",
         ),
     ] = None,
     seed: Annotated[
-        list[int] | None, typer.Option(help="Of the initial weights.  [default: 0]")
+        list[int] | None, flag("Seed of the initial weights.", _CODERS, default="0")
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option(
+        flag(
+            "Any other field of a coders table: --set clip_norm=1.",
+            _CODERS,
             "--set",
             parser=_field,
             metavar="FIELD=VALUE",
-            help="Any other field of a coders table: --set clip_norm=1.",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        flag("Rows to train on.", _TRAINING, default="each once", parser=parse_count),
+    ] = None,
+    batch_rows: Annotated[
+        int | None, flag("Rows in a step.", _TRAINING, default="2048", parser=parse_count)
+    ] = None,
+    micro_rows: Annotated[
+        int | None,
+        flag(
+            "Rows worked on at a time.",
+            _TRAINING,
+            default="what memory allows",
+            parser=parse_count,
         ),
     ] = None,
     data_seed: Annotated[
-        int | None, typer.Option(help="Of the order of the rows.  [default: 0]")
+        int | None, flag("Seed of the order of the rows.", _TRAINING, default="0")
     ] = None,
     without_special_tokens: Annotated[
         bool | None,
-        typer.Option(
-            "--without-special-tokens", help="Leave out rows of special tokens, BOS included."
+        flag(
+            "Leave out rows of special tokens, BOS included.",
+            _TRAINING,
+            "--without-special-tokens",
         ),
+    ] = None,
+    without_tokens: Annotated[
+        list[int] | None,
+        flag("Ids of further tokens whose rows are left out; several times.", _TRAINING),
     ] = None,
     dead_after: Annotated[
         int | None,
-        typer.Option(
-            help="Rows without firing that make a latent dead.  [default: 10M]",
+        flag(
+            "Rows without firing that make a latent dead.",
+            _TRAINING,
+            default="10M",
             parser=parse_count,
         ),
     ] = None,
     eval_every: Annotated[
         int | None,
-        typer.Option(help="Steps between held-out evaluations, 0: never.  [default: 10 in a run]"),
-    ] = None,
-    checkpoint_every: Annotated[
-        int | None,
-        typer.Option(help="Steps between checkpoints.  [default: every ten minutes]"),
-    ] = None,
-    keep_checkpoint: Annotated[
-        bool | None,
-        typer.Option(
-            "--keep-checkpoint/--no-keep-checkpoint",
-            help="Keep the last one when the run has ended.  [default: keep]",
-        ),
+        flag("Steps between held-out evaluations, 0: never.", _TRAINING, default="10 in a run"),
     ] = None,
     check: Annotated[
         bool | None,
-        typer.Option(
+        flag(
+            "Whether shards are compared with the store's manifest when they are first read.",
+            _TRAINING,
             "--check/--no-check",
-            help="Compare shards with the store's manifest when they are first read.  "
-            "[default: check]",
+            default="check",
         ),
     ] = None,
+    compile_: Annotated[
+        bool | None, flag("torch.compile what gains by it.", _TRAINING, "--compile")
+    ] = None,
+    plan: Annotated[
+        bool, flag("Only say what it comes to: memory, rows, hours.", _STEERING, "--plan")
+    ] = False,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with this run; --tokens may be more than it had.")
+        Path | None,
+        flag("Run to go on with; --tokens may be more than it had.", _STEERING),
     ] = None,
     add_coders: Annotated[
-        bool, typer.Option("--add-coders", help="With --resume: train these coders too.")
+        bool, flag("With --resume: train these coders too.", _STEERING, "--add-coders")
     ] = False,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Only say what it comes to: memory, rows, hours.")
-    ] = False,
-    compile_: Annotated[
-        bool | None, typer.Option("--compile", help="torch.compile what gains by it.")
+    checkpoint_every: Annotated[
+        int | None,
+        flag("Steps between checkpoints.", _STEERING, default="every ten minutes"),
+    ] = None,
+    keep_checkpoint: Annotated[
+        bool | None,
+        flag(
+            "Whether the last one is kept when the run has ended.",
+            _STEERING,
+            "--keep-checkpoint/--no-keep-checkpoint",
+            default="keep",
+        ),
     ] = None,
     tensorboard: Annotated[
         bool | None,
-        typer.Option("--tensorboard/--no-tensorboard", help="Write TensorBoard files too."),
+        flag("Write TensorBoard files too.", _STEERING, "--tensorboard/--no-tensorboard"),
     ] = None,
-    wandb: Annotated[str | None, typer.Option(help="Project at Weights & Biases.")] = None,
+    wandb: Annotated[str | None, flag("Project at Weights & Biases.", _STEERING)] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Of this process.  [default: torchrun's, or 0]", min=0)
+        int | None,
+        flag("Number of this process.", MACHINE, default="torchrun's, or 0", min=0),
     ] = None,
     world: Annotated[
-        int | None, typer.Option(help="Processes that share the coders.", min=1)
+        int | None,
+        flag("Processes that share the coders.", MACHINE, default="torchrun's, or 1", min=1),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: a GPU if any]")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train many coders at once on a store: every combination of the values given is one coder.
 
-    Flags marked with several values may be repeated: --code binary --code continuous --k 8 --k 16.
+    A run that was stopped goes on with --resume RUN.
     """
     from bsc.config import parse_config, read_toml
     from bsc.devices import rank_and_world
@@ -213,7 +237,9 @@ def train(
         "preset": preset, "store": store, "name": name, "runs": runs, "tokens": tokens,
         "batch_rows": batch_rows,
         "micro_rows": micro_rows, "seed": data_seed, "dead_after": dead_after, "device": device,
-        "without_special_tokens": without_special_tokens, "eval_every": eval_every,
+        "without_special_tokens": without_special_tokens,
+        "without_tokens": tuple(without_tokens) if without_tokens else None,
+        "eval_every": eval_every,
         "checkpoint_every": checkpoint_every, "keep_checkpoint": keep_checkpoint,
         "check": check, "compile": compile_, "tensorboard": tensorboard,
         "wandb": wandb,
@@ -264,4 +290,6 @@ def train(
 
 def add_commands(app: typer.Typer) -> None:
     """Put the commands of this stage into the command line."""
-    app.command()(train)
+    app.command(
+        epilog="Example: bsc train --store acts --code binary --code continuous --k 16 --k 32"
+    )(train)

@@ -17,7 +17,7 @@ from bsc.train.memory import available_bytes, plan_memory
 from bsc.train.metrics import check_targets
 from bsc.train.ranks import divide
 from bsc.train.run import RUN_VERSION, Run
-from bsc.train.sweep import PlannedCoder, TrainConfig, expand, plan_coders
+from bsc.train.sweep import PlannedCoder, TrainConfig, expand, left_out_tokens, plan_coders
 from bsc.versions import versions
 
 __all__ = ["Job", "make_job"]
@@ -64,7 +64,7 @@ class Job:
             "micro_rows": self.micro_rows,
             "seed": config.seed,
             "normalise": config.normalise,
-            "without_special_tokens": config.without_special_tokens,
+            "without_tokens": list(left_out_tokens(self.store, config)),
             "dead_after": config.dead_after,
             "log_every": config.log_every,
             "device": self.device.type,

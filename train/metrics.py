@@ -76,6 +76,7 @@ class MetricsWriter:
             StoreError: the file has fewer bytes.
         """
         self._stack = ExitStack()
+        self._path = path
         self._board: Any = None
         self._wandb: Any = None
         if tensorboard is not None:
@@ -92,7 +93,12 @@ class MetricsWriter:
         self._file.seek(keep_bytes)
 
     def write(self, line: dict[str, Any]) -> None:
-        """One line: `step`, `coder` and figures."""
+        """One line: `step`, `coder` and figures.
+
+        Raises:
+            StoreError: the file is no longer there.
+        """
+        self._check_place()
         self._file.write(canonical_json(line, indent=None).encode())
         shown = {f"{line['coder']}/{k}": line[k] for k in _SHOWN if line.get(k) is not None}
         if self._board is not None:
@@ -100,6 +106,19 @@ class MetricsWriter:
                 self._board.add_scalar(key, value, line["step"])
         if self._wandb is not None:
             self._wandb.log(shown, step=line["step"])
+
+    def _check_place(self) -> None:
+        """A file that was removed or moved takes lines that nobody will ever read."""
+        try:
+            there = os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except OSError:
+            there = False
+        if not there:
+            raise StoreError(
+                f"{self._path}: no longer there: the run's folder was removed or moved while it "
+                f"was trained, so training stops. Train again, or move the folder back and go on "
+                f"with bsc train --resume."
+            )
 
     def flush(self) -> int:
         """Make the lines durable; the length of the file."""

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bsc.errors import StoreError, UserError
-from bsc.files import canonical_json, write_atomically, write_json
+from bsc.files import canonical_json, write_atomically
+from bsc.records import write_record
 from bsc.train.memory import flops_per_row
 from bsc.train.run import Run, waiting_lock
 from bsc.train.sweep import PlannedCoder
@@ -20,7 +21,7 @@ from bsc.train.sweep import PlannedCoder
 __all__ = ["divide", "merge_parts"]
 
 _SAME = (
-    "version", "store_id", "rows", "batch_rows", "seed", "normalise", "without_special_tokens",
+    "version", "store_id", "rows", "batch_rows", "seed", "normalise", "without_tokens",
     "dead_after", "world",
 )  # fmt: skip
 """What parts of one run must agree in."""
@@ -92,5 +93,5 @@ def merge_parts(run: Run, world: int) -> bool:
             "rows": max(e["rows"] for e in ended),
         }
         began = min(r["started_at"] for r in records)
-        write_json(run.config_path, first | {"started_at": began, "completed": completed})
+        write_record(run.config_path, first | {"started_at": began, "completed": completed})
     return True

@@ -15,23 +15,23 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bsc.errors import StoreError, UserError, nearest
 from bsc.files import check_new_folder
+from bsc.records import parse_json, read_record
 from bsc.train.coders.coder import SparseCoder
 
-__all__ = ["EVAL_VERSION", "RUN_VERSION", "Run", "claim", "waiting_lock"]
+__all__ = ["EVAL_VERSION", "RUN_VERSION", "Run", "as_run", "claim", "waiting_lock"]
 
-RUN_VERSION = 1
+RUN_VERSION = 2
 EVAL_VERSION = 3
 _LOCK = ".lock"
 
@@ -41,6 +41,18 @@ class Run:
     """The folder of a run."""
 
     folder: Path
+
+    def __repr__(self) -> str:
+        try:
+            config = self.config()
+        except UserError:
+            return f"<Run {self.folder}: none, or damaged>"
+        hooks = list(dict.fromkeys(str(c["hookpoint"]) for c in config["coders"]))
+        state = "trained" if "completed" in config else "not finished"
+        if self.eval_path.exists():
+            state += ", evaluated"
+        n = len(config["coders"])
+        return f"<Run {self.folder}: {n} coders at {', '.join(hooks)}; {state}>"
 
     @property
     def config_path(self) -> Path:
@@ -96,6 +108,11 @@ class Run:
         Raises:
             UserError: something is there already.
         """
+        if part.is_dir() and (holder := in_use(part)):
+            raise UserError(
+                f"{self.folder}: this run is being trained now ({holder}). Wait for it, stop it, "
+                f"or give another --name."
+            )
         interrupted = part / "config.json"
         if interrupted.exists() and "completed" not in Run(part).config():
             raise UserError(
@@ -132,11 +149,6 @@ class Run:
                 f"{folder}: no such run{nearest(str(folder), names)}. `bsc train` makes one."
             )
         config = run.config()
-        if config.get("version") != RUN_VERSION:
-            raise StoreError(
-                f"{folder}: a run of format version {config.get('version')}; this bsc reads "
-                f"{RUN_VERSION}."
-            )
         if "completed" not in config:
             raise StoreError(
                 f"{folder}: training of this run has not ended, or was interrupted. Go on with it: "
@@ -149,9 +161,20 @@ class Run:
         """The resolved config.
 
         Raises:
-            StoreError: the folder is no run, or its config is damaged.
+            StoreError: the folder is no run, its config is damaged or of another version.
         """
-        return self._json(self.config_path, "run")
+        config = read_record(
+            self.config_path, "run", RUN_VERSION,
+            "Copy the run again from where it is whole, or train it again.",
+        )  # fmt: skip
+        try:
+            for coder in config["coders"]:
+                for name in (coder["name"], coder["hookpoint"]):
+                    if {"..", ""} & set(PurePosixPath(name).parts or ("",)) or name[0] == "/":
+                        raise ValueError(f"{name!r} is no name")
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise StoreError(f"{self.config_path}: not the config of a run ({error!r}).") from None
+        return config
 
     def evaluation(self) -> dict[str, Any]:
         """Figures of the evaluation.
@@ -161,14 +184,23 @@ class Run:
         """
         if not self.eval_path.exists():
             raise StoreError(f"{self.folder}: not evaluated yet. Run `bsc eval {self.folder}`.")
-        found = self._json(self.eval_path, "evaluation")
-        expected = (EVAL_VERSION, self.config()["store_id"])
-        if (found.get("version"), found.get("store_id")) != expected:
-            raise StoreError(
-                f"{self.eval_path}: of another version of bsc, or of another store than the run. "
-                f"Evaluate again: bsc eval {self.folder}"
-            )
+        remedy = f"Evaluate again: bsc eval {self.folder}"
+        found = read_record(self.eval_path, "evaluation", EVAL_VERSION, remedy)
+        if found.get("store_id") != self.config()["store_id"]:
+            raise StoreError(f"{self.eval_path}: of another store than the run. {remedy}")
         return found
+
+    def examples(self) -> dict[str, Any]:
+        """By coder: contexts in which latents fire, as the evaluation left them.
+
+        Raises:
+            StoreError: the file is missing or damaged.
+        """
+        remedy = f"`bsc eval {self.folder}` writes it."
+        coders = read_record(self.examples_path, "examples", EVAL_VERSION, remedy).get("coders")
+        if not isinstance(coders, dict):
+            raise StoreError(f"{self.examples_path}: no examples of coders. {remedy}")
+        return coders
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Lines of metrics.jsonl.
@@ -178,7 +210,7 @@ class Run:
         """
         try:
             with self.metrics_path.open() as lines:
-                yield from map(json.loads, lines)
+                yield from map(parse_json, lines)
         except (OSError, ValueError) as error:
             raise StoreError(f"{self.metrics_path}: cannot be read ({error}).") from None
 
@@ -186,31 +218,63 @@ class Run:
         """Names of the coders, in the order of the sweep."""
         return [str(c["name"]) for c in self.config()["coders"]]
 
-    def coder(self, name: str) -> SparseCoder:
-        """Load the coder called `name`.
+    def full_name(self, name: str) -> str:
+        """Name of the one coder that is called `name`, or has it as the end or a part of its name.
 
         Raises:
-            StoreError: there is no such coder, or it is damaged.
+            UserError: there is none, or there are several; the message names them.
         """
-        if name not in self.coder_names():
-            raise StoreError(
-                f"{self.folder}: no coder {name!r}{nearest(name, self.coder_names())}."
-            )
+        names = self.coder_names()
+        for fits in (
+            lambda n: n == name, lambda n: n.endswith(f"/{name}"), lambda n: name in n,
+        ):  # fmt: skip
+            found = [n for n in names if fits(n)]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                raise UserError(
+                    f"{self.folder}: {name!r} is not one coder; {len(found)} have it in their "
+                    f"names: {', '.join(found)}."
+                )
+        raise UserError(
+            f"{self.folder}: no coder {name!r}{nearest(name, names)}; it has {', '.join(names)}."
+        )
+
+    def coder(self, name: str) -> SparseCoder:
+        """Load the coder called `name`, or the one that has it as a part of its name.
+
+        Raises:
+            UserError: there is no such coder, or several; or it is damaged.
+        """
+        name = self.full_name(name)
         folder = self.coder_folder(name)
         if not folder.resolve().is_relative_to(self.folder.resolve()):
             raise StoreError(f"{self.folder}: coder {name!r} lies outside of the run.")
         return SparseCoder.load(folder)
 
-    def _json(self, path: Path, what: str) -> dict[str, Any]:
-        try:
-            value = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise StoreError(f"{self.folder}: no {what} here ({path.name} is missing).") from None
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{path}: cannot be read as JSON ({error}).") from None
-        if not isinstance(value, dict):
-            raise StoreError(f"{path}: expected a JSON object, found {type(value).__name__}.")
-        return value
+
+def as_run(run: Run | str | Path) -> Run:
+    """A run, opened if a folder is given.
+
+    Raises:
+        StoreError: as `Run.open`.
+    """
+    return run if isinstance(run, Run) else Run.open(run)
+
+
+def in_use(folder: Path) -> str | None:
+    """Who holds a run's folder now; None where nobody does."""
+    try:
+        descriptor = os.open(folder / _LOCK, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except OSError:
+        return os.read(descriptor, 200).decode("utf-8", "replace").strip() or "another process"
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -35,7 +35,8 @@ from bsc.train.optim import Optimiser
 from bsc.train.preset import Preset, coder_defaults, run_defaults
 from bsc.train.schedule import Decay, default_decay, default_lr, default_warmup, paper_lr
 
-__all__ = ["PlannedCoder", "SweepPoint", "TrainConfig", "expand", "plan_coders"]
+__all__ = ["PlannedCoder", "SweepPoint", "TrainConfig", "expand", "left_out_tokens",
+           "plan_coders"]  # fmt: skip
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -196,6 +197,8 @@ class TrainConfig(Config):
     as `bsc train --plan` says."""
     without_special_tokens: bool = False
     """Leave out the rows of the tokenizer's special tokens, the begin-of-text token included."""
+    without_tokens: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = ()
+    """Ids of further tokens whose rows are left out."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the order of the rows, the same for all coders."""
     normalise: Literal["rms", "none"] = "rms"
@@ -334,3 +337,10 @@ def _named(planned: list[PlannedCoder]) -> list[PlannedCoder]:
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ConfigError(f"two coders would be called {twice[0]}. Give their tables a `group`.")
     return named
+
+
+def left_out_tokens(store: ActivationStore, config: TrainConfig) -> tuple[int, ...]:
+    """Token ids whose rows a run does not read, in order."""
+    special = store.attributes["model"]["special_token_ids"]
+    named = {*config.without_tokens, *(special if config.without_special_tokens else ())}
+    return tuple(sorted(named))

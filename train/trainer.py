@@ -23,9 +23,10 @@ from bsc.cache.ring import RingReader, reading
 from bsc.cache.store import ActivationStore
 from bsc.devices import keep_freed_memory
 from bsc.errors import UserError
-from bsc.files import make_folder, write_json
+from bsc.files import make_folder
 from bsc.progress import console
-from bsc.train.bank_trainer import BankTrainer, Progress, left_out_tokens
+from bsc.records import write_record
+from bsc.train.bank_trainer import BankTrainer, Progress
 from bsc.train.checkpoint import save_checkpoint
 from bsc.train.job import Job, make_job
 from bsc.train.live import training_view
@@ -33,7 +34,7 @@ from bsc.train.memory import group_banks
 from bsc.train.metrics import MetricsWriter
 from bsc.train.ranks import merge_parts
 from bsc.train.run import Run, claim
-from bsc.train.sweep import TrainConfig
+from bsc.train.sweep import TrainConfig, left_out_tokens
 from bsc.versions import versions
 
 __all__ = ["CoderSummary", "run_job", "train"]
@@ -110,9 +111,9 @@ def run_job(
             make_folder(job.part, "run")
         stack.enter_context(claim(job.part))
         record = job.record()
-        write_json(job.part / "config.json", record)
+        write_record(job.part / "config.json", record)
         if job.world > 1:
-            write_json(job.run.config_path, record)
+            write_record(job.run.config_path, record)
         # Figures of coders that are trained on would be of others.
         job.run.remove_figures()
         console.print(
@@ -132,7 +133,7 @@ def run_job(
             "seconds": round(loop.seconds, 1),
             "rows": loop.step * job.config.batch_rows,
         }
-        write_json(job.part / "config.json", record | {"completed": completed})
+        write_record(job.part / "config.json", record | {"completed": completed})
         if job.world > 1:
             merge_parts(job.run, job.world)
         if not job.config.keep_checkpoint:

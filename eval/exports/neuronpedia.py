@@ -24,6 +24,7 @@ from bsc.eval.interp.material import Material, Materials
 from bsc.eval.show import load_sample
 from bsc.files import make_folder, write_atomically
 from bsc.progress import stage
+from bsc.records import parse_json
 
 __all__ = ["write_neuronpedia"]
 
@@ -113,7 +114,7 @@ def _explanations(path: Path | None, coder: str, model: str, source: str) -> lis
     try:
         with path.open() as lines:
             for line in lines:
-                one = json.loads(line)
+                one = parse_json(line)
                 if one["coder"] == coder and one["explanation"]:
                     found.append(
                         {"modelId": model, "layer": source, "index": str(one["latent"]),

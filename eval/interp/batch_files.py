@@ -18,6 +18,7 @@ from bsc.eval.interp.ledger import Reply
 from bsc.eval.interp.prompts import Request
 from bsc.eval.interp.wire import reply_of, whole
 from bsc.files import canonical_json, write_atomically
+from bsc.records import parse_json
 
 __all__ = ["read_replies", "write_requests"]
 
@@ -62,7 +63,7 @@ def read_replies(path: Path) -> Iterator[tuple[str, Reply]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        yield _reply(json.loads(line))
+                        yield _reply(parse_json(line))
                     except (
                         ValueError, KeyError, TypeError, IndexError, AttributeError,
                         OverflowError, RecursionError,

@@ -7,85 +7,86 @@ from typing import Annotated, Any
 
 import typer
 
+from bsc.flags import AsJson, ModelNow, StoreNow, flag
+
 __all__ = ["add_commands"]
+
+
+_JUDGE, _WHICH, _TESTS, _COST = "The judge", "Which latents", "Explanations and tests", "Cost"
 
 
 def interp(
     run: Annotated[Path, typer.Argument(help="Folder of an evaluated run.")],
     judge: Annotated[
         str | None,
-        typer.Option(
-            help="URL up to /v1, vllm, llama.cpp, ollama, openai, openrouter, or a model to run "
-            "here.  [default: none, offline scores alone]"
+        flag(
+            "URL up to /v1, vllm, llama.cpp, ollama, openai, openrouter, or a model to run here.",
+            _JUDGE,
+            default="none, offline scores alone",
         ),
     ] = None,
     judge_model: Annotated[
-        str | None, typer.Option(help="Model of the endpoint.  [default: the only one it has]")
+        str | None, flag("Model of the endpoint.", _JUDGE, default="the only one it has")
     ] = None,
     judge_key_variable: Annotated[
+        str | None, flag("Environment variable of its key.", _JUDGE, default="BSC_JUDGE_KEY")
+    ] = None,
+    concurrency: Annotated[int, flag("Requests under way at most.", _JUDGE, min=1)] = 32,
+    timeout: Annotated[float, flag("Seconds for an answer.", _JUDGE, min=0.1)] = 120.0,
+    device: Annotated[
         str | None,
-        typer.Option(help="Environment variable of its key.  [default: BSC_JUDGE_KEY]"),
+        flag("Device of a judge that runs here.", _JUDGE, default="a GPU where there is one"),
     ] = None,
-    coder: Annotated[
-        list[str] | None, typer.Option(help="Coders, by (part of) name.  [default: all]")
-    ] = None,
-    latents: Annotated[int, typer.Option(help="Latents of each sample of a coder.")] = 50,
-    latent: Annotated[
-        list[int] | None, typer.Option(help="Just these latents; several times.")
-    ] = None,
-    census_rate: Annotated[
-        float, typer.Option(help="Latents that fire this often are all in the weighted sample.")
-    ] = 0.1,
-    test: Annotated[
-        list[str] | None, typer.Option(help="detection, fuzzing, intruder.  [default: all three]")
-    ] = None,
-    explain_windows: Annotated[int, typer.Option(help="Windows to explain from.")] = 20,
-    test_windows: Annotated[int, typer.Option(help="Windows of either kind to test on.")] = 20,
-    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 32,
-    min_firings: Annotated[
-        int, typer.Option(help="Latents with fewer firings are not drawn; they are counted.")
-    ] = 30,
-    items: Annotated[int, typer.Option(help="Windows in a request.")] = 5,
-    marks: Annotated[str, typer.Option(help="Marked tokens: all that fire, or strong.")] = "all",
-    negatives: Annotated[
-        str, typer.Option(help="Fuzzing: against silent windows, active ones, or auto.")
-    ] = "auto",
-    explanations: Annotated[
-        str, typer.Option(help="own, shuffled, blank, or a file of coder, latent, explanation.")
-    ] = "own",
-    seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at most.")] = 32,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for an answer.")] = 120.0,
-    price_in: Annotated[float, typer.Option(help="Price of a million tokens of prompts.")] = 0.0,
-    price_out: Annotated[float, typer.Option(help="Price of a million tokens of replies.")] = 0.0,
-    price_cached: Annotated[
-        float | None, typer.Option(help="Of cached prompt tokens.  [default: as others]")
-    ] = None,
-    budget: Annotated[
-        float | None, typer.Option(help="Stop before more than this is spent on this judge.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build every prompt, say what it costs, ask nothing.")
-    ] = False,
-    export: Annotated[
-        Path | None, typer.Option("--export", help="Write the requests to a JSONL file.")
-    ] = None,
+    export: Annotated[Path | None, flag("JSONL file to write the requests to.", _JUDGE)] = None,
     import_: Annotated[
-        Path | None, typer.Option("--import", help="Read the replies from a JSONL file.")
+        Path | None, flag("JSONL file to read the replies from.", _JUDGE, "--import")
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Folder of the results in RUN/interp.  [default: the judge]")
+        str | None, flag("Folder of the results in RUN/interp.", _JUDGE, default="the judge's name")
     ] = None,
-    store: Annotated[
-        Path | None, typer.Option(help="Where the store is now.  [default: as in training]")
+    coder: Annotated[
+        list[str] | None,
+        flag("Coders, by (part of) name; several times.", _WHICH, default="all"),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Where the model is now.  [default: as at the capture]")
+    latents: Annotated[int, flag("Latents of each of a coder's two samples.", _WHICH)] = 50,
+    latent: Annotated[list[int] | None, flag("Just these latents; several times.", _WHICH)] = None,
+    census_rate: Annotated[
+        float, flag("Latents that fire this often are all in the weighted sample.", _WHICH)
+    ] = 0.1,
+    min_firings: Annotated[
+        int, flag("Latents with fewer firings are not drawn; they are counted.", _WHICH)
+    ] = 30,
+    test: Annotated[
+        list[str] | None,
+        flag("detection, fuzzing, intruder; several times.", _TESTS, default="all three"),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Of a judge that runs here.  [default: a GPU if any]")
+    explain_windows: Annotated[int, flag("Windows to explain from.", _TESTS)] = 20,
+    test_windows: Annotated[int, flag("Windows of either kind to test on.", _TESTS)] = 20,
+    window: Annotated[int, flag("Tokens of a window.", _TESTS)] = 32,
+    items: Annotated[int, flag("Windows in a request.", _TESTS)] = 5,
+    marks: Annotated[str, flag("Marked tokens: all that fire, or strong.", _TESTS)] = "all",
+    negatives: Annotated[
+        str, flag("Fuzzing: against silent windows, active ones, or auto.", _TESTS)
+    ] = "auto",
+    explanations: Annotated[
+        str, flag("own, shuffled, blank, or a file of coder, latent, explanation.", _TESTS)
+    ] = "own",
+    seed: Annotated[int, flag("Seed of every draw.", _TESTS)] = 0,
+    dry_run: Annotated[
+        bool, flag("Build every prompt, say what it costs, ask nothing.", _COST, "--dry-run")
+    ] = False,
+    budget: Annotated[
+        float | None, flag("What may be spent on this judge; it stops before more.", _COST)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    price_in: Annotated[float, flag("Price of a million tokens of prompts.", _COST)] = 0.0,
+    price_out: Annotated[float, flag("Price of a million tokens of replies.", _COST)] = 0.0,
+    price_cached: Annotated[
+        float | None,
+        flag("Price of a million cached tokens of prompts.", _COST, default="as others"),
+    ] = None,
+    store: StoreNow = None,
+    model: ModelNow = None,
+    as_json: AsJson = False,
 ) -> None:
     """Score how well latents can be explained: by a judge, and without a language model.
 
@@ -165,19 +166,15 @@ def interp(
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of an evaluated run.")],
     coder: Annotated[str, typer.Argument(help="Name of a coder, or a part of it.")],
-    out: Annotated[Path, typer.Option(help="New folder to write into.")],
-    format_: Annotated[str, typer.Option("--format", help="delphi or neuronpedia.")] = "delphi",
+    out: Annotated[Path, flag("New folder to write into.")],
+    format_: Annotated[str, flag("delphi or neuronpedia.", None, "--format")] = "delphi",
     explanations: Annotated[
         Path | None,
-        typer.Option(help="For neuronpedia: RUN/interp/<judge>/latents.jsonl.  [default: none]"),
+        flag("For neuronpedia: RUN/interp/<judge>/latents.jsonl.", default="none"),
     ] = None,
-    creator: Annotated[str, typer.Option(help="For neuronpedia: who publishes it.")] = "bsc",
-    store: Annotated[
-        Path | None, typer.Option(help="Where the store is now.  [default: as in training]")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Where the model is now.  [default: as at the capture]")
-    ] = None,
+    creator: Annotated[str, flag("For neuronpedia: who publishes it.")] = "bsc",
+    store: StoreNow = None,
+    model: ModelNow = None,
 ) -> None:
     """Write a coder's firings as delphi's cache or as Neuronpedia's upload format."""
     from bsc.errors import UserError, nearest
@@ -204,5 +201,9 @@ def export(
 
 def add_commands(app: typer.Typer) -> None:
     """Put the commands into the command line."""
-    app.command()(interp)
-    app.command()(export)
+    app.command(
+        epilog="Example: bsc interp runs/run --judge http://localhost:8000/v1 --coder binary-k32"
+    )(interp)
+    app.command(epilog="Example: bsc export runs/run binary-k32 --format neuronpedia --out upload")(
+        export
+    )

@@ -7,7 +7,6 @@ says. What a server sends is not trusted: neither to be JSON nor to be short.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import httpx
 
 from bsc.errors import UserError, nearest
 from bsc.eval.interp.wire import retry_after
+from bsc.records import parse_json
 
 __all__ = ["KEY_VARIABLE", "PRESETS", "Connection", "EndpointConfig", "JudgeStopped", "Never",
            "NotNow", "is_endpoint"]  # fmt: skip
@@ -218,7 +218,7 @@ class Connection:
         status, headers, text = await self._post(client, body)
         if status == 200:
             try:
-                value = json.loads(text)
+                value = parse_json(text)
                 value["choices"][0]["message"]
             except (ValueError, KeyError, TypeError, IndexError, RecursionError):
                 raise NotNow(f"not the JSON of a completion: {self.safe(text)[:120]}") from None

@@ -11,7 +11,6 @@ never replace those of another.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from bsc.eval.interp.ledger import Ledger
 from bsc.eval.interp.material import InterpConfig, Materials
 from bsc.eval.interp.results import write_results
 from bsc.progress import console
+from bsc.records import parse_json
 from bsc.train.run import claim
 
 __all__ = [
@@ -125,7 +125,7 @@ def _folder(materials: Materials, model: str, name: str | None) -> Path:
         )
     folder = materials.run.interp_folder / chosen
     try:
-        other = json.loads((folder / "interp.json").read_text())["judge"]["model"]
+        other = parse_json((folder / "interp.json").read_bytes())["judge"]["model"]
     except (OSError, ValueError, KeyError, TypeError):
         other = model
     if other != model:

@@ -10,7 +10,6 @@ is there twice, the later line counts. Replies are kept as they came and read wh
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from bsc.errors import StoreError
 from bsc.eval.interp.prompts import PROMPTS_VERSION, Request
 from bsc.eval.pieces import identity_of
 from bsc.files import canonical_json
+from bsc.records import parse_json
 
 __all__ = ["Ledger", "Reply", "key_of"]
 
@@ -97,7 +97,7 @@ class Ledger:
                 self._file.truncate(place)
                 break
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 self._note(str(entry["key"]), str(entry["status"]), place, len(line))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise StoreError(
@@ -134,7 +134,7 @@ class Ledger:
         return Reply(**{name: entry[name] for name in Reply._fields if name in entry})
 
     def _entry(self, place: int, size: int) -> dict[str, Any]:
-        return dict(json.loads(os.pread(self._file.fileno(), size, place)))
+        return dict(parse_json(os.pread(self._file.fileno(), size, place)))
 
     def add(self, key: str, model: str, request: Request, reply: Reply) -> None:
         """Write an answer."""

@@ -24,7 +24,6 @@ from bsc.eval.interp.questions import TESTS, TestKind
 from bsc.eval.interp.sampling import Chosen, Design, choose
 from bsc.eval.pieces import Pieces
 from bsc.eval.setting import open_store
-from bsc.eval.show import coder_called
 from bsc.train.coders.config import CoderConfig
 from bsc.train.run import Run
 
@@ -121,7 +120,7 @@ class Materials:
     """Of all coders, made one by one."""
 
     def __init__(
-        self, run: Run, config: InterpConfig, *, store: Path | None, model: str | None
+        self, run: Run, config: InterpConfig, *, store: str | Path | None, model: str | None
     ) -> None:
         """Open the store and the tokenizer.
 
@@ -149,7 +148,7 @@ class Materials:
         tokenizer = load_tokenizer(model or str(saved["name"]), saved["revision"])
         split = self.store.held_out
         self.windows = Windows(split, tokenizer)
-        without = saved["special_token_ids"] if run.config().get("without_special_tokens") else ()
+        without = run.config()["without_tokens"]
         hooks = dict.fromkeys(self.hookpoint(n) for n in self.names)
         max_rows = evaluation["config"]["rows"]
         length = min(config.window, self.store.context)
@@ -206,10 +205,11 @@ def _just(latents: Sequence[int], counts: NDArray[np.int64]) -> Chosen:
 
 
 def _names(run: Run, wanted: Sequence[str], evaluation: dict[str, Any]) -> list[str]:
-    names = [coder_called(run, name) for name in wanted] or list(evaluation["coders"])
+    asked = {run.full_name(name) for name in wanted} or set(evaluation["coders"])
+    names = [name for name in run.coder_names() if name in asked]
     if left_out := [n for n in names if n not in evaluation["coders"]]:
         raise UserError(
             f"{run.folder}: {left_out[0]} was left out of the evaluation, so there is nothing to "
             f"score."
         )
-    return list(dict.fromkeys(names))
+    return names

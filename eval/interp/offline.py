@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,9 @@ from bsc.eval.interp.predictability import (
 from bsc.eval.interp.questions import CHANCE, intruder_groups, question_rng
 from bsc.eval.intervals import ratio_intervals
 from bsc.eval.pieces import Pieces
-from bsc.files import write_atomically, write_json
+from bsc.files import write_atomically
 from bsc.progress import stage
+from bsc.records import read_record, write_record
 
 __all__ = ["OFFLINE_VERSION", "offline_scores"]
 
@@ -90,7 +90,7 @@ def offline_scores(materials: Materials) -> dict[str, Any]:
         _add_other_coders(result, tables, folder)
     for name, rows in tables.items():
         write_atomically(folder / f"scores-{name}.csv", scores_csv(rows))
-    write_json(folder / "offline.json", result)
+    write_record(folder / "offline.json", result)
     return result
 
 
@@ -99,8 +99,8 @@ def _add_other_coders(
 ) -> None:
     """Keep what was there of coders that were not computed now."""
     try:
-        old = json.loads((folder / "offline.json").read_text())
-        if all(old[key] == result[key] for key in ("version", "store_id")):
+        old = read_record(folder / "offline.json", "scores", OFFLINE_VERSION)
+        if old["store_id"] == result["store_id"]:
             names = set(old["coders"]) - set(result["coders"])
             for name, rows in tables.items():
                 with (folder / f"scores-{name}.csv").open() as file:

@@ -23,9 +23,10 @@ from bsc.eval.interp.material import Material
 from bsc.eval.interp.offline import scores_csv
 from bsc.eval.interp.prompts import PROMPTS_VERSION
 from bsc.eval.interp.questions import CHANCE, Question, read_answers, score
-from bsc.files import write_atomically, write_json
+from bsc.files import write_atomically
 from bsc.formats import percent
 from bsc.progress import stage
+from bsc.records import parse_json, read_record, write_record
 
 __all__ = ["INTERP_VERSION", "is_simulated", "write_results"]
 
@@ -92,7 +93,7 @@ def write_results(asked: Interpretation, facts: Mapping[str, Any], folder: Path)
         },
         "flags": _flags(coders),
     }  # fmt: skip
-    write_json(folder / "interp.json", result)
+    write_record(folder / "interp.json", result)
     return result
 
 
@@ -100,9 +101,9 @@ def _of_other_coders(asked: Interpretation, folder: Path) -> dict[str, Any]:
     """What an earlier scoring by this judge has of coders that are not scored now; and what is
     known of the judge."""
     try:
-        old: dict[str, Any] = json.loads((folder / "interp.json").read_text())
-        if (old["judge"]["model"], old["version"], old["store_id"]) != (
-            asked.model, INTERP_VERSION, asked.materials.store.store_id,
+        old = read_record(folder / "interp.json", "scores", INTERP_VERSION)
+        if (old["judge"]["model"], old["store_id"]) != (
+            asked.model, asked.materials.store.store_id,
         ):  # fmt: skip
             return {}
         kept = {n: c for n, c in old["coders"].items() if n not in asked.materials.names}
@@ -121,7 +122,7 @@ def _lines_of(path: Path, coders: Mapping[str, Any]) -> Iterator[dict[str, Any]]
     if coders:
         with path.open() as file:
             for line in file:
-                latent: dict[str, Any] = json.loads(line)
+                latent: dict[str, Any] = parse_json(line)
                 if latent["coder"] in coders:
                     yield latent
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from bsc.eval.interp.offline import OFFLINE_VERSION
 from bsc.eval.interp.questions import CHANCE
 from bsc.eval.interp.results import INTERP_VERSION
 from bsc.eval.report.rows import CoderRow
+from bsc.records import parse_json, read_record
 from bsc.train.run import Run
 
 __all__ = ["Scored", "ScoreSet", "read_interp"]
@@ -125,18 +125,13 @@ def read_interp(
 
 
 def _read(path: Path, run: Run, version: int) -> dict[str, Any]:
-    try:
-        result: dict[str, Any] = json.loads(path.read_text())
-        expected = (version, run.config()["store_id"])
-        if (result["version"], result["store_id"]) != expected:
-            raise StoreError(
-                f"{path}: of another version of bsc, or of another store than the run. "
-                f"`bsc interp {run.folder}` makes it again and asks nothing that has an answer."
-            )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"{path}: cannot be read ({error!r}). Remove {path.parent}.") from None
+    remedy = (
+        f"`bsc interp {run.folder}` makes it again and asks nothing that has an answer; or remove "
+        f"{path.parent}."
+    )
+    result = read_record(path, "scores", version, remedy)
+    if result.get("store_id") != run.config()["store_id"]:
+        raise StoreError(f"{path}: of another store than the run. {remedy}")
     return result
 
 
@@ -149,7 +144,7 @@ def _latents(path: Path, rows: Sequence[CoderRow]) -> list[tuple[CoderRow, list[
         with path.open("rb") as file:
             place = 0
             for line in file:
-                one = json.loads(line)
+                one = parse_json(line)
                 scores = [t["score"] for t in one["tests"].values() if t["score"] is not None]
                 if one["coder"] in places:
                     mean = sum(scores) / len(scores) if scores else -1.0
@@ -163,7 +158,7 @@ def _latents(path: Path, rows: Sequence[CoderRow]) -> list[tuple[CoderRow, list[
                 shown = []
                 for i in sorted(chosen):
                     file.seek(ranked[i][1])
-                    shown.append(json.loads(file.readline()))
+                    shown.append(parse_json(file.readline()))
                 found.append((row, shown))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path}: cannot be read ({error!r}). Run `bsc interp` again.") from None

@@ -29,7 +29,7 @@ from bsc.eval.report.rows import CoderRow, read_rows, run_labels
 from bsc.eval.report.summary import control_table, matched_tables, summary
 from bsc.files import write_atomically
 from bsc.formats import interval, percent, percent_interval
-from bsc.train.run import Run
+from bsc.train.run import Run, as_run
 
 __all__ = ["drawings", "render_report", "write_report"]
 
@@ -183,20 +183,26 @@ def render_report(runs: Sequence[Run]) -> str:
         ) from None
 
 
-def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
+def write_report(
+    runs: Run | str | Path | Sequence[Run | str | Path], out: str | Path | None = None
+) -> Path:
     """Write the page and say where.
 
     Args:
-        runs: evaluated runs.
+        runs: one or several evaluated runs, or their folders.
         out: file to write; None: report.html of the first run.
 
     Raises:
         UserError: a run is not evaluated, or the file cannot be written.
     """
-    path = out or runs[0].report_path
+    each = [runs] if isinstance(runs, (Run, str, Path)) else runs
+    opened = [as_run(run) for run in each]
+    if not opened:
+        raise UserError("a report needs at least one run.")
+    path = Path(out) if out else opened[0].report_path
     if not path.name or path.is_dir():
         raise UserError(f"--out {path}: name a file, for example {path / 'report.html'}.")
-    page = render_report(runs)
+    page = render_report(opened)
     try:
         write_atomically(path, page)
     except OSError as error:

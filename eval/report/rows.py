@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,13 +112,7 @@ def read_rows(runs: Sequence[Run]) -> list[CoderRow]:
 def _rows_of(run: Run, label: str, points: int) -> list[dict[str, Any]]:
     evaluation, config = run.evaluation(), run.config()
     figures = evaluation["coders"]
-    try:
-        examples = json.loads(run.examples_path.read_text())
-    except (OSError, ValueError) as error:
-        raise StoreError(
-            f"{run.folder}: eval/examples.json cannot be read ({error}). `bsc eval {run.folder}` "
-            f"writes it."
-        ) from None
+    examples = run.examples()
     curves = _curves(run, config["steps"], config["log_every"], points)
     rows = []
     for planned in config["coders"]:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from bsc.cache.commit import advance, complete, create, split_start
 from bsc.cache.folder import open_folder
-from bsc.cache.layout import Codec, Grid, Hookpoint, array_specs, store_attributes, store_id_of
+from bsc.cache.layout import (
+    Codec,
+    Grid,
+    Hookpoint,
+    array_specs,
+    group_json,
+    store_attributes,
+    store_id_of,
+)
 from bsc.cache.manifest import PartEnd, TextPoint, write_end
 from bsc.cache.staging import Staging
 from bsc.cache.store import ActivationStore
 from bsc.cache.writer import SplitWriter
+from bsc.files import canonical_json
+from bsc.records import sealed
 
 HOOKS = (Hookpoint("layers.0.mlp", 4, 6),)
 
@@ -124,3 +136,15 @@ def files_of(root: Path) -> dict[str, bytes]:
         for p in root.rglob("*")
         if p.is_file() and p.name != "provenance.json"
     }
+
+
+def change_capture(store: Path, **changes: Any) -> str:
+    """Say in all that says so that a store was captured otherwise; its new id."""
+    provenance = store / "provenance.json"
+    made = json.loads(provenance.read_text())
+    made["capture"] |= changes
+    made["store_id"] = store_id_of(made["capture"])
+    provenance.write_bytes(sealed(made))
+    group = group_json({"activation_store": store_attributes(made["capture"])})
+    (store / "data.zarr/zarr.json").write_text(canonical_json(group))
+    return str(made["store_id"])

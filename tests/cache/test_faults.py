@@ -21,6 +21,7 @@ from bsc.cache.source import Source
 from bsc.cache.store import ActivationStore
 from bsc.cache.verify import verify
 from bsc.errors import StoreError, UserError
+from bsc.records import sealed
 from tests.cache.synthetic import files_of
 from tests.cache.test_resume import config_of
 
@@ -199,8 +200,9 @@ def test_a_damaged_manifest_stops_a_resumed_capture_with_its_name(
         path.write_bytes(sorted((store / "manifest/held_out").glob("*.jsonl"))[-1].read_bytes())
     else:
         provenance = store / "provenance.json"
-        text = provenance.read_text().replace('"format_version": 3', '"format_version": 9')
-        provenance.write_text(text)
+        made = json.loads(provenance.read_text())
+        made["capture"]["format_version"] = 9
+        provenance.write_bytes(sealed(made))
     expected = r"format_version is 9" if damage == "newer" else rf"{path.name}: "
     with pytest.raises(UserError, match=expected):
         capture(config_of(str(tiny_model), store))

@@ -59,7 +59,7 @@ def test_the_paper_s_setting_is_the_92_terabytes_of_the_docs(smollm2: str) -> No
     lines = made.lines()
     page = (Path(__file__).parent.parent.parent / "docs/capture.md").read_text()
     shown = re.search(r"```\n(hookpoint.*?)```", page, flags=re.S)
-    assert shown is not None and "\n".join(lines[:10]) == shown[1].rstrip("\n")
+    assert shown is not None and "\n".join(lines[:12]) == shown[1].rstrip("\n")
     assert [h.name for h in made.plan.hookpoints] == [f"layers.{i}.mlp" for i in (0, 9, 18, 27)]
     assert made.plan.bytes == pytest.approx(92.4e12, rel=1e-3) and not made.fits
 
@@ -123,9 +123,11 @@ def test_the_command_prints_the_plan_and_writes_nothing(
 def test_a_probe_measures_the_rate_of_this_machine(tiny_model: Path, tmp_path: Path) -> None:
     made = estimate(config_of(str(tiny_model), tmp_path / "acts"), probe=True)
     assert made.rate is not None and 100 < made.rate < 10**8
-    assert made.hours == pytest.approx(
+    assert made.model_hours == pytest.approx(
         sum(g.rows for g in made.plan.grids.values()) / made.rate / 3600
     )
+    assert made.disk_measured and 10**6 < made.disk_rate < 10**12
+    assert made.hours == max(made.model_hours or 0, made.disk_hours)
     assert not (tmp_path / "acts").exists()
 
 

@@ -24,9 +24,11 @@ from bsc.eval.loss import CLEAN, contexts_of, joined, pass_over_contexts
 from bsc.eval.report.report import render_report
 from bsc.eval.setting import matching_model, open_setting
 from bsc.eval.show import latent_examples, load_sample
+from bsc.records import write_record
 from bsc.train.run import Run, claim
 from bsc.train.sweep import TrainConfig
 from bsc.train.trainer import train
+from tests.cache.synthetic import change_capture
 
 
 def test_the_evaluation_has_every_figure_of_every_coder(
@@ -128,7 +130,7 @@ def test_a_latent_that_never_fires_is_dead_and_shown_nowhere(run: Run, tmp_path:
     assert found["dead"] >= 1 and found["dead_rate_bound"] < 0.01
     silent = latent_examples(copy, name, 5)
     assert silent["contexts"] == [] and silent["firings"] == 0
-    assert all(e["latent"] != 5 for e in json.loads(copy.examples_path.read_text())[name])
+    assert all(e["latent"] != 5 for e in copy.examples()[name])
 
 
 def test_examples_of_any_latent(evaluated: Run) -> None:
@@ -142,7 +144,7 @@ def test_examples_of_any_latent(evaluated: Run) -> None:
     assert {c["part"] for c in test["contexts"]} == {"test"}
     with pytest.raises(UserError, match="no latent 64; they are 0 to 63"):
         latent_examples(evaluated, name, 64)
-    with pytest.raises(UserError, match="is not one coder; 8 coders have it"):
+    with pytest.raises(UserError, match="is not one coder; 8 have it"):
         latent_examples(evaluated, "layers", 0)
     with pytest.raises(UserError, match="--part both"):
         latent_examples(evaluated, name, 0, part="both")
@@ -168,7 +170,7 @@ def test_a_run_whose_store_is_gone_says_what_still_works(
     copy = Run(Path(shutil.copytree(run.folder, tmp_path / "run")))
     config = copy.config()
     config["store"] = str(tmp_path / "gone")
-    copy.config_path.write_text(json.dumps(config))
+    write_record(copy.config_path, config)
     with pytest.raises(StoreError, match=r"--store\. `bsc report` and `bsc compare` work without"):
         evaluate(copy, small)
     assert not copy.eval_folder.exists()
@@ -374,10 +376,7 @@ def test_a_ring_whose_first_shards_are_gone_is_evaluated(
     run: Run, store_path: Path, tmp_path: Path
 ) -> None:
     root = Path(shutil.copytree(store_path, tmp_path / "acts"))
-    group = root / "data.zarr" / "zarr.json"
-    meta = json.loads(group.read_text())
-    meta["attributes"]["activation_store"]["ring"] = 4
-    group.write_text(json.dumps(meta))
+    store_id = change_capture(root, ring=4)
     gone = [p for p in root.glob("data.zarr/**/c/0*") if "held_out" not in str(p)]
     assert len(gone) >= 4
     for path in gone:
@@ -385,6 +384,7 @@ def test_a_ring_whose_first_shards_are_gone_is_evaluated(
     with pytest.raises(StoreError, match="missing"):
         ActivationStore(root).train.shard("layers.2.mlp/input", 0)
     copy = copied(run, tmp_path)
+    write_record(copy.config_path, copy.config() | {"store_id": store_id})
     found = evaluate(copy, FAST, store=root)
     assert sum("fvu_binarised" in f for f in found["coders"].values()) == 4
 

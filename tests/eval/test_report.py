@@ -18,7 +18,8 @@ from bsc.eval.report.interp import Scored, ScoreSet
 from bsc.eval.report.interp_figures import scores
 from bsc.eval.report.report import render_report, write_report
 from bsc.eval.report.rows import read_rows
-from bsc.train.run import Run
+from bsc.records import write_record
+from bsc.train.run import EVAL_VERSION, Run
 
 HOSTILE = "</div><script>alert(1)</script><img src=x onerror=alert(2)>&\"'"
 
@@ -107,15 +108,15 @@ def test_the_same_inputs_give_the_same_bytes(evaluated: Run) -> None:
 def test_text_of_the_corpus_and_of_configs_is_escaped(evaluated: Run, tmp_path: Path) -> None:
     copy = Run(Path(shutil.copytree(evaluated.folder, tmp_path / "hostile")))
     path = copy.examples_path
-    examples = json.loads(path.read_text())
+    examples = copy.examples()
     for latents in examples.values():
         for latent in latents:
             text = [[HOSTILE, 1.0, True], [HOSTILE, None, False]]
             latent["contexts"] = [{"stratum": 1, "text": text}]
-    path.write_text(json.dumps(examples))
+    write_record(path, {"version": EVAL_VERSION, "coders": examples})
     config = copy.config()
     config["model"]["name"] = HOSTILE
-    copy.config_path.write_text(json.dumps(config))
+    write_record(copy.config_path, config)
     page = Page(render_report([copy]))
     assert page.loads == [] and page.tags.count("script") == 1 and "img" not in page.tags
     assert page.open == []
@@ -134,7 +135,7 @@ def test_coders_without_a_living_latent_have_a_page(evaluated: Run, tmp_path: Pa
     for figures in found["coders"].values():
         histogram = figures["log10_rate_histogram"]
         histogram["counts"] = [0] * len(histogram["counts"])
-    copy.eval_path.write_text(json.dumps(found))
+    write_record(copy.eval_path, found)
     assert Page(render_report([copy])).open == []
 
 
@@ -172,7 +173,7 @@ def test_an_evaluation_that_was_changed_gets_one_message(evaluated_copy: Run) ->
     found = evaluated_copy.evaluation()
     for figures in found["coders"].values():
         del figures["bits"]
-    evaluated_copy.eval_path.write_text(json.dumps(found))
+    write_record(evaluated_copy.eval_path, found)
     with pytest.raises(StoreError, match="has not what a report needs"):
         render_report([evaluated_copy])
 
@@ -185,7 +186,7 @@ def test_a_run_without_ablations_and_probing_has_a_page(evaluated_copy: Run) -> 
         figures["ultra"] = []
         for key in [k for k in figures if k.endswith("interval")]:
             figures[key] = None  # too few contexts for one
-    evaluated_copy.eval_path.write_text(json.dumps(found))
+    write_record(evaluated_copy.eval_path, found)
     text = render_report([evaluated_copy])
     assert Page(text).open == [] and "no interval" in text
     assert "Ablations were not run" in text and "No texts were probed" in text
@@ -232,7 +233,7 @@ def test_an_interval_has_the_unit_of_its_figure(evaluated_copy: Run) -> None:
     found = evaluated_copy.evaluation()
     for figures in found["coders"].values():
         figures |= {"delta_top1": -0.00935, "delta_top1_interval": [-0.0129, -0.0051]}
-    evaluated_copy.eval_path.write_text(json.dumps(found))
+    write_record(evaluated_copy.eval_path, found)
     assert "-0.935 % (-1.290 to -0.510 %)" in " ".join(
         shown(render_report([evaluated_copy])).split()
     )
@@ -246,7 +247,7 @@ def test_the_caption_of_the_ablations_speaks_of_the_bars_that_there_are(
         for figures in found["coders"].values():
             for one in figures["ablation"]["bins"]:
                 one["delta_ce_interval"] = interval
-        evaluated_copy.eval_path.write_text(json.dumps(found))
+        write_record(evaluated_copy.eval_path, found)
         text = shown(render_report([evaluated_copy]))
         assert says in text and ("Bars are" in text) == (interval is not None)
     assert "recovered, mean ablation" in " ".join(text.split())
@@ -285,7 +286,7 @@ def test_what_was_seen_in_training_is_said(evaluated_copy: Run) -> None:
     }  # fmt: skip
     first = next(iter(found["coders"].values()))
     first |= {"rows_unseen": 1_965, "fvu_unseen": 0.33333, "fvu_unseen_interval": [0.3, 0.4]}
-    evaluated_copy.eval_path.write_text(json.dumps(found))
+    write_record(evaluated_copy.eval_path, found)
     text = " ".join(shown(render_report([evaluated_copy])).split())
     assert "1.75 % of the held-out rows were seen in training" in text.replace(" ,", ",")
     assert "at most 0.20 % of the held-out runs of 64 tokens stand there" in text

@@ -5,7 +5,6 @@ The page's content security policy forbids every request, and a refused one is a
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,8 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from bsc.eval.report.report import write_report
-from bsc.train.run import Run
+from bsc.records import write_record
+from bsc.train.run import EVAL_VERSION, Run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(
@@ -126,12 +126,12 @@ def test_without_script_everything_is_there(browser: Browser, path: Path) -> Non
 def test_hostile_text_is_shown_and_does_nothing(
     browser: Browser, evaluated_copy: Run, tmp_path: Path
 ) -> None:
-    examples = json.loads(evaluated_copy.examples_path.read_text())
+    examples = evaluated_copy.examples()
     for latents in examples.values():
         for latent in latents:
             text = [[HOSTILE, 1.0, True], [HOSTILE, None, False]]
             latent["contexts"] = [{"stratum": 1, "text": text}]
-    evaluated_copy.examples_path.write_text(json.dumps(examples))
+    write_record(evaluated_copy.examples_path, {"version": EVAL_VERSION, "coders": examples})
     page, heard = opened(browser, write_report([evaluated_copy], tmp_path / "hostile.html"))
     assert heard == [] and page.title() == "bsc report: small"
     assert "<script>document.title" in page.locator(".context").first.inner_text()

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bsc.errors import ConfigError, StoreError
+from bsc.records import write_record
 from bsc.train.coders.coder import SparseCoder, parameter_shapes
 from bsc.train.coders.config import CoderConfig
 
@@ -73,7 +74,7 @@ def test_a_continuous_code_is_the_relu_of_the_largest_pre_activations() -> None:
         ("key", ConfigError, r"unknown key 'temperatur' .did you mean 'temperature'"),
         ("shape", StoreError, "should be"),
         ("weights", StoreError, "cannot be read"),
-        ("json", StoreError, "not a coder's config"),
+        ("json", StoreError, "cannot be read as JSON"),
         ("about", StoreError, "not a coder's config"),
         ("byte", StoreError, "damaged or exchanged: the tensors do not have the hash"),
         ("no hash", StoreError, "not a coder's config .KeyError.'tensors_xxh3_128'"),
@@ -107,7 +108,7 @@ def test_a_damaged_coder_gets_one_message(
             saved["coder"]["temperatur"] = 1.0
         else:
             saved["coder"]["n_latents"] = 13
-        path.write_text(json.dumps(saved))
+        write_record(path, saved)
     with pytest.raises(error, match=message):
         SparseCoder.load(tmp_path)
 

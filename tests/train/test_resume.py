@@ -257,7 +257,7 @@ def test_a_damaged_checkpoint_or_one_of_a_newer_version_is_refused(
     file.write_bytes(raw)
     for damaged, message in (
         (latest.replace('"version": 1', '"version": 7'), "format version 7"),
-        (latest.replace("000000010", "../../../x"), "cannot be read"),
+        (latest.replace("000000010", "../../../x"), "changed since it was written"),
         (latest[:40], "cannot be read"),
     ):
         (folder / "latest.json").write_text(damaged)
@@ -280,7 +280,7 @@ def test_a_run_that_was_killed_before_its_config_was_written_can_begin_again(
     sweep.folder.mkdir()
     (sweep.folder / ".lock").write_text("process 1 on elsewhere")
     (sweep.folder / "config.json.123.partial").write_text("{")
-    with claim(sweep.folder), pytest.raises(UserError, match="in use"):
+    with claim(sweep.folder), pytest.raises(UserError, match="is being trained now"):
         train(sweep)
     (sweep.folder / ".lock").touch()
     run, _ = train(sweep)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 
 from bsc.cache.store import ActivationStore
 from bsc.errors import StoreError, UserError
+from bsc.records import write_record
 from bsc.train.bank_trainer import BankTrainer
 from bsc.train.coders.bank import Bank
 from bsc.train.run import Run
@@ -181,7 +181,7 @@ def test_an_interrupted_run_is_not_taken_for_a_finished_one(run: Run, tmp_path: 
     record = run.config()
     del record["completed"]
     (tmp_path / "coders").mkdir()
-    (tmp_path / "config.json").write_text(json.dumps(record))
+    write_record(tmp_path / "config.json", record)
     with pytest.raises(StoreError, match="has not ended"):
         Run.open(tmp_path)
 
@@ -189,8 +189,8 @@ def test_an_interrupted_run_is_not_taken_for_a_finished_one(run: Run, tmp_path: 
 def test_a_coder_outside_of_the_run_is_not_loaded(run: Run, tmp_path: Path) -> None:
     record = run.config()
     record["coders"][0]["name"] = "../../elsewhere"
-    (tmp_path / "config.json").write_text(json.dumps(record))
-    with pytest.raises(StoreError, match="outside of the run"):
+    write_record(tmp_path / "config.json", record)
+    with pytest.raises(StoreError, match="is no name"):
         Run.open(tmp_path).coder("../../elsewhere")
 
 

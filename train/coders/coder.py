@@ -15,7 +15,6 @@ latents] and select_threshold [parts], all float32) and config.json.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,8 @@ from torch import Tensor
 from bsc.array_file import array_hash
 from bsc.config import parse_config
 from bsc.errors import StoreError
-from bsc.files import write_atomically, write_json
+from bsc.files import write_atomically
+from bsc.records import check_seal, parse_object, write_record
 from bsc.train.coders import kernels
 from bsc.train.coders.config import CoderConfig
 from bsc.train.coders.kernels import Entries
@@ -44,7 +44,7 @@ _WEIGHTS, _CONFIG = "coder.safetensors", "config.json"
 
 
 class Code(NamedTuple):
-    """Latent activations of a batch in sparse form; each (N, k)."""
+    """Latent activations of a batch in sparse form; each (N, k), or (..., N, k)."""
 
     latent: Tensor
     """The selected latents, int64, no latent twice in a row."""
@@ -116,6 +116,14 @@ class SparseCoder:
             return tensors[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    def __repr__(self) -> str:
+        c = self.config
+        name, hook = self.about.get("name"), self.about.get("hookpoint")
+        what = f"{name}: " if name else ""
+        at = f" at {hook}" if hook and not str(name).startswith(str(hook)) else ""
+        size = f"{c.n_latents:,} latents, {c.d_in} -> {c.d_out}"
+        return f"<SparseCoder {what}{c.code} {c.site}{at}, k {c.k}, {size}>"
+
     @property
     def W_enc(self) -> Tensor:
         """Encoder, (F, d_in)."""
@@ -158,12 +166,29 @@ class SparseCoder:
             bias[self.config.first_binary :] -= self.log_threshold.exp()
         return torch.nn.functional.linear(x_Nd, self.W_enc, bias)
 
-    def encode(self, x_Nd: Tensor) -> Code:
-        """Code of rows: (N, d_in) of any float dtype.
+    def encode(self, x: Tensor) -> Code:
+        """Code of rows: (N, d_in) or (..., N, d_in), for example (batch, sequence, d_in), of any
+        float dtype.
 
         Batch top-k takes what is above the thresholds that training left, so that the code of a row
         does not depend on its company; k is then what the row with the most of them has.
+
+        Raises:
+            ValueError: the rows are not d_in wide.
         """
+        code = self._encode(self._rows(x))
+        return Code(*(t.reshape(*x.shape[:-1], t.shape[-1]) for t in code))
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Rows (N, d_in) of a tensor (..., d_in)."""
+        if x.ndim < 2 or x.shape[-1] != self.config.d_in:
+            raise ValueError(
+                f"expected rows (..., {self.config.d_in}), the input of this coder; found a "
+                f"tensor {tuple(x.shape)}."
+            )
+        return x.reshape(-1, x.shape[-1])
+
+    def _encode(self, x_Nd: Tensor) -> Code:
         margins = self.margins(x_Nd)
         if self.config.select != "batch_topk":
             margin, latent = select_dense(self.config, margins, self.config.parts)
@@ -177,23 +202,27 @@ class SparseCoder:
         value = code_values(self.config, latent, margin).masked_fill(ranked == -torch.inf, 0)
         return Code(latent, value, margin)
 
-    def skip(self, x_Nd: Tensor) -> Tensor:
-        """What the coder gives with every latent off, (N, d_out): b_dec, and x W_skip^T if any."""
+    def skip(self, x: Tensor) -> Tensor:
+        """What the coder gives with every latent off, (..., d_out): b_dec, and x W_skip^T if
+        any."""
         if "W_skip" in self.tensors:
-            return torch.nn.functional.linear(x_Nd.to(self.dtype), self.W_skip, self.b_dec)
-        return self.b_dec.expand(len(x_Nd), -1)
+            return torch.nn.functional.linear(x.to(self.dtype), self.W_skip, self.b_dec)
+        return self.b_dec.expand(*x.shape[:-1], -1)
 
     def latent_sum(self, code: Code) -> Tensor:
-        """What the latents alone give, (N, d_out): the sum of their decoder rows times the code."""
-        return kernels.decode(Entries.of(code.latent), code.value.flatten(), self.W_dec)
+        """What the latents alone give, (..., d_out): the sum of their decoder rows times the
+        code."""
+        latent = code.latent.reshape(-1, code.latent.shape[-1])
+        y_Nd = kernels.decode(Entries.of(latent), code.value.flatten(), self.W_dec)
+        return y_Nd.reshape(*code.latent.shape[:-1], -1)
 
-    def decode(self, code: Code, x_Nd: Tensor) -> Tensor:
-        """y_hat, (N, d_out), of a code and the rows that it is of (for the skip path)."""
-        return self.latent_sum(code) + self.skip(x_Nd)
+    def decode(self, code: Code, x: Tensor) -> Tensor:
+        """y_hat, (..., d_out), of a code and the rows that it is of (for the skip path)."""
+        return self.latent_sum(code) + self.skip(x)
 
-    def forward(self, x_Nd: Tensor) -> Tensor:
-        """y_hat of rows, (N, d_out)."""
-        return self.decode(self.encode(x_Nd), x_Nd)
+    def forward(self, x: Tensor) -> Tensor:
+        """y_hat of rows (..., d_in): (..., d_out)."""
+        return self.decode(self.encode(x), x)
 
     __call__ = forward
 
@@ -202,7 +231,7 @@ class SparseCoder:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {n: t.detach().cpu().contiguous() for n, t in self.tensors.items()}
         write_atomically(folder / _WEIGHTS, save(tensors))
-        write_json(
+        write_record(
             folder / _CONFIG,
             {
                 "version": CODER_VERSION,
@@ -224,13 +253,17 @@ class SparseCoder:
         """
         folder = Path(folder)
         try:
-            saved = json.loads((folder / _CONFIG).read_text())
+            saved = parse_object((folder / _CONFIG).read_bytes(), folder / _CONFIG)
+            if saved.get("version") == CODER_VERSION:
+                check_seal(saved, folder / _CONFIG, "Copy the coder again, or train it again.")
             version, values, about = saved["version"], saved["coder"], saved["about"]
             written = saved["tensors_xxh3_128"] if version == CODER_VERSION else None
             frozen = about.get("frozen_at_step") is not None
         except FileNotFoundError:
             raise StoreError(f"{folder}: no coder here ({_CONFIG} is missing).") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except StoreError:
+            raise
+        except (OSError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{folder / _CONFIG}: not a coder's config ({error!r}).") from None
         if version not in _VERSIONS:
             raise StoreError(

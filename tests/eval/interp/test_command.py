@@ -21,6 +21,7 @@ from bsc.eval.interp.local import LocalJudge
 from bsc.eval.interp.material import InterpConfig, Materials
 from bsc.eval.interp.prompts import test_request as ask_test
 from bsc.eval.report.report import render_report
+from bsc.records import write_record
 from bsc.train.run import Run
 from tests.conftest import make_model
 from tests.eval.interp.scripted import Scripted, loopback, rule
@@ -198,8 +199,7 @@ def test_a_run_that_is_not_evaluated_says_so(run: Run, capsys: pytest.CaptureFix
 
 
 def test_the_store_that_is_gone(evaluated_copy: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    config = json.loads(evaluated_copy.config_path.read_text())
-    evaluated_copy.config_path.write_text(json.dumps(config | {"store": "/gone/acts"}))
+    write_record(evaluated_copy.config_path, evaluated_copy.config() | {"store": "/gone/acts"})
     with pytest.raises(SystemExit) as done:
         main(["interp", str(evaluated_copy.folder)])
     assert done.value.code == 2 and "not there any more" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from bsc.eval.interp.evidence import Texts, Window
 from bsc.eval.interp.overlap import overlap_answers, token_weights
 from bsc.eval.interp.predictability import Contexts, contexts_of_tokens, predictability
 from bsc.eval.interp.questions import intruder_groups
+from bsc.records import write_record
 from tests.eval.interp import planted
 
 
@@ -161,7 +161,7 @@ def test_scores_of_the_run_are_written_and_merged(tmp_path: Path) -> None:
         "coders": {"a": {"x": 1}},
     }
     old = result | {"coders": {"a": {"x": 0}, "b": {"x": 2}}}
-    (tmp_path / "offline.json").write_text(json.dumps(old))
+    write_record(tmp_path / "offline.json", old)
     (tmp_path / "scores-overlap.csv").write_text("coder,latent,score\na,1,0.1\nb,2,0.2\n")
     tables: dict[str, list[dict[str, object]]] = {
         "overlap": [{"coder": "a", "latent": 1, "score": 9}]
