@@ -21,6 +21,7 @@ import bsc.eval.interp.cli
 import bsc.train.cli
 from bsc.errors import UserError
 from bsc.flags import AsJson
+from bsc.formats import printable
 
 __all__ = ["app", "main"]
 
@@ -62,7 +63,9 @@ def info(
     from bsc.files import canonical_json
 
     facts = describe(path)
-    typer.echo(canonical_json(facts) if as_json else render(facts), nl=not as_json)
+    typer.echo(
+        canonical_json(facts) if as_json else printable(render(facts), lines=True), nl=not as_json
+    )
 
 
 bsc.demo.cli.add_commands(app)
@@ -128,11 +131,11 @@ def _run(arguments: list[str], debug: bool) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":
             typer.echo(words, err=True)
         else:
-            typer.echo(f"error: {words}.{hint}", err=True)
+            typer.echo(f"error: {printable(words)}.{hint}", err=True)
     except UserError as error:
         if debug:
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(str(error))}", err=True)
     except RuntimeError as error:
         words = str(error)
         if debug or not ("allocate memory" in words or "out of memory" in words):
@@ -149,7 +152,10 @@ def _run(arguments: list[str], debug: bool) -> int:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for what Python flushes at its end
             return 1
         where = f"{error.filename}: " if error.filename else ""
-        typer.echo(f"error: {where}{error.strerror}. Nothing that was finished is lost.", err=True)
+        typer.echo(
+            f"error: {printable(where)}{error.strerror}. Nothing that was finished is lost.",
+            err=True,
+        )
     except KeyboardInterrupt:
         return _INTERRUPTED
     return 2

@@ -11,7 +11,8 @@ from bsc.cache.store import ActivationStore, StoreSplit
 from bsc.errors import StoreError
 from bsc.formats import percent
 from bsc.progress import format_bytes
-from bsc.train.run import Run
+from bsc.records import parse_json
+from bsc.train.run import Run, in_use
 
 __all__ = ["describe", "render"]
 
@@ -25,8 +26,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     if "://" in str(path) or (Path(path) / DATA).exists():
         return _store(ActivationStore(path))
     path = Path(path)
-    if (path / "config.json").exists() and (path / "coders").exists():
-        return _run(Run.open(path))
+    if (path / "config.json").exists() and "store_id" in _keys(path / "config.json"):
+        return _run(Run(path))
     raise StoreError(
         f"{path}: neither an activation store ({DATA} is missing) nor a run (config.json and "
         f"coders are missing)."
@@ -108,10 +109,33 @@ def _side(store: ActivationStore, name: str) -> dict[str, float]:
     }
 
 
+def _keys(path: Path) -> Any:
+    try:
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError):
+        return ("store_id",)  # what is wrong with it is said where it is read
+
+
 def _run(run: Run) -> dict[str, Any]:
+    """Facts about a run; of one that has not ended, how far it is and how to go on."""
     config = run.config()
+    if "completed" not in config:
+        holder = in_use(run.folder)
+        rows = [int(line["rows"]) for line in run.metrics()] if run.metrics_path.exists() else []
+        return {
+            "kind": "run",
+            "state": f"being trained by {holder}" if holder else "interrupted",
+            "store": config["store"],
+            "store_id": config["store_id"],
+            "model": config["model"]["name"],
+            "rows": max(rows, default=0),
+            "planned_rows": config["steps"] * config["batch_rows"],
+            "processes": config["world"],
+            "coders": run.coder_names(),
+        } | ({} if holder else {"go_on": f"bsc train --resume {run.folder}"})  # fmt: skip
     return {
         "kind": "run",
+        "state": "complete",
         "store": config["store"],
         "store_id": config["store_id"],
         "model": config["model"]["name"],

@@ -1,13 +1,17 @@
-"""Shares and intervals as people read them: one way for pages, tables and messages.
+"""Shares, intervals and foreign text as people read them: one way for pages, tables and messages.
 
 Imports nothing of this package.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
-__all__ = ["interval", "percent", "percent_interval", "percent_span"]
+__all__ = ["interval", "percent", "percent_interval", "percent_span", "printable"]
+
+_JOINERS = "\u200c\u200d"
+"""Format characters that spelling needs, of Persian and of emoji."""
 
 _NONE = "no interval"
 
@@ -47,3 +51,34 @@ def percent_interval(value: Sequence[float] | None, digits: int = 2) -> str:
     '-1.29 to -0.51 %'
     """
     return _NONE if value is None else percent_span(value, digits)
+
+
+def _visible(character: str) -> str:
+    code = ord(character)
+    return chr(0x2400 + code) if code < 32 else f"\u27e8U+{code:04X}\u27e9"
+
+
+# The blocks that have such characters, rather than all of Unicode.
+_BLOCKS = ((0, 0x3000), (0xD800, 0xE000), (0xFE00, 0x10000), (0xE0000, 0xE0080))
+_INVISIBLE = {
+    code: _visible(chr(code))
+    for first, last in _BLOCKS
+    for code in range(first, last)
+    if unicodedata.category(chr(code)) in ("Cc", "Cf", "Zl", "Zp", "Cs")
+    and chr(code) not in _JOINERS
+}
+_OF_LINES = {code: shown for code, shown in _INVISIBLE.items() if chr(code) not in "\n\t"}
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Text of somebody else with every character shown that would act on a terminal or a page:
+    controls, changes of writing direction, line separators, halves of surrogate pairs.
+
+    Args:
+        text: whatever it is.
+        lines: whether line feeds and tabs stay what they are.
+
+    >>> printable("a\\x1b[2J\\n"), printable("\\u202egpj.exe")
+    ('a␛[2J␊', '⟨U+202E⟩gpj.exe')
+    """
+    return text.translate(_OF_LINES if lines else _INVISIBLE)

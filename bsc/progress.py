@@ -40,6 +40,16 @@ def format_bytes(n: float) -> str:
     return f"{n:.1f} TB"
 
 
+def _amount(n: float, unit: str) -> str:
+    """
+    >>> _amount(1234567, "rows"), _amount(1234567, "bytes"), _amount(0.51, "requests")
+    ('1,234,567 rows', '1.2 MB', '0.51 requests')
+    """
+    if unit == "bytes":
+        return format_bytes(n)
+    return f"{n:,.0f} {unit}" if n >= 10 or n == int(n) else f"{n:.2g} {unit}"
+
+
 class _Rate(ProgressColumn):
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -47,8 +57,7 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        shown = "-" if not speed else f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
-        return Text(f"{shown} {self.unit}/s")
+        return Text(f"{_amount(speed, self.unit)}/s" if speed else f"- {self.unit}/s")
 
 
 class Stage:
@@ -90,6 +99,5 @@ def stage(label: str, total: int, unit: str, *, done: int = 0) -> Iterator[Stage
         yield handle
         now = progress.tasks[0].completed - done
     seconds = time.perf_counter() - started
-    rate = now / max(seconds, 1e-9)
-    shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-    console.print(f"{label}: {now:,.0f} {unit} in {seconds:.1f} s ({shown} {unit}/s)")
+    amount, rate = _amount(now, unit), _amount(now / max(seconds, 1e-9), unit)
+    console.print(f"{label}: {amount} in {seconds:.1f} s ({rate}/s)", markup=False)

@@ -52,8 +52,13 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a number of JSON")
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, halves: bool = False) -> Any:
     """The value of JSON text that anybody may have written.
+
+    Args:
+        text: what was read.
+        halves: whether halves of surrogate pairs are let through, for whoever replaces them:
+            language models stop in the middle of a character.
 
     Raises:
         ValueError: it is not UTF-8 or not JSON, nested too deeply, or holds a number that is not
@@ -71,7 +76,7 @@ def parse_json(text: str | bytes) -> Any:
         hooks |= {"parse_float": _finite, "parse_int": _in_64_bits}
     try:
         value = json.loads(text, **hooks)  # type: ignore[arg-type]
-        if _SURROGATE.search(text):
+        if not halves and _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except RecursionError:

@@ -176,7 +176,7 @@ def _already(
     if completed is None:
         console.print(f"{folder}: part {config.rank} is finished already")
     else:
-        console.print(f"{folder}: complete already")
+        console.print(f"{folder}: complete, finished already")
     try:
         folder.drop_leftovers(config.rank, _metadata(plan))
         return _result(config, folder, plan, store_id, started)

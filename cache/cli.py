@@ -43,7 +43,9 @@ Dataset = Annotated[str | None, flag("Dataset on the hub (owner/name).", _TEXT)]
 DatasetConfig = Annotated[str | None, flag("Configuration of the dataset on the hub.", _TEXT)]
 DatasetRevision = Annotated[str | None, flag("Revision of the dataset on the hub.", _TEXT)]
 Split = Annotated[str, flag("Split of the dataset on the hub.", _TEXT)]
-Column = Annotated[str, flag("Column that has the text.", _TEXT)]
+Column = Annotated[
+    str, flag("Column that has text, chat messages (role and content) or token ids.", _TEXT)
+]
 HeldOut = Annotated[float, flag("Share of the documents that is held out from training.", _TEXT)]
 Seed = Annotated[int, flag("Seed of the order of documents and rows.", _TEXT)]
 Hookpoints = Annotated[
@@ -309,6 +311,7 @@ def verify(
     from bsc.cache.verify import verify as verify_store
     from bsc.errors import StoreError
     from bsc.files import canonical_json
+    from bsc.formats import printable
     from bsc.progress import stage
 
     store = None
@@ -321,7 +324,7 @@ def verify(
         facts = {"store": path, "complete": complete, "quick": quick, "problems": problems}
         typer.echo(canonical_json(facts), nl=False)
     elif problems or store is None:
-        typer.echo("\n".join(problems))
+        typer.echo("\n".join(printable(problem) for problem in problems))
     else:
         rows = ", ".join(f"{s.rows:,} {name} rows" for name, s in store.splits.items())
         checked = "names, sizes and sums are" if quick else "every byte is"

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 import bsc.demo
+from bsc.cache.hub import hub_address, hub_answers
 from bsc.errors import UserError, nearest
 
 __all__ = [
@@ -115,6 +116,19 @@ def _weights_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _hub_options() -> dict[str, Any]:
+    """What makes transformers take what was downloaded before, where the hub cannot be reached."""
+    return {} if hub_answers() else {"local_files_only": True}
+
+
+def _unreachable(name: str, source: str) -> UserError:
+    return UserError(
+        f"--model {name}: {source} was not downloaded before, and the hub ({hub_address()}) cannot "
+        f"be reached. What works offline: --model {EMBEDDED}, a folder that save_pretrained wrote, "
+        f"or a model in the local cache."
+    )
+
+
 def _commit(source: str, revision: str | None) -> str | None:
     """The commit on the hub that a revision means now, or in the local cache when offline.
 
@@ -122,7 +136,7 @@ def _commit(source: str, revision: str | None) -> str | None:
     """
     from transformers.utils.hub import cached_file, extract_commit_hash
 
-    path = cached_file(source, "config.json", revision=revision)
+    path = cached_file(source, "config.json", revision=revision, **_hub_options())
     return extract_commit_hash(path, None) or revision
 
 
@@ -164,6 +178,7 @@ def load_model(
         if local is None:
             revision = _commit(source, revision)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+        options |= {} if local else _hub_options()
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         with _quiet_loading():
             if random_weights is None:
@@ -185,6 +200,8 @@ def load_model(
     except (
         OSError, HfHubHTTPError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError,
     ) as error:  # fmt: skip
+        if local is None and not hub_answers():
+            raise _unreachable(name, source) from error
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         hint = (
             "Check the folder."
@@ -240,11 +257,14 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     import transformers
 
     source = resolve_model(name)
+    options = {} if Path(source).is_dir() else _hub_options()
     try:
         return transformers.AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=False
+            source, revision=revision, trust_remote_code=False, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if "local_files_only" in options:
+            raise _unreachable(name, source) from error
         first_line = (str(error).strip().splitlines() or [repr(error)])[0]
         raise UserError(
             f"--model {name}: the tokenizer of {source} cannot be loaded: {first_line}"
@@ -260,9 +280,10 @@ def load_architecture(name: str, *, revision: str | None = None) -> tuple[torch.
     import transformers
 
     source = resolve_model(name)
+    options = {} if Path(source).is_dir() else _hub_options()
     try:
         config = transformers.AutoConfig.from_pretrained(
-            source, revision=revision, trust_remote_code=False
+            source, revision=revision, trust_remote_code=False, **options
         )
         with torch.device("meta"):
             # Without weights some modules, such as a mixture of experts, know shapes in it alone.
@@ -270,6 +291,8 @@ def load_architecture(name: str, *, revision: str | None = None) -> tuple[torch.
                 config, dtype=torch.bfloat16, trust_remote_code=False
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if "local_files_only" in options:
+            raise _unreachable(name, source) from error
         first_line = (str(error).strip().splitlines() or [repr(error)])[0]
         raise UserError(
             f"--model {name}: the config of {source} cannot be read: {first_line}"

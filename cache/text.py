@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bsc.cache.hub import hub_address, hub_answers
 from bsc.cache.sides import held_out_documents, is_text_held_out
 from bsc.demo.corpus import CORPORA, documents
 from bsc.errors import UserError
@@ -50,7 +51,11 @@ class TextDocument(NamedTuple):
     number: int
     """Of the document: rank, rank + writers, ... in the order of the stream."""
     text: str
+    """What decides the side: of chat messages their contents, of token ids the numbers."""
     held_out: bool
+    given: list[dict[str, str]] | list[int] | None = None
+    """Chat messages (`role`, `content`), of which the model's template makes text, or token ids
+    that are taken as they are; None: the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,7 @@ class TextSource:
     revision: str | None = None
     """Revision of the dataset on the hub."""
     column: str = "text"
-    """Column that has the text, where there are columns."""
+    """Column that has the text, chat messages, or token ids, where there are columns."""
     held_out: float = HELD_OUT_FRACTION
     """Share of documents to hold out."""
     seed: int = 0
@@ -154,6 +159,8 @@ def resolve_dataset(dataset: str, revision: str | None) -> str | None:
     """The commit that a revision of a dataset on the hub means now; unchanged without a network."""
     from huggingface_hub import HfApi
 
+    if not hub_answers():
+        return revision
     try:
         return HfApi().dataset_info(dataset, revision=revision).sha
     except Exception:  # no network, no access: reading the dataset says so better
@@ -177,18 +184,51 @@ def read_text(source: TextSource, rank: int = 0, writers: int = 1) -> Iterator[T
             at = order[number]
             yield TextDocument(number, found[at].text, held_out[at])
         return
-    for i, text in enumerate(_stream(source, rank, writers)):
+    for i, (text, given) in enumerate(_stream(source, rank, writers)):
         side = is_text_held_out(text, source.held_out)
-        yield TextDocument(i * writers + rank, text, side)
+        yield TextDocument(i * writers + rank, text, side, given)
 
 
-def _stream(source: TextSource, rank: int, writers: int) -> Iterator[str]:
+_ROLES = {"human": "user", "gpt": "assistant"}
+"""Names that data sets of chats have for roles."""
+
+
+def _value(value: Any) -> tuple[str, list[dict[str, str]] | list[int] | None]:
+    """Text of a column's value, and what it was where it was no text.
+
+    Raises:
+        ValueError: it is neither text, nor chat messages, nor token ids.
+    """
+    if isinstance(value, str):
+        return value, None
+    if isinstance(value, list) and all(type(v) is int and v >= 0 for v in value):
+        return " ".join(map(str, value)), value
+    if isinstance(value, list) and all(isinstance(v, dict) for v in value):
+        messages = []
+        for message in value:
+            role = message.get("role", message.get("from"))
+            content = message.get("content", message.get("value"))
+            if not isinstance(role, str) or not isinstance(content, str):
+                raise ValueError(f"a list of {', '.join(map(str, message))}")
+            messages.append({"role": _ROLES.get(role, role), "content": content})
+        return "\n".join(m["content"] for m in messages), messages
+    raise ValueError(type(value).__name__)
+
+
+def _stream(
+    source: TextSource, rank: int, writers: int
+) -> Iterator[tuple[str, list[dict[str, str]] | list[int] | None]]:
     import datasets
     from datasets.distributed import split_dataset_by_node
     from datasets.exceptions import DatasetNotFoundError
 
     what = f"--dataset {source.dataset}" if source.dataset else f"--text {source.files[0]}"
     options: dict[str, Any] = {"streaming": True}
+    if source.dataset is not None and not hub_answers():
+        raise UserError(
+            f"{what}: the hub ({hub_address()}) cannot be reached. What works offline: --text with "
+            f"files or folders, or an embedded corpus ({', '.join(CORPORA)})."
+        )
     try:
         if source.dataset is not None:
             stream = datasets.load_dataset(
@@ -214,15 +254,17 @@ def _stream(source: TextSource, rank: int, writers: int) -> Iterator[str]:
                     f"--column {source.column}: {what} has no such column; it has "
                     f"{', '.join(map(str, row))}."
                 )
-            text = row[source.column]
-            if text is None:  # a row without text
+            if row[source.column] is None:  # a row without text
                 continue
-            if not isinstance(text, str):
+            try:
+                text, given = _value(row[source.column])
+            except ValueError as error:
                 raise UserError(
-                    f"--column {source.column}: {what} has {type(text).__name__} there, not text."
-                )
+                    f"--column {source.column}: {what} has {error} there. Expected text, chat "
+                    f"messages (a list of role and content), or token ids (a list of integers)."
+                ) from None
             if text:
-                yield text
+                yield text, given
     except DatasetNotFoundError:
         raise UserError(f"{what}: the hub has no such dataset, or no access to it.") from None
     except UserError:

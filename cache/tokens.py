@@ -23,6 +23,7 @@ from bsc.cache.layout import TOKEN_ARRAYS, Split
 from bsc.cache.manifest import TextPoint
 from bsc.cache.ngrams import token_ngrams
 from bsc.cache.text import TextDocument
+from bsc.errors import UserError
 
 __all__ = ["PACKINGS", "ContextBatch", "Packing", "context_batches", "tokenise"]
 
@@ -186,6 +187,47 @@ def tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return encoded if begin is None else [[begin, *ids] for ids in encoded]
 
 
+def _encode(tokenizer: Any, group: list[TextDocument]) -> Iterator[list[int]]:
+    """Token ids of documents: of text by the tokenizer, of chats by the model's own template, which
+    has the special tokens in it, and of ids themselves.
+
+    Raises:
+        UserError: there is no template, or it refuses, or there is no such token.
+    """
+    plain = iter(tokenise(tokenizer, [d.text for d in group if d.given is None] or [""]))
+    for document in group:
+        given: Any = document.given
+        if given is None:
+            yield next(plain)
+        elif isinstance(given[0], int):
+            if max(given) >= len(tokenizer):
+                raise UserError(
+                    f"--column: document {document.number} has token id {max(given)}, but the "
+                    f"model's tokenizer has {len(tokenizer)} tokens: ids of another model."
+                )
+            yield given
+        else:
+            yield _of_chat(tokenizer, document)
+
+
+def _of_chat(tokenizer: Any, document: TextDocument) -> list[int]:
+    if not tokenizer.chat_template:
+        raise UserError(
+            "--column: chat messages, but the tokenizer of this model has no chat template. Take a "
+            "model that was trained on chats, or a column of text."
+        )
+    try:
+        text = tokenizer.apply_chat_template(document.given, tokenize=False)
+    except Exception as error:  # a template raises what it likes
+        first_line = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise UserError(
+            f"--column: the chat template of the model refuses document {document.number}: "
+            f"{first_line[:200]}"
+        ) from None
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
 def context_batches(
     source: Iterable[TextDocument],
     tokenizer: Any,
@@ -225,8 +267,7 @@ def context_batches(
         return packer if packer.added < wanted[packer.split] + context else None
 
     for group in _document_groups(d for d in source if open_packer(d)):
-        encoded = tokenise(tokenizer, [d.text for d in group])
-        for document, ids in zip(group, encoded, strict=True):
+        for document, ids in zip(group, _encode(tokenizer, group), strict=True):
             if packer := open_packer(document):
                 packer.add(np.array(ids, dtype=np.int64), document.number)
                 yield from packer.full_batches()

@@ -17,10 +17,10 @@ from bsc.eval.division import PARTS
 from bsc.eval.examples import Sample, Windows
 from bsc.eval.pieces import Pieces
 from bsc.eval.setting import open_store
+from bsc.formats import printable
 from bsc.train.run import Run
 
 # Control characters of a text must not reach the terminal.
-_UNPRINTABLE = dict.fromkeys([*range(32), *range(127, 160)], " ")
 
 __all__ = ["latent_examples", "load_sample", "print_examples"]
 
@@ -111,7 +111,7 @@ def print_examples(found: dict[str, Any]) -> None:
     for context in found["contexts"]:
         line = Text(f"{context['stratum'] + 1:>2}/10  {context['margin']:<8.3g} ", style="dim")
         for piece, margin, drawn in context["text"]:
-            shown = piece.replace("\n", "\u23ce").translate(_UNPRINTABLE)
+            shown = printable(piece.replace("\n", "\u23ce"))
             # Marked by brackets too, where there are no colours.
             line.append(
                 shown if margin is None else f"<<{shown}>>",

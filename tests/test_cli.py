@@ -213,6 +213,7 @@ def test_info_knows_stores_and_runs(store_path: Path, run: Run) -> None:
     assert "rows: " in bsc("info", store_path).stdout
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_issue_work_in_a_row(tiny_model: Path, tmp_path: Path) -> None:
     steps: list[list[object]] = [
         ["cache", "--model", tiny_model, "--text", "stdlib", "--hookpoints", "layers.1.mlp",

@@ -286,6 +286,13 @@ def train(
     else:
         summary_table(summaries)
         typer.echo(str(run.folder))
+    if summaries and all(s.frozen_at is not None for s in summaries):
+        typer.echo(
+            "every coder turned non-finite, so there is nothing to evaluate. A smaller --lr keeps "
+            "them finite; so does the default.",
+            err=True,
+        )
+        raise typer.Exit(1)
 
 
 def add_commands(app: typer.Typer) -> None:

@@ -29,7 +29,7 @@ from bsc.files import check_new_folder
 from bsc.records import parse_json, read_record
 from bsc.train.coders.coder import SparseCoder
 
-__all__ = ["EVAL_VERSION", "RUN_VERSION", "Run", "as_run", "claim", "waiting_lock"]
+__all__ = ["EVAL_VERSION", "RUN_VERSION", "Run", "as_run", "claim", "in_use", "waiting_lock"]
 
 RUN_VERSION = 2
 EVAL_VERSION = 3
@@ -170,7 +170,8 @@ class Run:
         try:
             for coder in config["coders"]:
                 for name in (coder["name"], coder["hookpoint"]):
-                    if {"..", ""} & set(PurePosixPath(name).parts or ("",)) or name[0] == "/":
+                    parts = PurePosixPath(name).parts
+                    if not parts or ".." in parts or name[0] == "/" or not name.isprintable():
                         raise ValueError(f"{name!r} is no name")
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise StoreError(f"{self.config_path}: not the config of a run ({error!r}).") from None

@@ -23,7 +23,7 @@ from bsc.eval.interp.prompts import MAX_EXPLANATION, Request, explanation_in, is
 from bsc.eval.interp.questions import Question, TestKind, explain_question, test_questions
 from bsc.eval.interp.wire import whole
 from bsc.eval.scores import read_table
-from bsc.progress import stage
+from bsc.progress import console, stage
 
 __all__ = ["Interpretation"]
 
@@ -183,6 +183,9 @@ class Interpretation:
                 if not connected:
                     judge.connect()
                     connected = True
+                if what == "explain" and not self.config.only:
+                    why = material.chosen.why_so_many(self.config.census_rate)
+                    console.print(f"{material.coder}: {why}", markup=False)
                 self._ask_open(judge, meter, requests, f"{what} {material.coder}")
                 if meter.held_back:
                     return

@@ -63,7 +63,7 @@ def read_replies(path: Path) -> Iterator[tuple[str, Reply]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        yield _reply(parse_json(line))
+                        yield _reply(parse_json(line, halves=True))
                     except (
                         ValueError, KeyError, TypeError, IndexError, AttributeError,
                         OverflowError, RecursionError,

@@ -218,7 +218,7 @@ class Connection:
         status, headers, text = await self._post(client, body)
         if status == 200:
             try:
-                value = parse_json(text)
+                value = parse_json(text, halves=True)
                 value["choices"][0]["message"]
             except (ValueError, KeyError, TypeError, IndexError, RecursionError):
                 raise NotNow(f"not the JSON of a completion: {self.safe(text)[:120]}") from None

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsc.cache.hashing import hash64
+from bsc.formats import percent
 
 __all__ = ["DESIGNS", "Chosen", "Design", "choose"]
 
@@ -50,6 +51,21 @@ class Chosen(NamedTuple):
     def latents(self) -> list[int]:
         """All that are in either, ascending."""
         return sorted({int(i) for design in self for i in design.latent})
+
+    def why_so_many(self, census_rate: float) -> str:
+        """What their number is made of, in words."""
+        alike, census = len(self.unweighted.latent), int(self.weighted.census.sum())
+        drawn, total = len(self.weighted.latent) - census, len(self.latents())
+        parts = [f"{alike} drawn evenly"]
+        if drawn:
+            parts.append(f"{drawn} drawn by their firings")
+        if census:
+            parts.append(
+                f"all {census} that fire on more than {percent(census_rate)} of the rows "
+                f"(--census-rate)"
+            )
+        twice = alike + drawn + census - total
+        return f"{total} latents: {', '.join(parts)}" + (f"; {twice} are both" if twice else "")
 
 
 def choose(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bsc.errors import UserError
+from bsc.eval.report.interp import Scored, read_interp
 from bsc.eval.report.report import drawings
 from bsc.eval.report.rows import CoderRow, read_rows, run_labels
 from bsc.eval.report.summary import matched_tables
@@ -87,6 +88,19 @@ def _stability(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
 
 
+def _interp(found: Sequence[Scored]) -> list[dict[str, Any]]:
+    return [
+        {"run": scored.run, "judge": scored.name, "score": one.kind, "coder": coder,
+         "latents_are": weighting, "chance": one.chance}
+        | _flat({k: v for k, v in figures[weighting].items() if k != "curve"})
+        for scored in found
+        for one in scored.sets
+        for coder, figures in one.coders.items()
+        for weighting in ("unweighted", "weighted")
+        if weighting in figures
+    ]  # fmt: skip
+
+
 def _matched(rows: Sequence[CoderRow]) -> list[dict[str, Any]]:
     return [
         {"panel": table["panel"], "run": table["run"], "seed": table["seed"], "matched_by": by,
@@ -122,13 +136,15 @@ def write_figures(runs: Sequence[Run], folder: Path) -> Path:
         UserError: a run is not evaluated, or the folder cannot be written.
     """
     rows = read_rows(runs)
+    interp = read_interp(runs, run_labels(runs), rows)
     tables = {
         "coders": coder_table(rows), "matched": _matched(rows), "ultra": _ultra(rows),
         "ablation": _ablation(rows), "probing": _probing(runs), "stability": _stability(runs),
+        "interp": _interp(interp),
     }  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for drawing in drawings(runs, rows).values():
+        for drawing in drawings(runs, rows, interp).values():
             drawing.save(folder)
         for name, lines in tables.items():
             if lines:

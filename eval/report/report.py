@@ -28,7 +28,7 @@ from bsc.eval.report.interp_figures import frequency_curves, scores
 from bsc.eval.report.rows import CoderRow, read_rows, run_labels
 from bsc.eval.report.summary import control_table, matched_tables, summary
 from bsc.files import write_atomically
-from bsc.formats import interval, percent, percent_interval
+from bsc.formats import interval, percent, percent_interval, printable
 from bsc.train.run import Run, as_run
 
 __all__ = ["drawings", "render_report", "write_report"]
@@ -152,7 +152,7 @@ def render_report(runs: Sequence[Run]) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     evaluations = [run.evaluation() for run in runs]
     try:
-        return _environment().get_template("page.html.j2").render(
+        page = _environment().get_template("page.html.j2").render(
             style=Markup((folder / "style.css").read_text()),
             script=Markup(script),
             script_hash=f"sha256-{digest}",
@@ -181,6 +181,7 @@ def render_report(runs: Sequence[Run]) -> str:
             f"{', '.join(str(r.folder) for r in runs)}: eval.json has not what a report needs "
             f"({error!r}). It was changed; evaluate the run again: bsc eval {runs[0].folder}"
         ) from None
+    return printable(page, lines=True)
 
 
 def write_report(

@@ -316,7 +316,9 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**7))
-    with pytest.raises(UserError, match=r"needs .* free\. What would fit: --tokens \d+"):
+    with pytest.raises(
+        UserError, match=r"needs .* free\. What would fit: --ring \d+ .*--tokens \d"
+    ):
         capture(
             CaptureConfig(
                 model=str(tiny_model), store=tmp_path / "acts", text=TextSource(corpus="stdlib"),

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +32,7 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MB, where this process may mount one."""
-    where = tmp_path / "disk"
-    where.mkdir()
+    where = Path(tempfile.mkdtemp(prefix="bsc-disk-"))  # not where pytest removes old folders
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(where)], capture_output=True,
         check=False,
@@ -44,6 +44,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         )
     yield where
     subprocess.run(["umount", str(where)], check=True)
+    where.rmdir()
 
 
 def test_a_disk_that_fills_up_keeps_what_is_committed_and_goes_on_when_there_is_room(

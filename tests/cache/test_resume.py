@@ -132,6 +132,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
     return lambda: taken
 
 
+@pytest.mark.slow
 def test_killed_between_any_two_steps_and_started_again_the_store_is_the_same(
     tiny_model: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -155,6 +156,7 @@ def test_killed_between_any_two_steps_and_started_again_the_store_is_the_same(
         check(store, whole)
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_instants_twice_in_a_row(
     tiny_model: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -287,6 +289,7 @@ def test_torchrun_starts_the_processes_of_one_store(tiny_model: Path, tmp_path: 
     assert list(verify(tmp_path / "acts")) == []
 
 
+@pytest.mark.slow
 def test_killed_around_the_end_of_a_text_that_ended_early(tiny_model: Path, tmp_path: Path) -> None:
     """The last window is short, rows are dropped, and nobody may forget or recount them."""
 
@@ -310,6 +313,7 @@ def test_killed_around_the_end_of_a_text_that_ended_early(tiny_model: Path, tmp_
         assert list(verify(store)) == []
 
 
+@pytest.mark.slow
 def test_ranks_that_start_at_the_same_moment(tiny_model: Path, tmp_path: Path) -> None:
     store = tmp_path / "new" / "acts"
     processes = [

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from transformers import AutoTokenizer
 
 from bsc.cache.text import TextSource, parse_text, read_text
+from bsc.cache.tokens import context_batches
 from bsc.errors import UserError
+from tests.conftest import EMBEDDED
 
 TEXTS = [f"document {i}\nwith two lines" for i in range(50)]
 
@@ -62,6 +65,60 @@ def test_rows_without_text_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "words"}\n{"text": ""}\n')
     source = TextSource(**parse_text([str(tmp_path / "a.jsonl")]))
     assert [d.text for d in read_text(source)] == ["words"]
+
+
+CHAT = [
+    {"role": "system", "content": "be brief"}, {"role": "user", "content": "why is the sky blue"},
+    {"role": "assistant", "content": "scattering"},
+]  # fmt: skip
+TEMPLATE = "{% for m in messages %}<|endoftext|>{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+def batch_of(path: Path, column: str, template: str | None = TEMPLATE) -> list[list[int]]:
+    """Token ids of the documents of a file, by their numbers."""
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer.chat_template = template
+    source = TextSource(**parse_text([str(path)]), column=column, held_out=0.0)
+    (batch,) = context_batches(
+        read_text(source), tokenizer, context=64, batch=8, wanted={"train": 1_000}, packing="none"
+    )
+    assert batch.real is not None
+    return [row[real].tolist() for row, real in zip(batch.token_id, batch.real, strict=True)]
+
+
+def test_chat_messages_become_text_by_the_model_s_own_template(tmp_path: Path) -> None:
+    other = [{"from": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"]),
+              "value": m["content"]} for m in CHAT]  # fmt: skip
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": CHAT}) + "\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"conversations": other}) + "\n")
+    expected = AutoTokenizer.from_pretrained(EMBEDDED)(
+        "".join(f"<|endoftext|>{m['role']}: {m['content']}\n" for m in CHAT),
+        add_special_tokens=False,
+    )["input_ids"]
+    assert batch_of(path, "messages") == [expected]
+    assert batch_of(tmp_path / "b.jsonl", "conversations") == [expected]
+    with pytest.raises(UserError, match="has no chat template"):
+        batch_of(path, "messages", template=None)
+    with pytest.raises(UserError, match="refuses document 0: not like this"):
+        batch_of(path, "messages", template="{{ raise_exception('not like this') }}")
+
+
+def test_token_ids_are_taken_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"input_ids": [5, 6, 7, 8]}) + "\n")
+    assert batch_of(path, "input_ids") == [[5, 6, 7, 8]]
+    path.write_text(json.dumps({"input_ids": [5, 600_000]}) + "\n")
+    with pytest.raises(UserError, match="token id 600000, but the model's tokenizer has 4096"):
+        batch_of(path, "input_ids")
+
+
+def test_a_column_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for value in (3.5, {"a": 1}, [{"who": "me"}], ["a", "b"]):
+        path.write_text(json.dumps({"text": value}) + "\n")
+        with pytest.raises(UserError, match="Expected text, chat messages"):
+            batch_of(path, "text")
 
 
 def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:

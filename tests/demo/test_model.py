@@ -49,6 +49,7 @@ def test_the_card_says_what_the_model_is_and_it_beats_the_5_gram_model() -> None
         assert nats < 0.93 * ngram_nats and bits < 0.93 * ngram_bits
 
 
+@pytest.mark.slow
 def test_the_loss_of_the_card_is_the_loss_of_the_weights() -> None:
     """On all held-out files of `stdlib`; another Python has them in another version."""
     lm = load_model("demo", dtype="float32", with_head=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from bsc.eval.evaluate import EvalConfig, evaluate
@@ -21,6 +22,7 @@ TABLES = (
 )
 
 
+@pytest.mark.slow
 def test_every_kind_of_coder_is_evaluated_and_reported(
     store_path: Path, tmp_path: Path, small: EvalConfig
 ) -> None:

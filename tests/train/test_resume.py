@@ -72,6 +72,7 @@ def _train(sweep: TrainConfig) -> None:
         train(sweep)
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_instants_it_ends_with_the_same_bytes(
     store_path: Path, tmp_path: Path, whole: Run
 ) -> None:

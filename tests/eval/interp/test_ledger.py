@@ -43,7 +43,7 @@ def test_half_a_line_is_cut_off_and_a_damaged_one_named(tmp_path: Path) -> None:
         Ledger(path)
 
 
-@pytest.mark.parametrize("killed_after", [5, 40])
+@pytest.mark.parametrize("killed_after", [5, pytest.param(40, marks=pytest.mark.slow)])
 def test_kill_and_resume_give_the_same_bytes(tmp_path: Path, killed_after: int) -> None:
     """kill -9 in the midst of it; the next process goes on and asks no prompt twice."""
     program = """
