@@ -48,6 +48,8 @@ def parse_config(kind: type[C], values: dict[str, Any], where: str) -> C:
     Raises:
         ConfigError: names every wrong field, what was found there and what is allowed.
     """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected fields with values, got {values!r:.100}")
     try:
         return kind(**values)
     except ValidationError as error:
@@ -91,5 +93,5 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not TOML, a huge number
         raise ConfigError(f"{path}: not a TOML file ({error}).") from None

@@ -11,7 +11,7 @@ from bsc.cache.store import ActivationStore, StoreSplit
 from bsc.errors import StoreError
 from bsc.formats import percent
 from bsc.progress import format_bytes
-from bsc.records import parse_json
+from bsc.records import expected_form, parse_json
 from bsc.train.run import Run, in_use
 
 __all__ = ["describe", "render"]
@@ -23,11 +23,12 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         StoreError: the folder is neither.
     """
-    if "://" in str(path) or (Path(path) / DATA).exists():
-        return _store(ActivationStore(path))
-    path = Path(path)
-    if (path / "config.json").exists() and "store_id" in _keys(path / "config.json"):
-        return _run(Run(path))
+    with expected_form(str(path)):
+        if "://" in str(path) or (Path(path) / DATA).exists():
+            return _store(ActivationStore(path))
+        path = Path(path)
+        if (path / "config.json").exists() and "store_id" in _keys(path / "config.json"):
+            return _run(Run(path))
     raise StoreError(
         f"{path}: neither an activation store ({DATA} is missing) nor a run (config.json and "
         f"coders are missing)."

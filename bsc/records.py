@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from bsc.errors import StoreError
+from bsc.errors import StoreError, UserError
 from bsc.files import canonical_json, write_atomically
 
 __all__ = [
     "check_seal",
+    "expected_form",
     "parse_json",
     "parse_object",
     "read_record",
@@ -104,6 +106,28 @@ def parse_object(text: str | bytes, where: str | Path, remedy: str = "") -> dict
             f"{where}: expected a JSON object, found {type(value).__name__}.{tail}"
         ) from None
     return value
+
+
+@contextmanager
+def expected_form(what: str, remedy: str = "") -> Iterator[None]:
+    """A block that takes apart what was read, where another form than it should have is one error.
+
+    Args:
+        what: was read, for the message: files, or a folder.
+        remedy: what to do, a sentence for the message.
+
+    Raises:
+        StoreError: the block met a missing key, or a value of another kind.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise StoreError(
+            f"{what}: not of the form that it should have ({error!r}); somebody changed it."
+            f"{f' {remedy}' if remedy else ''}"
+        ) from error
 
 
 def record_hash(value: dict[str, Any]) -> str:

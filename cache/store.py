@@ -118,8 +118,10 @@ class StoreSplit:
                     sums = ChannelSums.from_json(attributes)
                     if sums.width != spec.width:
                         raise ValueError(f"{sums.width} channel sums")
-                if spec.dtype == "int8" and len(attributes["channel_scale"]) != spec.width:
-                    raise ValueError("channel_scale of another width")
+                if spec.dtype == "int8":
+                    scale = np.asarray(attributes["channel_scale"], np.float32)
+                    if scale.shape != (spec.width,) or not np.isfinite(scale).all():
+                        raise ValueError("channel_scale of another width, or not finite")
             except (
                 KeyError, IndexError, TypeError, ValueError, AssertionError, ZeroDivisionError,
             ) as error:  # fmt: skip
@@ -332,7 +334,7 @@ class ActivationStore:
                 f"{self.folder}: the store has format version {version}, this bsc reads version "
                 f"{FORMAT_VERSION}. CHANGELOG.md says which release reads it."
             )
-        if check and store_attributes(self.provenance()["capture"]) != self.attributes:
+        if check and self._of_provenance() != self.attributes:
             raise StoreError(
                 f"{self.folder}: {DATA}/zarr.json and {PROVENANCE} speak of different stores: one "
                 f"of them was changed. Copy them again from where the store is whole."
@@ -370,6 +372,12 @@ class ActivationStore:
                 f"with --held-out above 0, or more text."
             )
         return self.splits["held_out"]
+
+    def _of_provenance(self) -> dict[str, Any]:
+        try:
+            return store_attributes(self.provenance()["capture"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreError(f"{self.folder}/{PROVENANCE}: damaged ({error!r}).") from None
 
     @property
     def planned_rows(self) -> int:

@@ -20,6 +20,7 @@ from bsc.eval.firing import firing_counts
 from bsc.eval.intervals import ratio_intervals, value_interval
 from bsc.eval.stability import stability_figures
 from bsc.files import canonical_json
+from bsc.records import expected_form
 from bsc.train.run import Run
 
 __all__ = ["compare_runs"]
@@ -77,6 +78,11 @@ def compare_runs(first: Run, second: Run) -> dict[str, Any]:
     Raises:
         UserError: a run is not evaluated, or no coders of the two can be compared.
     """
+    with expected_form(f"{first.folder} or {second.folder}", "`bsc eval` evaluates them again."):
+        return _compared(first, second)
+
+
+def _compared(first: Run, second: Run) -> dict[str, Any]:
     evaluations = first.evaluation(), second.evaluation()
     pairs = [
         (x, y)

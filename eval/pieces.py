@@ -40,7 +40,7 @@ class Pieces:
         """The pieces in `folder` that belong to `identity`; others that are there are removed."""
         path, text = folder / _IDENTITY, canonical_json(identity)
         try:
-            fits = path.read_text() == text
+            fits = path.read_bytes() == text.encode()
         except OSError:
             fits = False
         if not fits:

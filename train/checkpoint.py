@@ -101,6 +101,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[dict[str, Tensor
                     f"train the run again under another --name."
                 )
         state = parse_json((target / _STATE).read_bytes())
+        if len(state["coders"]) != count:
+            raise ValueError(f"{count} coders' tensors, {len(state['coders'])} coders")
         return state, [load_file(target / f"{i}.safetensors") for i in range(count)]
     except StoreError:
         raise

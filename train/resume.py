@@ -189,8 +189,8 @@ def _check_store(job: Job, record: dict[str, Any]) -> None:
             f"resumed."
         )
     for what, now in (("store_id", store.store_id), ("rows", job.rows)):
-        if record[what] != now:
+        if record.get(what) != now:
             raise UserError(
-                f"{store.folder}: {what} is {now}, but the run began with {record[what]}. It can "
-                f"only go on with the rows that it began with."
+                f"{store.folder}: {what} is {now}, but the run began with {record.get(what)}. It "
+                f"can only go on with the rows that it began with."
             )

@@ -24,10 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from bsc.config import parse_config
 from bsc.errors import StoreError, UserError, nearest
 from bsc.files import check_new_folder
 from bsc.records import parse_json, read_record
 from bsc.train.coders.coder import SparseCoder
+from bsc.train.coders.config import CoderConfig
 
 __all__ = ["EVAL_VERSION", "RUN_VERSION", "Run", "as_run", "claim", "in_use", "waiting_lock"]
 
@@ -173,6 +175,9 @@ class Run:
                     parts = PurePosixPath(name).parts
                     if not parts or ".." in parts or name[0] == "/" or not name.isprintable():
                         raise ValueError(f"{name!r} is no name")
+                parse_config(CoderConfig, coder["coder"], str(self.config_path))
+        except UserError:
+            raise
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise StoreError(f"{self.config_path}: not the config of a run ({error!r}).") from None
         return config

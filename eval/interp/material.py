@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from bsc.cache.models import load_tokenizer
-from bsc.config import Config
+from bsc.config import Config, parse_config
 from bsc.errors import StoreError, UserError
 from bsc.eval.batches import rows_read
 from bsc.eval.codes import Codes, LatentCode
@@ -189,7 +189,9 @@ class Materials:
                 min_firings=config.min_firings, seed=config.seed,
             )
         )  # fmt: skip
-        first_binary = CoderConfig(**self._planned[name]["coder"]).first_binary
+        first_binary = parse_config(
+            CoderConfig, self._planned[name]["coder"], str(self.run.config_path)
+        ).first_binary
         return Material(name, code, counts, rows, chosen, texts, first_binary, config)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from bsc.errors import StoreError, UserError
+from bsc.errors import UserError
 from bsc.eval.examples import STRATA
 from bsc.eval.intervals import MIN_BLOCKS
 from bsc.eval.report import figures
@@ -29,6 +29,7 @@ from bsc.eval.report.rows import CoderRow, read_rows, run_labels
 from bsc.eval.report.summary import control_table, matched_tables, summary
 from bsc.files import write_atomically
 from bsc.formats import interval, percent, percent_interval, printable
+from bsc.records import expected_form
 from bsc.train.run import Run, as_run
 
 __all__ = ["drawings", "render_report", "write_report"]
@@ -136,6 +137,13 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
+def _rendered(**values: Any) -> str:
+    try:
+        return _environment().get_template("page.html.j2").render(**values)
+    except jinja2.UndefinedError as error:
+        raise KeyError(str(error)) from None
+
+
 def render_report(runs: Sequence[Run]) -> str:
     """The page, as text.
 
@@ -145,14 +153,18 @@ def render_report(runs: Sequence[Run]) -> str:
     if not runs:
         raise UserError("a report needs at least one run.")
     rows = read_rows(runs)
-    interp = read_interp(runs, run_labels(runs), rows)
     folder = Path(__file__).parent
     latents = max(1, ALL_LATENTS // len(rows))
     script = (folder / "script.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     evaluations = [run.evaluation() for run in runs]
-    try:
-        page = _environment().get_template("page.html.j2").render(
+    folders = ", ".join(str(run.folder) for run in runs)
+    with expected_form(
+        f"eval.json, examples.json or the scores of {folders}",
+        f"Evaluate the run again: bsc eval {runs[0].folder}",
+    ):
+        interp = read_interp(runs, run_labels(runs), rows)
+        page = _rendered(
             style=Markup((folder / "style.css").read_text()),
             script=Markup(script),
             script_hash=f"sha256-{digest}",
@@ -176,11 +188,6 @@ def render_report(runs: Sequence[Run]) -> str:
             shown_ultra=max(4, ALL_ULTRA // len(rows)),
             examples=[(row, _marked(row, _thinned(row.examples, latents))) for row in rows],
         )  # fmt: skip
-    except (KeyError, TypeError, IndexError, jinja2.UndefinedError) as error:
-        raise StoreError(
-            f"{', '.join(str(r.folder) for r in runs)}: eval.json has not what a report needs "
-            f"({error!r}). It was changed; evaluate the run again: bsc eval {runs[0].folder}"
-        ) from None
     return printable(page, lines=True)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bsc.config import parse_config
 from bsc.errors import StoreError, UserError
 from bsc.files import canonical_json
 from bsc.train.coders.config import CoderConfig
@@ -130,7 +131,7 @@ def _rows_of(run: Run, label: str, points: int) -> list[dict[str, Any]]:
                 "model": _untrained(config),
                 "name": name,
                 "folder": f"{label}/coders/{name}",
-                "first_binary": CoderConfig(**coder).first_binary,
+                "first_binary": parse_config(CoderConfig, coder, str(run.config_path)).first_binary,
                 **{key: planned[key] for key in ("hookpoint", "seed", "optimiser", "lr")},
                 **{key: coder[key] for key in ("site", "select", "code", "k", "n_latents")},
                 "figures": figures[name],

@@ -174,7 +174,7 @@ def test_an_evaluation_that_was_changed_gets_one_message(evaluated_copy: Run) ->
     for figures in found["coders"].values():
         del figures["bits"]
     write_record(evaluated_copy.eval_path, found)
-    with pytest.raises(StoreError, match="has not what a report needs"):
+    with pytest.raises(StoreError, match="not of the form that it should have"):
         render_report([evaluated_copy])
 
 
