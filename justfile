@@ -20,8 +20,12 @@ lint:
 test *ARGS:
     pytest {{ARGS}}
 
+# what `just test` leaves out: minutes of real kills, the whole demo, a longer fuzz
+test-slow *ARGS:
+    pytest -m slow {{ARGS}}
+
 # lint and tests
-check: lint test
+check: lint test test-slow
 
 # the whole chain on the embedded model
 demo *ARGS:

@@ -15,8 +15,10 @@ import shutil
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,15 @@ DEFAULT_CACHE_BYTES = 50_000_000_000
 _SINGLE_PUT_BYTES = 5_000_000_000
 """What object stores take in one request."""
 _STALE_LOCK_SECONDS = 120.0
+_RETRY: Any = {
+    "max_retries": 60,
+    "retry_timeout": timedelta(minutes=5),
+    "backoff": {
+        "init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=15),
+        "base": 2,
+    },
+}  # fmt: skip
+"""How long a service that answered before is waited for."""
 _LOCK_WAIT_SECONDS = 600.0
 
 
@@ -64,7 +75,8 @@ class RemoteFolder(StoreFolder):
         if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
             options["client_options"] = {"allow_http": True}
         try:
-            self._store: Any = obstore.store.from_url(self.url, **options)
+            self._quick: Any = obstore.store.from_url(self.url, **options)
+            self._patient: Any = obstore.store.from_url(self.url, **options, retry_config=_RETRY)
         except (ValueError, obstore.exceptions.BaseError) as error:
             raise UserError(f"{url}: not an address of object storage ({_first(error)}).") from None
         default = Path.home() / ".cache" / "bsc" / "shards"
@@ -73,11 +85,20 @@ class RemoteFolder(StoreFolder):
         self.cache_bytes = parse_count(
             os.environ.get(CACHE_BYTES_VARIABLE) or str(DEFAULT_CACHE_BYTES)
         )
+        self._answered = False
         self._copies: Path | None = None
         self._mutex = threading.Lock()
 
     def __str__(self) -> str:
         return self.url
+
+    @property
+    def _store(self) -> Any:
+        """The client: once the service has answered, one that waits for it where it is gone.
+
+        Before, its address is rather wrong.
+        """
+        return self._patient if self._answered else self._quick
 
     @contextlib.contextmanager
     def _asking(self, key: str) -> Iterator[None]:
@@ -85,12 +106,20 @@ class RemoteFolder(StoreFolder):
         errors = self._obstore.exceptions
         try:
             yield
+            self._answered = True
         except (FileNotFoundError, errors.NotFoundError):
             raise FileNotFoundError(f"{self.url}/{key}") from None
         except errors.AlreadyExistsError:
             raise FileExistsError(f"{self.url}/{key}") from None
         except (errors.BaseError, OSError) as error:
-            raise StoreError(f"{self.url}/{key}: {_first(error)}") from None
+            said = _first(error)
+            if "403 Forbidden" in str(error) or "401 Unauthorized" in str(error):
+                raise StoreError(
+                    f"{self.url}/{key}: the service refuses the credentials, or they may not do "
+                    f"this. AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and "
+                    f"AWS_ENDPOINT_URL say who asks and whom ({said[:120]})."
+                ) from None
+            raise StoreError(f"{self.url}/{key}: {said}") from None
 
     @override
     def missing(self) -> bool:
@@ -232,13 +261,20 @@ class RemoteFolder(StoreFolder):
         return _ObjectClaim(self, f"writer-{rank}.lock", rank)
 
     def create_object(self, key: str, data: bytes) -> None:
-        """Put an object that is not there yet.
+        """Put an object that is not there yet. What it holds should be of this call alone.
 
         Raises:
             FileExistsError: it is.
         """
-        with self._asking(key):
-            self._obstore.put(self._store, key, data, mode="create")
+        try:
+            with self._asking(key):
+                self._obstore.put(self._store, key, data, mode="create")
+        except FileExistsError:
+            # Put, but the answer got lost: the client then tried again, and found it there.
+            with contextlib.suppress(FileNotFoundError):
+                if self.read(key) == data:
+                    return
+            raise
 
     def age(self, key: str) -> float | None:
         """Seconds since an object was put, or None where there is none."""
@@ -258,7 +294,7 @@ class RemoteFolder(StoreFolder):
         key, deadline = "store.lock", time.monotonic() + _LOCK_WAIT_SECONDS
         while True:
             try:
-                self.create_object(key, _this_process().encode())
+                self.create_object(key, _only_this_time())
                 break
             except FileExistsError:
                 age = self.age(key)
@@ -286,25 +322,30 @@ class _ObjectClaim(Claim):
     def __init__(self, folder: RemoteFolder, key: str, rank: int) -> None:
         self.folder, self.key = folder, key
         try:
-            folder.create_object(key, _this_process().encode())
+            folder.create_object(key, _only_this_time())
         except FileExistsError:
             holder = folder.read(key).decode("utf-8", "replace")[:200]
             if not _gone(holder):
                 raise UserError(
-                    f"{folder}: {holder} is writing part {rank} of this store. Wait for it or stop "
-                    f"it; if it is dead, delete {folder}/{key}."
+                    f"{folder}: {' '.join(holder.split()[:4])} is writing part {rank} of this "
+                    f"store. Wait for it or stop it; if it is dead, delete {folder}/{key}."
                 ) from None
-            folder.write(key, _this_process().encode())
+            folder.write(key, _only_this_time())
 
     @override
     def release(self, *, remove: bool) -> None:
         self.folder.delete(self.key)
 
 
+def _only_this_time() -> bytes:
+    """Who this is, and a number that no other object has."""
+    return f"{_this_process()} {uuid.uuid4().hex}".encode()
+
+
 def _gone(holder: str) -> bool:
     """Whether the process that a claim names ran on this machine and does not any more."""
     words = holder.split()
-    if len(words) != 4 or not words[1].isdigit():
+    if len(words) < 4 or not words[1].isdigit():
         return False
     if int(words[1]) == os.getpid():
         return False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from bsc.files import write_atomically
 
-__all__ = ["COLOURS", "INK", "MARKERS", "Drawing", "panels"]
+__all__ = ["COLOURS", "INK", "MARKERS", "Drawing", "left_label", "one_legend", "panels"]
 
 COLOURS = {"continuous": "#2f7fc1", "binary": "#d9622b", "hybrid": "#7d55b3"}
 """Apart for every kind of colour vision, and on light and dark ground."""
@@ -57,6 +57,11 @@ class Drawing:
     """What it shows, in words with the numbers in them, for who cannot see it."""
     figure: Figure
 
+    @property
+    def wide(self) -> bool:
+        """Whether it has panels beside each other, which need the whole width of a page."""
+        return float(self.figure.get_size_inches()[0]) > 6
+
     def _saved(self, form: str, metadata: dict[str, Any]) -> bytes:
         buffer = io.BytesIO()
         with mpl.rc_context(_STYLE | {"svg.hashsalt": self.name}):
@@ -87,11 +92,45 @@ class Drawing:
 
 
 @contextmanager
-def panels(count: int, height: float = 2.7) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure with up to three panels in a row; four make two rows."""
-    columns = 2 if count == 4 else min(3, count)
-    rows = -(-count // columns)
+def panels(
+    count: int, height: float = 2.7, columns: int | None = None
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure of panels that share the y axis, as wide as the page where there are several.
+
+    Args:
+        count: panels.
+        height: of a row of them, in inches.
+        columns: panels in a row; None: up to four, evenly.
+    """
+    rows = -(-count // 4) if columns is None else -(-count // columns)
+    columns = columns or -(-count // rows)
     with mpl.rc_context(_STYLE):
-        width = 3.6 * columns if columns > 1 else 5.2
-        figure = Figure(figsize=(width, height * rows), layout="constrained")
-        yield figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+        figure = Figure(figsize=(11 if columns > 1 else 5.2, height * rows), layout="constrained")
+        engine: Any = figure.get_layout_engine()
+        engine.set(w_pad=0.08)  # the last number of an axis is not the first of the next one
+        axes: list[Axes] = []
+        for i in range(count):
+            axes.append(figure.add_subplot(rows, columns, i + 1, sharey=axes[0] if axes else None))
+            if i % columns:
+                axes[-1].tick_params(labelleft=False)
+        yield figure, axes
+
+
+def one_legend(figure: Figure, axes: Sequence[Axes], columns: int = 6) -> None:
+    """One legend below all panels, of what any of them shows."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
+        figure.legend(
+            found.values(), found, loc="outside lower center", ncols=min(columns, len(found)),
+            fontsize=8,
+        )  # fmt: skip
+
+
+def left_label(axes: Sequence[Axes], text: str) -> None:
+    """The label of a shared y axis, where its numbers are."""
+    for axis in axes:
+        if axis.yaxis.get_tick_params()["labelleft"]:
+            axis.set_ylabel(text)

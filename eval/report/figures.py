@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from bsc.eval.firing import ULTRA
-from bsc.eval.report.drawing import COLOURS, INK, MARKERS, Drawing, panels
+from bsc.eval.report.drawing import (
+    COLOURS,
+    INK,
+    MARKERS,
+    Drawing,
+    left_label,
+    one_legend,
+    panels,
+)
 from bsc.eval.report.rows import CoderRow, by_panel
 
 __all__ = ["ablations", "curves", "firing_histograms", "probing", "training_curves"]
@@ -58,12 +67,12 @@ def curves(
             else:
                 axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axis.minorticks_off()
-            if axis.get_ylim()[0] > 0:
-                axis.set_ylim(bottom=0)
             axis.set_xlabel(x_label)
-            axis.set_ylabel(y_label)
             axis.set_title(panel)
-            axis.legend()
+        if axes[0].get_ylim()[0] > 0:
+            axes[0].set_ylim(bottom=0)
+        left_label(axes, y_label)
+        one_legend(figure, axes)
         return Drawing(name, f"{y_label} against {x_label}. {' '.join(words)}", figure)
 
 
@@ -124,19 +133,17 @@ def firing_histograms(rows: Sequence[CoderRow]) -> Drawing:
                 above = _extent([c.figures["latents_above"][str(ULTRA)] for c in own])
                 words.append(f"{title}, {code}: {above} latents above 10 %;")
             axis.axvline(-1, color=INK, lw=0.8, ls=":", alpha=0.6)
-            axis.set_xticks(
-                range(-7, 1, 1), ["1e-7", "1e-6", "1e-5", "1e-4", "0.001", "0.01", "0.1", "1"]
-            )
+            axis.set_xticks(range(-7, 1, 1), ["1e-7", "", "1e-5", "", "1e-3", "", "0.1", "1"])
             axis.set_xlim(lowest, 0)
             axis.set_yscale("symlog", linthresh=1)
-            axis.set_yticks([0, 1, 10, 100, 1000, 10000], ["0", "1", "10", "100", "1000", "1e4"])
-            # Room for the legend, on a log scale; a coder may have no living latent.
-            axis.set_ylim(0, 40 * max(1.0, axis.dataLim.ymax))
             axis.minorticks_off()
             axis.set_title(title if many else f"k = {members[0].k}")
             axis.set_xlabel("firing rate")
-            axis.set_ylabel("latents")
-            axis.legend(loc="upper left")
+        axes[0].set_yticks([0, 1, 10, 100, 1000, 10000], ["0", "1", "10", "100", "1000", "1e4"])
+        # A coder may have no living latent.
+        axes[0].set_ylim(0, 2 * max(1.0, *(float(axis.dataLim.ymax) for axis in axes), 1.0))
+        left_label(axes, "latents")
+        one_legend(figure, axes)
         return Drawing("firing", f"Histograms of firing rates. {' '.join(words)}", figure)
 
 
@@ -152,18 +159,20 @@ def training_curves(rows: Sequence[CoderRow]) -> Drawing:
                 axis.plot(
                     [m["rows"] for m in coder.metrics], [m["fvu"] for m in coder.metrics],
                     color=COLOURS[coder.code], lw=0.8 + rank, alpha=0.45 + 0.55 * rank,
-                    label=coder.label if coder.seed == members[0].seed else None,
+                    label=f"{coder.code}, k = {coder.k}"
+                    if coder.seed == members[0].seed else None,
                 )  # fmt: skip
             last = [c.metrics[-1]["fvu"] for c in members if c.metrics]
             words.append(f"{panel}: ends at {_extent(last)};" if last else "")
             axis.set_yscale("log")
+            axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
             for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
                 formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
             axis.set_xlabel("training rows")
-            axis.set_ylabel("FVU (training)")
             axis.set_title(panel)
-            axis.legend(fontsize=7, ncols=2)
+        left_label(axes, "FVU (training)")
+        one_legend(figure, axes, 4 if len(axes) > 1 else 3)
         return Drawing("training", f"FVU during training. {' '.join(words)}", figure)
 
 
@@ -201,42 +210,70 @@ def ablations(rows: Sequence[CoderRow]) -> Drawing | None:
                 axis.minorticks_off()
             axis.set_title(title if many else f"k = {members[0].k}")
             axis.set_xlabel(score)
-            axis.set_ylabel("added loss, nats")
-            axis.legend()
+        left_label(axes, "added loss, nats")
+        one_legend(figure, axes)
         return Drawing("ablation", f"Loss added by turning off bins. {' '.join(words)}", figure)
 
 
 def probing(name: str, found: dict[str, Any], rows: Sequence[CoderRow], run: str) -> Drawing:
-    """Accuracy of sparse probes against the number of latents, one panel per arm."""
+    """Accuracy of sparse probes against the coders' k, with intervals where there are enough texts.
+
+    A column per way of pooling, a row per number of latents that a probe has.
+    """
     arms = {"sae_bench": "means as they are (SAEBench)", "mean": "means, standardised",
             "max": "maxima, standardised", "last": "last token, standardised"}  # fmt: skip
     own = [c for c in rows if c.run == run and c.name in found["coders"]]
+    sizes = sorted({int(k) for c in own for k in found["coders"][c.name]["sae_bench"]})
     ks = sorted({c.k for c in own})
     words = []
-    with panels(len(arms), 2.5) as (figure, axes):
-        for axis, (arm, title) in zip(axes, arms.items(), strict=True):
-            for coder in own:
-                rank = ks.index(coder.k) / max(1, len(ks) - 1)
-                points = {
-                    int(k): v["accuracy"] for k, v in found["coders"][coder.name][arm].items()
-                }
-                axis.plot(
-                    list(points), list(points.values()), color=COLOURS[coder.code],
-                    marker=MARKERS[coder.code], ms=3.5, lw=0.8 + rank, alpha=0.45 + 0.55 * rank,
-                    label=coder.code if coder.k == ks[-1] and coder.seed == own[0].seed else None,
-                )  # fmt: skip
-            for side, baseline in found["baselines"].items():
-                points = {int(k): v["accuracy"] for k, v in baseline[arm].items() if k != "all"}
-                axis.plot(list(points), list(points.values()), color=INK, ls="--", lw=1.1,
-                          alpha=0.7, label=f"channels of {side}")  # fmt: skip
-            best = [max(v["accuracy"] for v in found["coders"][c.name][arm].values()) for c in own]
-            words.append(f"{title}: best of each coder {_extent(best)};")
+    with panels(len(arms) * len(sizes), 1.9, columns=len(arms)) as (figure, axes):
+        for axis, (size, (arm, title)) in zip(
+            axes, itertools.product(sizes, arms.items()), strict=True
+        ):
+            values = []
+            for code in dict.fromkeys(c.code for c in own):
+                of_code = [c for c in own if c.code == code]
+                values += _probed(axis, found, of_code, arm, str(size), len(ks) > 1)
+            for i, (side, baseline) in enumerate(found["baselines"].items()):
+                line = ("--", "-.")[i % 2]
+                axis.axhline(baseline[arm][str(size)]["accuracy"], color=INK, ls=line, lw=1.1,
+                             alpha=0.6, label=f"channels of {side}")  # fmt: skip
             axis.axhline(0.5, color=INK, lw=0.7, ls=":", alpha=0.6)
-            axis.set_xscale("log")
-            axis.set_xticks([1, 2, 5], ["1", "2", "5"])
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(ks, [str(k) for k in ks])
             axis.minorticks_off()
-            axis.set_xlabel("latents or channels of the probe")
-            axis.set_ylabel("accuracy")
-            axis.set_title(title)
-            axis.legend(fontsize=7)
+            if size == sizes[0]:
+                axis.set_title(title)
+            if size == sizes[-1]:
+                axis.set_xlabel("k, latents selected per token")
+            else:
+                axis.tick_params(labelbottom=False)
+            words.append(f"{title}, {size} in the probe: {_extent(values)};")
+        for row, size in enumerate(sizes):
+            left_label(axes[row * len(arms) :][: len(arms)], f"accuracy, {size} in the probe")
+        one_legend(figure, axes)
         return Drawing(f"probing-{name}", f"Sparse probing. {' '.join(words)}", figure)
+
+
+def _probed(
+    axis: Axes, found: dict[str, Any], of_code: list[CoderRow], arm: str, size: str, joined: bool
+) -> list[float]:
+    """Accuracies of the coders of one code; the line joins means over seeds and variants."""
+    code = of_code[0].code
+    shift = {"continuous": 0.97, "binary": 1.03}.get(code, 1.0)  # beside each other
+    points: dict[int, list[float]] = {}
+    for coder in of_code:
+        one = found["coders"][coder.name][arm][size]
+        value = float(one["accuracy"])
+        low, high = one["interval"] or (value, value)
+        points.setdefault(coder.k, []).append(value)
+        axis.errorbar(
+            [coder.k * shift], [value], yerr=[[max(0, value - low)], [max(0, high - value)]],
+            color=COLOURS[code], marker=MARKERS[code], ms=4, lw=1, capsize=2,
+        )  # fmt: skip
+    ks = sorted(points)
+    axis.plot(
+        [k * shift for k in ks], [np.mean(points[k]) for k in ks], color=COLOURS[code],
+        marker=MARKERS[code], ms=4, lw=1.3 if joined else 0, label=code,
+    )  # fmt: skip
+    return [value for values in points.values() for value in values]

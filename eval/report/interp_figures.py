@@ -9,7 +9,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from bsc.eval.report.drawing import COLOURS, INK, MARKERS, Drawing, panels
+from bsc.eval.report.drawing import (
+    COLOURS,
+    INK,
+    MARKERS,
+    Drawing,
+    left_label,
+    one_legend,
+    panels,
+)
 from bsc.eval.report.interp import Scored, ScoreSet
 from bsc.eval.report.rows import CoderRow, by_panel
 
@@ -51,12 +59,11 @@ def scores(scored: Scored, rows: Sequence[CoderRow]) -> Drawing:
                 axis.set_xticks(ks, [str(k) for k in ks])
                 axis.set_xlabel("k, latents selected per token")
             axis.minorticks_off()
-            axis.set_ylabel("score")
             axis.set_title(title)
+        left_label(axes, "score")
         # Of a single k the names stand on the axis.
         if any(len({r.k for r in members}) > 1 for _, _, members in places):
-            figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center",
-                          ncols=4 if len(places) > 1 else 2, fontsize=7)  # fmt: skip
+            one_legend(figure, axes)
         return Drawing(
             scored.anchor, f"{scored.heading}, means over latents. {' '.join(words)}", figure
         )
@@ -138,8 +145,8 @@ def _curves(scored: Scored, one: ScoreSet, grouped: dict[str, list[CoderRow]]) -
             axis.minorticks_off()
             axis.set_title(title if many else f"k = {members[0].k}")
             axis.set_xlabel("firing rate up to")
-            axis.set_ylabel("score")
-            axis.legend(fontsize=7)
+        left_label(axes, "score")
+        one_legend(figure, axes)
         return Drawing(
             f"{scored.anchor}-{one.kind}-rates",
             f"{scored.heading}, {one.title}, of all firings of latents up to a rate. "

@@ -183,7 +183,7 @@ def render_report(runs: Sequence[Run]) -> str:
             matched={by: matched_tables(rows, by) for by in ("l0", "bits")},
             control=control_table(rows),
             ablation_bars=_ablation_bars(rows),
-            drawings={name: d.svg() for name, d in drawings(runs, rows, interp).items()},
+            drawings=drawings(runs, rows, interp),
             interp=interp,
             shown_ultra=max(4, ALL_ULTRA // len(rows)),
             examples=[(row, _marked(row, _thinned(row.examples, latents))) for row in rows],

@@ -66,11 +66,25 @@ def test_every_figure_has_words_and_nothing_is_wider_than_a_phone(
     browser: Browser, path: Path
 ) -> None:
     page, _ = opened(browser, path, viewport={"width": 400, "height": 800})
+    # Text of figures is as large as it was drawn, or nearly: they are moved over, not made small.
+    for svg in page.locator("figure.wide:not(.one) svg").all():
+        box = svg.bounding_box()
+        assert box is not None and box["width"] >= 46 * 15
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     figures = page.locator("figure svg")
     assert figures.count() == page.get_by_role("img").count() == 12
     for i in range(figures.count()):
         assert len(figures.nth(i).get_attribute("aria-label") or "") > 40
+
+
+def test_tables_show_all_their_columns_on_a_screen(browser: Browser, path: Path) -> None:
+    page, _ = opened(browser, path, viewport={"width": 1280, "height": 900})
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    wider = page.evaluate(
+        "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1)"
+        ".map(e => e.closest('section').id)"
+    )
+    assert wider == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
