@@ -299,6 +299,9 @@ class ActivationStore:
         """
         self.folder = open_folder(root)
         self.check = check
+        self.own_split = True
+        """Whether what is read was trained on this store's training rows, so that what the capture
+        measured of its held-out text in them says something."""
         if self.folder.missing():
             raise StoreError(f"{self.folder}: no such folder. Make a store with `bsc cache` first.")
         if not self.folder.exists(f"{DATA}/zarr.json"):
@@ -419,11 +422,14 @@ class ActivationStore:
     def overlap(self) -> dict[str, Any] | None:
         """What the capture found of its held-out text in its training rows (cache/overlap.py).
 
-        None where it is not known: the capture has not ended, or there are no held-out rows.
+        None where it is not known: the capture has not ended, there are no held-out rows, or what
+        is evaluated was trained on another store.
 
         Raises:
             StoreError: provenance.json is missing or damaged.
         """
+        if not self.own_split:
+            return None
         found: dict[str, Any] | None = self.provenance().get("completed", {}).get("overlap")
         return found
 

@@ -18,6 +18,13 @@ _MUCH, _ABLATION, _PROBING = "How much is measured", "Ablations", "Sparse probin
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     store: StoreNow = None,
+    on: Annotated[
+        str | None,
+        flag(
+            "Another store of the same model: measure on its held-out rows, into RUN/on/NAME.",
+            default="the store of the training",
+        ),
+    ] = None,
     model: ModelNow = None,
     ce_tokens: Annotated[
         int, flag("Held-out tokens for the model's loss.", _MUCH, parser=parse_count)
@@ -55,6 +62,8 @@ def evaluate(
     Goes on where it was when it is stopped and started again.
     """
     from bsc.config import parse_config
+    from bsc.errors import UserError
+    from bsc.eval.elsewhere import run_on
     from bsc.eval.evaluate import EvalConfig
     from bsc.eval.evaluate import evaluate as evaluate_run
     from bsc.eval.table import figures_table
@@ -69,9 +78,12 @@ def evaluate(
     if probe or no_probe:
         values["probes"] = tuple(probe or ())
     config = parse_config(EvalConfig, values, "bsc eval")
-    result = evaluate_run(
-        Run.open(run), config, store=store, model=model, device=device, check=check
-    )
+    opened = Run.open(run)
+    if on is not None:
+        if store is not None:
+            raise UserError("--on and --store: --on names the store already; give one.")
+        opened = run_on(opened, on)
+    result = evaluate_run(opened, config, store=store, model=model, device=device, check=check)
     if as_json:
         typer.echo(canonical_json(result), nl=False)
     else:

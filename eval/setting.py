@@ -129,8 +129,10 @@ def open_store(run: Run, store: str | Path | None, *, check: bool = True) -> Act
     if opened.store_id != config["store_id"]:
         raise StoreError(
             f"{opened.folder}: this is store {opened.store_id}, but run {run.folder} was trained "
-            f"on store {config['store_id']}. Name that one with --store."
+            f"on store {config['store_id']}. Name that one with --store; or, if this is one of the "
+            f"same model, measure on it with --on."
         )
+    opened.own_split = "trained_on" not in config
     return opened
 
 
