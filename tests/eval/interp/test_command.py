@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import shutil
@@ -20,6 +21,7 @@ from bsc.eval.interp.evidence import gather
 from bsc.eval.interp.local import LocalJudge
 from bsc.eval.interp.material import InterpConfig, Materials
 from bsc.eval.interp.prompts import test_request as ask_test
+from bsc.eval.report.export import write_figures
 from bsc.eval.report.report import render_report
 from bsc.records import write_record
 from bsc.train.run import Run
@@ -117,6 +119,23 @@ def test_named_latents_do_not_replace_a_sample(scored: tuple[Run, Scripted]) -> 
         (run.interp_folder / "simulated-loopback+latents" / "interp.json").read_text()
     )
     assert found["coders"][run.coder_names()[0]]["latents"] == len(set(latents))
+
+
+def test_figures_for_a_paper_have_the_scores(scored: tuple[Run, Scripted], tmp_path: Path) -> None:
+    run, _ = scored
+    folder = write_figures([run], tmp_path / "figures")
+    with (folder / "interp.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {r["judge"] for r in rows} == {"simulated-loopback", "offline"}
+    assert {r["score"] for r in rows} >= {"detection", "fuzzing", "intruder", "predictability"}
+    assert {r["latents_are"] for r in rows} == {"unweighted", "weighted"}
+    assert {p.suffix for p in folder.glob("interp-0-0*")} == {".svg", ".pdf"}
+
+
+def test_coders_are_scored_in_the_order_of_the_sweep(evaluated: Run) -> None:
+    names = evaluated.coder_names()
+    config = InterpConfig(coders=(names[5], names[1]))
+    assert Materials(evaluated, config, store=None, model=None).names == [names[1], names[5]]
 
 
 def test_coders_can_be_scored_one_by_one(scored: tuple[Run, Scripted], evaluated_copy: Run) -> None:
