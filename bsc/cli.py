@@ -127,11 +127,14 @@ def _run(arguments: list[str], debug: bool) -> int:
     except _UsageError as error:
         context = getattr(error, "ctx", None)
         words = str(error.format_message()).rstrip(".\n ")  # type: ignore[attr-defined]
-        hint = f" `{context.command_path} --help` lists the flags." if context else ""
+        of = "flags" if context and " " in context.command_path else "commands"
+        hint = f" `{context.command_path} --help` lists the {of}." if context else ""
         if type(error).__name__ == "NoArgsIsHelpError":
             typer.echo(words, err=True)
         else:
-            typer.echo(f"error: {printable(words)}.{hint}", err=True)
+            typer.echo(
+                f"error: {printable(words)}{'' if words[-1:] == '?' else '.'}{hint}", err=True
+            )
     except UserError as error:
         if debug:
             raise

@@ -12,6 +12,7 @@ from bsc.errors import StoreError
 from bsc.formats import percent
 from bsc.progress import format_bytes
 from bsc.records import expected_form, parse_json
+from bsc.train.checkpoint import checkpoint_step
 from bsc.train.run import Run, in_use
 
 __all__ = ["describe", "render"]
@@ -29,9 +30,13 @@ def describe(path: str | Path) -> dict[str, Any]:
         path = Path(path)
         if (path / "config.json").exists() and "store_id" in _keys(path / "config.json"):
             return _run(Run(path))
+    path = Path(path)
+    inside = sorted(p.parent.name for p in path.glob("*/config.json"))[:5]
+    inside += sorted(p.parent.name for p in path.glob(f"*/{DATA}"))[:5]
     raise StoreError(
         f"{path}: neither an activation store ({DATA} is missing) nor a run (config.json and "
         f"coders are missing)."
+        + (f" Inside are {', '.join(inside)}; name one of them." if inside else "")
     )
 
 
@@ -122,14 +127,14 @@ def _run(run: Run) -> dict[str, Any]:
     config = run.config()
     if "completed" not in config:
         holder = in_use(run.folder)
-        rows = [int(line["rows"]) for line in run.metrics()] if run.metrics_path.exists() else []
+        done = checkpoint_step(run.folder / "checkpoint") * config["batch_rows"]
         return {
             "kind": "run",
             "state": f"being trained by {holder}" if holder else "interrupted",
             "store": config["store"],
             "store_id": config["store_id"],
             "model": config["model"]["name"],
-            "rows": max(rows, default=0),
+            "rows": done,
             "planned_rows": config["steps"] * config["batch_rows"],
             "processes": config["world"],
             "coders": run.coder_names(),

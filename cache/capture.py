@@ -214,7 +214,7 @@ def _write(
     done = {split: start.shards * plan.grids[split].shard_rows for split, start in starts.items()}
     first = config.world == 1
     console.print(
-        f"{folder}: {plan.grids['train'].rows:,} rows of {len(plan.hookpoints)} hookpoints "
+        f"{folder}: to hold {plan.grids['train'].rows:,} rows of {len(plan.hookpoints)} hookpoints "
         f"({', '.join(h.name for h in plan.hookpoints)}), {format_bytes(plan.bytes)} in "
         f"{plan.grids['train'].shards} shards"
         + ("" if first else f"; part {config.rank} of {config.world}")

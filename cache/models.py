@@ -99,6 +99,11 @@ def resolve_model(name: str) -> str:
             )
         return str(path.resolve())
     known = [EMBEDDED, *SHORT_NAMES]
+    if path.is_file():
+        raise UserError(
+            f"--model {name}: a file. A model is a folder that save_pretrained wrote, an id on the "
+            f"hub (owner/name), or one of {', '.join(known)}."
+        )
     if path.is_absolute() or name.startswith((".", "~")) or not _HUB_ID.fullmatch(name):
         raise UserError(
             f"--model {name}: no such folder{nearest(name, known)}. Give a folder, an id on the "

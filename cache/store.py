@@ -306,8 +306,9 @@ class ActivationStore:
             raise StoreError(f"{self.folder}: no such folder. Make a store with `bsc cache` first.")
         if not self.folder.exists(f"{DATA}/zarr.json"):
             raise StoreError(
-                f"{self.folder}: not an activation store ({DATA}/zarr.json is missing). Name the "
-                f"folder that `bsc cache --store` wrote."
+                f"{self.folder}: not an activation store ({DATA}/zarr.json is missing)"
+                + (", but a run" if self.folder.exists("coders") else "")
+                + ". Name the folder that `bsc cache --store` wrote."
             )
         group = read_json(self.folder, f"{DATA}/zarr.json", "store")
         try:

@@ -117,10 +117,16 @@ def examples(
 
 def compare(
     first: Annotated[Path, typer.Argument(help="Folder of an evaluated run.")],
-    second: Annotated[Path, typer.Argument(help="Folder of another one, or the same.")],
+    second: Annotated[
+        Path,
+        typer.Argument(help="Folder of another one; or the same, for its coders of several seeds."),
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Compare the coders of two runs: figures paired by document, and latents matched."""
+    """Compare the coders of two runs: figures paired by document, and latents matched.
+
+    Coders of one name are a pair. "Latents alike" is the mean cosine of matched decoder rows.
+    """
     from bsc.eval.compare import compare_runs
     from bsc.eval.table import comparison_table
     from bsc.files import canonical_json

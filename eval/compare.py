@@ -89,6 +89,11 @@ def _compared(first: Run, second: Run) -> dict[str, Any]:
         for x, y in _pairs(first, second)
         if x in evaluations[0]["coders"] and y in evaluations[1]["coders"]
     ]
+    if not pairs and first.folder.resolve() == second.folder.resolve():
+        raise UserError(
+            f"{first.folder}: a run beside itself: its coders that differ in the seed alone are "
+            f"compared, and it has none. Train with --seed 0 --seed 1, or name another run."
+        )
     if not pairs:
         raise UserError(
             f"{first.folder} and {second.folder} have no coders to compare: none share a name, and "

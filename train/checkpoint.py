@@ -25,7 +25,7 @@ from bsc.errors import StoreError, UserError
 from bsc.files import fsync_folder, make_durable_folder, write_json
 from bsc.records import parse_json, read_record, write_record
 
-__all__ = ["CHECKPOINT_VERSION", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CHECKPOINT_VERSION", "checkpoint_step", "load_checkpoint", "save_checkpoint"]
 
 CHECKPOINT_VERSION = 1
 _LATEST, _STATE = "latest.json", "state.json"
@@ -108,6 +108,12 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[dict[str, Tensor
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise StoreError(f"{folder}: the checkpoint cannot be read ({error!r}).") from None
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Steps that the checkpoint in a folder has; 0 where there is none that can be read."""
+    name = _counts(folder)
+    return int(name) if name and name.isdigit() else 0
 
 
 def _counts(folder: Path) -> str | None:

@@ -64,7 +64,9 @@ def resume(
     """
     run = Run(Path(folder).resolve())
     if not run.folder.is_dir():
-        raise StoreError(f"{folder}: no such run. `bsc train` makes one.")
+        near = Path("runs") / folder
+        hint = f" (did you mean {near}?)" if near.is_dir() else ""
+        raise StoreError(f"{folder}: no such run{hint}. `bsc train` makes one.")
     part = Run(run.part(rank, world))
     record = part.config() if part.config_path.exists() else {}
     known = record or (run.config() if run.config_path.exists() else {})

@@ -121,8 +121,11 @@ class Run:
                 f"{self.folder}: a run that has not ended is here. Go on with it: bsc train "
                 f"--resume {self.folder}, as it was started; or give another --name."
             )
-        if part != self.folder and self.config_path.exists() and "completed" in self.config():
-            raise UserError(f"{self.folder}: a complete run is here. Give another --name.")
+        if self.config_path.exists() and "completed" in self.config():
+            raise UserError(
+                f"{self.folder}: a complete run is here. Give another --name; or train it longer: "
+                f"bsc train --resume {self.folder} --tokens with more than it had."
+            )
         if part.is_dir():
             files = list(part.iterdir())
             if files and all(p.name == _LOCK or p.name.endswith(".partial") for p in files):
@@ -147,9 +150,9 @@ class Run:
         if not run.folder.is_dir():
             siblings = run.folder.parent.iterdir() if run.folder.parent.is_dir() else ()
             names = [str(p) for p in siblings if p.is_dir()]
-            raise StoreError(
-                f"{folder}: no such run{nearest(str(folder), names)}. `bsc train` makes one."
-            )
+            known = Path("runs") / run.folder
+            hint = f" (did you mean {known}?)" if known.is_dir() else nearest(str(folder), names)
+            raise StoreError(f"{folder}: no such run{hint}. `bsc train` makes one.")
         config = run.config()
         if "completed" not in config:
             raise StoreError(
@@ -165,6 +168,11 @@ class Run:
         Raises:
             StoreError: the folder is no run, its config is damaged or of another version.
         """
+        if not self.config_path.exists() and (self.folder / "data.zarr").exists():
+            raise StoreError(
+                f"{self.folder}: an activation store, not a run. Name the folder of a run, such as "
+                f"runs/run; `bsc train --store {self.folder}` makes one."
+            )
         config = read_record(
             self.config_path, "run", RUN_VERSION,
             "Copy the run again from where it is whole, or train it again.",

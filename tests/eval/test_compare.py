@@ -77,7 +77,7 @@ def test_on_the_command_line(
         main(["compare", str(seeds.folder), str(seeds.folder), "--json"])
     assert json.loads(capsys.readouterr().out)["paired"] is True
     # One seed of each: nothing in one run to compare.
-    with pytest.raises(UserError, match="have no coders to compare"):
+    with pytest.raises(UserError, match="differ in the seed alone are compared, and it has none"):
         compare_runs(evaluated, evaluated)
 
 
