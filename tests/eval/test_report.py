@@ -249,7 +249,8 @@ def test_the_caption_of_the_ablations_speaks_of_the_bars_that_there_are(
                 one["delta_ce_interval"] = interval
         write_record(evaluated_copy.eval_path, found)
         text = shown(render_report([evaluated_copy]))
-        assert says in text and ("Bars are" in text) == (interval is not None)
+        of_documents = "Bars are 95 % intervals over documents" in text
+        assert says in text and of_documents == (interval is not None)
     assert "recovered, mean ablation" in " ".join(text.split())
 
 
