@@ -219,7 +219,13 @@ def test_signals_say_what_is_kept(
 ) -> None:
     command = [sys.executable, "-m", "bsc", "cache", "--model", str(tiny_model), "--text", "stdlib",
                "--store", str(tmp_path / "acts"), "--tokens", "5M"]  # fmt: skip
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def as_in_a_terminal() -> None:  # where jobs run in the background, SIGINT is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    running = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal
+    )
     time.sleep(2.5)  # before or after the store is there: both say it
     running.send_signal(number)
     _, said = running.communicate(timeout=60)
