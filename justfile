@@ -22,7 +22,7 @@ test *ARGS:
 
 # what `just test` leaves out: minutes of real kills, the whole demo, a longer fuzz
 test-slow *ARGS:
-    pytest -m slow {{ARGS}}
+    pytest -m slow --dist loadfile {{ARGS}}
 
 # lint and tests
 check: lint test test-slow
