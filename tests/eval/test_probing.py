@@ -189,6 +189,8 @@ def test_files_are_read(tmp_path: Path) -> None:
         ("x.jsonl", '{"text": "a"}\n', "line 1: each line needs a `text` and a `label`"),
         ("x.jsonl", "[1]\n", "line 1: not a JSON object"),
         ("x.jsonl", "{\n", "line 1: not JSON"),
+        ("x.jsonl", "[" * 100_000 + "\n", "line 1: not JSON .nested too deeply"),
+        ("x.jsonl", '{"text": "\\ud800", "label": 1}\n', "line 1: not JSON .*surrogates"),
         ("x.csv", "words,label\na,b\n", "line 2: each line needs a `text`"),
         ("x.csv", "text,label\na,x\nb,y\nc,y\nd,y\ne,y\n", "label 'x' has 1 texts of 1 groups"),
         ("x.csv", "", "no text; at least two labels"),

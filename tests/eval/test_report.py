@@ -21,7 +21,7 @@ from bsc.eval.report.rows import read_rows
 from bsc.records import write_record
 from bsc.train.run import EVAL_VERSION, Run
 
-HOSTILE = "</div><script>alert(1)</script><img src=x onerror=alert(2)>&\"'"
+HOSTILE = "</div><script>alert(1)</script><img src=x onerror=alert(2)>&\"'\u202e\u2028\x00\x1b[2J"
 
 
 class Page(HTMLParser):
@@ -117,8 +117,10 @@ def test_text_of_the_corpus_and_of_configs_is_escaped(evaluated: Run, tmp_path: 
     config = copy.config()
     config["model"]["name"] = HOSTILE
     write_record(copy.config_path, config)
-    page = Page(render_report([copy]))
+    text = render_report([copy])
+    page = Page(text)
     assert page.loads == [] and page.tags.count("script") == 1 and "img" not in page.tags
+    assert not set(text) & set("\u202e\u2028\x00\x1b") and "\u27e8U+202E\u27e9" in text
     assert page.open == []
 
 
