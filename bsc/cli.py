@@ -126,6 +126,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         return code if isinstance(code, int) else 0
     except _UsageError as error:
         context = getattr(error, "ctx", None)
+        # Its type is known as an exception alone, by whichever click typer has.
         words = str(error.format_message()).rstrip(".\n ")  # type: ignore[attr-defined]
         of = "flags" if context and " " in context.command_path else "commands"
         hint = f" `{context.command_path} --help` lists the {of}." if context else ""

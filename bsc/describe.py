@@ -7,7 +7,8 @@ from typing import Any
 
 from bsc.cache.layout import DATA
 from bsc.cache.shuffle import check_shuffle
-from bsc.cache.store import ActivationStore, StoreSplit
+from bsc.cache.split import StoreSplit
+from bsc.cache.store import ActivationStore
 from bsc.errors import StoreError
 from bsc.formats import percent
 from bsc.progress import format_bytes
@@ -126,19 +127,22 @@ def _run(run: Run) -> dict[str, Any]:
     """Facts about a run; of one that has not ended, how far it is and how to go on."""
     config = run.config()
     if "completed" not in config:
-        holder = in_use(run.folder)
-        done = checkpoint_step(run.folder / "checkpoint") * config["batch_rows"]
+        world = int(config["world"])
+        parts = [run.part(rank, world) for rank in range(world)]
+        holder = next(filter(None, map(in_use, parts)), None)
+        steps = min(checkpoint_step(part / "checkpoint") for part in parts)
+        each = " --rank R --world " + str(world) if world > 1 else ""
         return {
             "kind": "run",
             "state": f"being trained by {holder}" if holder else "interrupted",
             "store": config["store"],
             "store_id": config["store_id"],
             "model": config["model"]["name"],
-            "rows": done,
+            "rows": steps * config["batch_rows"],
             "planned_rows": config["steps"] * config["batch_rows"],
-            "processes": config["world"],
+            "processes": world,
             "coders": run.coder_names(),
-        } | ({} if holder else {"go_on": f"bsc train --resume {run.folder}"})  # fmt: skip
+        } | ({} if holder else {"go_on": f"bsc train --resume {run.folder}{each}"})  # fmt: skip
     return {
         "kind": "run",
         "state": "complete",

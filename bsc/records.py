@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ __all__ = [
     "expected_form",
     "parse_json",
     "parse_object",
+    "parse_record",
+    "read_file",
     "read_record",
     "record_hash",
     "sealed",
@@ -32,8 +34,7 @@ __all__ = [
 ]
 
 _KEY = "xxh3_128"
-# What may be a number beyond 64 bits, and half of a surrogate pair: looked at more closely.
-_LARGE = re.compile(r"[eE]\+?\d{3}|\d{20}")
+# What may be half of a surrogate pair: looked at more closely.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -73,11 +74,10 @@ def parse_json(text: str | bytes, *, halves: bool = False) -> Any:
     ValueError: nested too deeply
     """
     text = text.decode("utf-8") if isinstance(text, bytes) else text
-    hooks: dict[str, Callable[[str], Any]] = {"parse_constant": _no_constant}
-    if _LARGE.search(text):
-        hooks |= {"parse_float": _finite, "parse_int": _in_64_bits}
     try:
-        value = json.loads(text, **hooks)  # type: ignore[arg-type]
+        value = json.loads(
+            text, parse_constant=_no_constant, parse_float=_finite, parse_int=_in_64_bits
+        )
         if not halves and _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -124,9 +124,10 @@ def expected_form(what: str, remedy: str = "") -> Iterator[None]:
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        tail = f"{remedy} " if remedy else ""
         raise StoreError(
-            f"{what}: not of the form that it should have ({error!r}); somebody changed it."
-            f"{f' {remedy}' if remedy else ''}"
+            f"{what}: not of the form that it should have ({error!r}). {tail}If nobody changed it, "
+            f"this is a fault of bsc; --debug shows where."
         ) from error
 
 
@@ -177,13 +178,32 @@ def read_record(path: Path, what: str, version: int, remedy: str = "") -> dict[s
         StoreError: it is missing, cannot be read, is of another version, or does not hold what was
             written.
     """
+    return parse_record(read_file(path, what, remedy), path, version, remedy)
+
+
+def read_file(path: Path, what: str, remedy: str = "") -> bytes:
+    """The bytes of a file.
+
+    Args:
+        path: the file.
+        what: what it is, for the message.
+        remedy: what to do if it cannot be read.
+
+    Raises:
+        StoreError: it is missing, or cannot be read.
+    """
     tail = f" {remedy}" if remedy else ""
     try:
-        raw = path.read_bytes()
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{path.parent}: no {what} here ({path.name} is missing).{tail}") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror}).{tail}") from None
+
+
+def parse_record(raw: bytes, path: Path, version: int, remedy: str = "") -> dict[str, Any]:
+    """As `read_record`, of bytes that were read from `path`."""
+    tail = f" {remedy}" if remedy else ""
     value = parse_object(raw, path, remedy)
     if value.get("version") != version:
         raise StoreError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bsc.cache.attention import forward_inputs
-from bsc.cache.hookpoints import expand_braces, match_hookpoints, modules_of
+from bsc.cache.hookpoints import match_hookpoints, modules_of
 from bsc.errors import UserError
 
 __all__ = ["MLPS", "ModuleGroup", "default_hookpoints", "list_modules", "warn_of_residual"]
@@ -115,10 +115,14 @@ def _groups(base: torch.nn.Module) -> list[ModuleGroup]:
     for name, module in base.named_modules():
         if not name or isinstance(module, torch.nn.ModuleList):
             continue
-        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-        key = (pattern, type(module).__name__)
+        key = _key(name, module)
         found.setdefault(key, ModuleGroup(*key, 0)).count += 1
     return list(found.values())
+
+
+def _key(name: str, module: torch.nn.Module) -> tuple[str, str]:
+    """What the modules of a group have in common."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), type(module).__name__
 
 
 def list_modules(base: torch.nn.Module) -> list[ModuleGroup]:
@@ -138,8 +142,7 @@ def list_modules(base: torch.nn.Module) -> list[ModuleGroup]:
         return hook
 
     for name, module in base.named_modules():
-        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-        if group := groups.get((pattern, type(module).__name__)):
+        if group := groups.get(_key(name, module)):
             handles.append(module.register_forward_hook(note(group), with_kwargs=True))
     ids = torch.zeros((1, 8), dtype=torch.int64, device="meta")
     for inputs in (
@@ -151,15 +154,15 @@ def list_modules(base: torch.nn.Module) -> list[ModuleGroup]:
                 base(**inputs)
             break
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError):
-            continue  # widths that were not reached stay unknown
+            # What some architectures raise on arguments that they do not take, or on values that
+            # tensors without weights lack: widths that were not reached stay unknown.
+            continue
     for handle in handles:
         handle.remove()
     for pattern in MLPS:
         if _found(base, pattern):
-            parts = {alternative for part in pattern.split("@") for alternative in
-                     expand_braces(part)}  # fmt: skip
             for group in groups.values():
-                group.default = group.pattern in parts
+                group.default = group.pattern in pattern.split("@")
             break
     return list(groups.values())
 

@@ -27,7 +27,7 @@ _PROBE = 6
 _ROUNDING = 1e-3
 """Share of a row's norm by which rounding may move it. Experts round by how many tokens they are
 given at a time, which moved rows by up to 2e-6; what a token saw of another document moved them by
-0.15 and more (tests/cache/test_packing.py)."""
+0.15 and more (tests/test_frictions.py)."""
 
 
 def forward_inputs(

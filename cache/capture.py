@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from bsc.cache.commit import advance, check_same, complete, create, split_start
 from bsc.cache.folder import StoreFolder, open_folder
 from bsc.cache.layout import (
-    CODECS,
     DATA,
     FORMAT_VERSION,
     PROVENANCE,
@@ -38,11 +37,12 @@ from bsc.cache.source import (
     CaptureConfig,
     Source,
     channel_scales,
+    check_config,
     open_source,
 )
 from bsc.cache.staging import Staging
 from bsc.cache.text import fingerprint, read_text
-from bsc.cache.tokens import PACKINGS, ContextBatch, context_batches
+from bsc.cache.tokens import ContextBatch, context_batches
 from bsc.cache.writer import SplitWriter
 from bsc.errors import UserError
 from bsc.progress import console, format_bytes, stage
@@ -70,34 +70,6 @@ class CaptureResult(NamedTuple):
     """Whether every writer's part is finished."""
 
 
-def _check(config: CaptureConfig) -> None:
-    for flag, value in (
-        ("tokens", config.tokens),
-        ("context", config.context),
-        ("batch-tokens", config.batch_tokens),
-        ("window", config.window),
-        ("world", config.world),
-    ):
-        if value is not None and value < 1:
-            raise UserError(f"--{flag} {value}: at least 1 is needed.")
-    if not 0 <= config.rank < config.world:
-        raise UserError(f"--rank {config.rank}: a number from 0 to --world - 1 is needed.")
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"--seed {config.seed}: a number from 0 to 2^63 - 1 is needed.")
-    if not 0 <= config.text.held_out < 1:
-        raise UserError(f"--held-out {config.text.held_out}: a share from 0 to below 1 is needed.")
-    if config.held_out_tokens and not config.text.held_out:
-        raise UserError("--held-out 0 holds out no document, so --held-out-tokens has none.")
-    if config.ring is not None and "://" in str(config.store):
-        raise UserError("--ring: needs a file system; object storage has no bound to keep within.")
-    for flag, word, known in (
-        ("packing", config.packing, PACKINGS),
-        ("codec", config.codec, CODECS),
-    ):
-        if word not in known:
-            raise UserError(f"--{flag} {word}: expected {', '.join(known)}.")
-
-
 def capture(config: CaptureConfig) -> CaptureResult:
     """Run the model over the text and write the store, or go on with one that is there.
 
@@ -108,7 +80,7 @@ def capture(config: CaptureConfig) -> CaptureResult:
         UserError: the request cannot be carried out, or the text fails on the way. Where nothing
             was committed nothing is left behind; else the store keeps what was.
     """
-    _check(config)
+    check_config(config)
     folder = open_folder(config.store)
     if not folder.exists(PROVENANCE):
         folder.check_new()

@@ -24,6 +24,7 @@ from bsc.cache.source import (
     MAX_DEFAULT_CONTEXT,
     CaptureConfig,
     batch_contexts,
+    check_config,
     open_source,
 )
 from bsc.cache.text import read_text
@@ -174,6 +175,7 @@ def estimate(
     Raises:
         UserError: the model or its hookpoints are not as they are asked for.
     """
+    check_config(config)
     if probe:
         rate = rate or _measure(config)
         disk_rate = disk_rate or _measure_disk(config.store)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bsc.cache.store import Moments, StoreSplit
+from bsc.cache.split import Moments, StoreSplit
 from bsc.errors import StoreError
 
 __all__ = ["kept_moments", "kept_rows"]

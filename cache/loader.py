@@ -25,7 +25,7 @@ from bsc.cache.kept import kept_rows
 from bsc.cache.prefetch import prefetched
 from bsc.cache.ring import RingReader
 from bsc.cache.rows import ShardRows
-from bsc.cache.store import StoreSplit
+from bsc.cache.split import StoreSplit
 from bsc.errors import ConfigError
 
 __all__ = ["SHARDS_AT_ONCE", "START", "Cursor", "Group", "Loader"]

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from bsc.cache.layout import shard_key
 from bsc.cache.ngrams import NGRAM, Runs
 from bsc.cache.ring import first_kept
-from bsc.cache.store import ActivationStore, StoreSplit
+from bsc.cache.split import StoreSplit
+from bsc.cache.store import ActivationStore
 from bsc.errors import StoreError
 from bsc.progress import stage
 

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from bsc.cache.architectures import default_hookpoints, warn_of_residual
 from bsc.cache.attention import Separation, document_separation, forward_inputs
 from bsc.cache.hookpoints import RowTap, match_hookpoints
-from bsc.cache.layout import TOKEN_ARRAYS, Codec, Hookpoint
+from bsc.cache.layout import CODECS, TOKEN_ARRAYS, Codec, Hookpoint
 from bsc.cache.models import LanguageModel, load_model, resolve_model
 from bsc.cache.plan import WINDOW
 from bsc.cache.text import TextSource, read_text
-from bsc.cache.tokens import ContextBatch, Packing, context_batches
+from bsc.cache.tokens import PACKINGS, ContextBatch, Packing, context_batches
 from bsc.devices import pick_device
 from bsc.errors import UserError
 from bsc.progress import console
@@ -27,6 +27,7 @@ __all__ = [
     "Source",
     "batch_contexts",
     "channel_scales",
+    "check_config",
     "open_source",
 ]
 
@@ -86,6 +87,41 @@ class CaptureConfig:
     """Training shards on disk at a time; None: all of them stay."""
     max_non_finite: float = MAX_NON_FINITE
     """Share of rows with values that are not finite above which to stop."""
+
+
+def check_config(config: CaptureConfig) -> None:
+    """See that every field has a value that it can have.
+
+    Raises:
+        UserError: names the flag of the first that has not, and what it takes.
+    """
+    for flag, value in (
+        ("tokens", config.tokens),
+        ("context", config.context),
+        ("batch-tokens", config.batch_tokens),
+        ("window", config.window),
+        ("world", config.world),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} {value}: at least 1 is needed.")
+    if not 0 <= config.rank < config.world:
+        raise UserError(f"--rank {config.rank}: a number from 0 to --world - 1 is needed.")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"--seed {config.seed}: a number from 0 to 2^63 - 1 is needed.")
+    if not 0 <= config.text.held_out < 1:
+        raise UserError(f"--held-out {config.text.held_out}: a share from 0 to below 1 is needed.")
+    if config.held_out_tokens and not config.text.held_out:
+        raise UserError("--held-out 0 holds out no document, so --held-out-tokens has none.")
+    if config.ring is not None and "://" in str(config.store):
+        raise UserError("--ring: needs a file system; object storage has no bound to keep within.")
+    if not 0 <= config.max_non_finite <= 1:
+        raise UserError(f"--max-non-finite {config.max_non_finite}: a share from 0 to 1 is needed.")
+    for flag, word, known in (
+        ("packing", config.packing, PACKINGS),
+        ("codec", config.codec, CODECS),
+    ):
+        if word not in known:
+            raise UserError(f"--{flag} {word}: expected {', '.join(known)}.")
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ from bsc.cache.readme import store_readme
 from bsc.cache.ring import first_kept, is_ring_file
 from bsc.cache.scatter import owned_shards, window_sizes
 from bsc.cache.shard import ChannelSums, ShardRecord, read_index
-from bsc.cache.store import ActivationStore, StoreSplit
+from bsc.cache.split import StoreSplit
+from bsc.cache.store import ActivationStore
 from bsc.errors import StoreError
 from bsc.files import canonical_json
 from bsc.records import parse_json, sealed

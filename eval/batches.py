@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bsc.cache.kept import kept_rows
-from bsc.cache.store import StoreSplit
+from bsc.cache.split import StoreSplit
 from bsc.train.coders.coder import SparseCoder
 
 __all__ = [

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bsc.cache.store import StoreSplit
+from bsc.cache.split import StoreSplit
 from bsc.eval.batches import row_batches
 from bsc.train.coders.coder import Code, SparseCoder
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from bsc.cache.store import ActivationStore
 from bsc.errors import UserError
@@ -34,7 +33,7 @@ def run_on(run: Run, store: str | Path) -> Run:
     """
     config = run.config()
     opened = ActivationStore(store)
-    opened.held_out  # noqa: B018 - says so where there are none
+    opened.held_out  # noqa: B018 - raises, with what to do, where there are none
     if opened.store_id == config["store_id"]:
         raise UserError(
             f"--on {store}: this is the store that the run was trained on; leave --on out to "
@@ -44,12 +43,16 @@ def run_on(run: Run, store: str | Path) -> Run:
     if differ := [key for key in _MODEL if mine.get(key) != other.get(key)]:
         raise UserError(
             f"--on {store}: captured from another model than the run's: {differ[0]} is "
-            f"{other.get(differ[0])}, the run's is {mine.get(differ[0])}."
+            f"{other.get(differ[0])}, the run's is {mine.get(differ[0])}. Capture the other text "
+            f"from the model that the run's store was captured from."
         )
     for planned in config["coders"]:
         hook = opened.hookpoint(str(planned["hookpoint"]))
         if planned["coder"]["d_out"] != hook.d_out:
-            raise UserError(f"--on {store}: {hook.name} has another width than {planned['name']}.")
+            raise UserError(
+                f"--on {store}: {hook.name} has width {hook.d_out}, {planned['name']} gives "
+                f"{planned['coder']['d_out']}: a store of another model."
+            )
     name = PurePosixPath(str(store).rstrip("/")).name or "store"
     folder = run.folder / "on" / f"{name}-{opened.store_id[:6]}"
     own = Run(folder)
@@ -64,15 +67,10 @@ def run_on(run: Run, store: str | Path) -> Run:
         for file in ("coder.safetensors", "config.json"):
             _link(own.coder_folder(coder) / file, run.coder_folder(coder) / file)
     _link(own.metrics_path, run.metrics_path)
-    if not own.config_path.exists() or _differs(own, record):
+    if not own.config_path.exists() or own.config() != record:  # trained on, or moved
         own.remove_figures()
         write_record(own.config_path, record)
     return own
-
-
-def _differs(own: Run, record: dict[str, Any]) -> bool:
-    """Whether the run was trained on, or the store moved, since it was evaluated there."""
-    return own.config() != record
 
 
 def _link(path: Path, target: Path) -> None:

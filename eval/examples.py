@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsc.cache.hashing import hash64
-from bsc.cache.store import StoreSplit
+from bsc.cache.split import StoreSplit
 from bsc.eval.codes import LatentCode
 from bsc.eval.division import NEITHER, PARTS, divide
 from bsc.eval.pieces import Arrays

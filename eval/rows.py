@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bsc.cache.store import StoreSplit
+from bsc.cache.split import StoreSplit
 from bsc.errors import StoreError
 from bsc.eval.batches import RowBatch, piece_ranges, row_batches
 from bsc.eval.controls import Calibration, binarised, quantised

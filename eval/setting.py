@@ -11,7 +11,8 @@ import torch
 from bsc.cache.attention import Separation, document_separation
 from bsc.cache.hookpoints import RowTap
 from bsc.cache.models import LanguageModel, load_model
-from bsc.cache.store import ActivationStore, StoreSplit
+from bsc.cache.split import StoreSplit
+from bsc.cache.store import ActivationStore
 from bsc.devices import pick_device
 from bsc.errors import StoreError
 from bsc.eval.loss import contexts_of

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bsc.cache.store import StoreSplit
+from bsc.cache.split import StoreSplit
 from bsc.eval.batches import row_batches
 from bsc.eval.codes import LatentCode
 from bsc.eval.firing import ULTRA

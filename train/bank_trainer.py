@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bsc.cache.kept import kept_moments
-from bsc.cache.store import ActivationStore, Moments
+from bsc.cache.split import Moments
+from bsc.cache.store import ActivationStore
 from bsc.errors import ConfigError, UserError
 from bsc.train.coders import kernels
 from bsc.train.coders.bank import Bank

@@ -77,6 +77,7 @@ class MetricsWriter:
         """
         self._stack = ExitStack()
         self._path = path
+        self._placed_at = -1
         self._board: Any = None
         self._wandb: Any = None
         if tensorboard is not None:
@@ -98,7 +99,9 @@ class MetricsWriter:
         Raises:
             StoreError: the file is no longer there.
         """
-        self._check_place()
+        if line["step"] != self._placed_at:  # once for all coders of a step
+            self._placed_at = line["step"]
+            self._check_place()
         self._file.write(canonical_json(line, indent=None).encode())
         shown = {f"{line['coder']}/{k}": line[k] for k in _SHOWN if line.get(k) is not None}
         if self._board is not None:

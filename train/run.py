@@ -9,6 +9,7 @@ eval.json       figures, after `bsc eval`
 eval/           codes, sampled firings, sums by document, after `bsc eval` (bsc.eval.evaluate)
 interp/         interpretability scores, and every answer of a judge, after `bsc interp`
 report.html     after `bsc report`
+on/<name>/      the run on another store, after `bsc eval --on` (bsc.eval.elsewhere)
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bsc.config import parse_config
 from bsc.errors import StoreError, UserError, nearest
 from bsc.files import check_new_folder
-from bsc.records import parse_json, read_record
+from bsc.records import parse_json, parse_object, parse_record, read_file, read_record
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
 
@@ -36,6 +38,32 @@ __all__ = ["EVAL_VERSION", "RUN_VERSION", "Run", "as_run", "claim", "in_use", "w
 RUN_VERSION = 2
 EVAL_VERSION = 3
 _LOCK = ".lock"
+
+
+_COPY = "Copy the run again from where it is whole, or train it again."
+
+
+@lru_cache(maxsize=16)
+def _check_config(raw: bytes, path: Path) -> None:
+    """See that bytes are the config of a run. Once: of hundreds of coders it takes 30 ms, and a
+    config is read for each of them.
+
+    Raises:
+        StoreError: they are of another version or damaged, or a name leads out of the run.
+        ConfigError: the config of a coder has a wrong field.
+    """
+    config = parse_record(raw, path, RUN_VERSION, _COPY)
+    try:
+        for coder in config["coders"]:
+            for name in (coder["name"], coder["hookpoint"]):
+                parts = PurePosixPath(name).parts
+                if not parts or ".." in parts or name[0] == "/" or not name.isprintable():
+                    raise ValueError(f"{name!r} is no name")
+            parse_config(CoderConfig, coder["coder"], str(path))
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise StoreError(f"{path}: not the config of a run ({error!r}). {_COPY}") from None
 
 
 @dataclass(frozen=True)
@@ -89,6 +117,8 @@ class Run:
         for path in self.interp_folder.glob("*"):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
+        for other in (self.folder / "on").glob("*"):  # on other stores (bsc.eval.elsewhere)
+            Run(other).remove_figures()
 
     @property
     def examples_path(self) -> Path:
@@ -173,22 +203,9 @@ class Run:
                 f"{self.folder}: an activation store, not a run. Name the folder of a run, such as "
                 f"runs/run; `bsc train --store {self.folder}` makes one."
             )
-        config = read_record(
-            self.config_path, "run", RUN_VERSION,
-            "Copy the run again from where it is whole, or train it again.",
-        )  # fmt: skip
-        try:
-            for coder in config["coders"]:
-                for name in (coder["name"], coder["hookpoint"]):
-                    parts = PurePosixPath(name).parts
-                    if not parts or ".." in parts or name[0] == "/" or not name.isprintable():
-                        raise ValueError(f"{name!r} is no name")
-                parse_config(CoderConfig, coder["coder"], str(self.config_path))
-        except UserError:
-            raise
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise StoreError(f"{self.config_path}: not the config of a run ({error!r}).") from None
-        return config
+        raw = read_file(self.config_path, "run", _COPY)
+        _check_config(raw, self.config_path)
+        return {k: v for k, v in parse_object(raw, self.config_path).items() if k != "xxh3_128"}
 
     def evaluation(self) -> dict[str, Any]:
         """Figures of the evaluation.

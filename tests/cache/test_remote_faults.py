@@ -116,6 +116,7 @@ def test_an_object_that_breaks_off_is_got_again(
     server.fault = lambda method, path: "cut" if "layers.1.mlp/input/c/1" in path else None
     with pytest.raises(StoreError, match=r"c/1/0: "):
         ActivationStore(URL).train.tensor("layers.1.mlp/input", 1)
+    # `open_folder` promises a folder of whatever kind; this one has a place for copies.
     assert not list(Path(open_folder(URL)._place).rglob("*.partial"))  # type: ignore[attr-defined]
 
 

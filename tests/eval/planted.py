@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bsc.cache.store import Moments
+from bsc.cache.split import Moments
 from bsc.eval.codes import Codes, LatentCode
 from bsc.eval.loss import Contexts
 from bsc.eval.pieces import Pieces

@@ -117,10 +117,10 @@ def test_text_of_the_corpus_and_of_configs_is_escaped(evaluated: Run, tmp_path: 
     config = copy.config()
     config["model"]["name"] = HOSTILE
     write_record(copy.config_path, config)
-    text = render_report([copy])
-    page = Page(text)
+    html = render_report([copy])
+    page = Page(html)
     assert page.loads == [] and page.tags.count("script") == 1 and "img" not in page.tags
-    assert not set(text) & set("\u202e\u2028\x00\x1b") and "\u27e8U+202E\u27e9" in text
+    assert not set(html) & set("\u202e\u2028\x00\x1b") and "\u27e8U+202E\u27e9" in html
     assert page.open == []
 
 
