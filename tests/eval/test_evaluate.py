@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -133,37 +132,6 @@ def test_a_latent_that_never_fires_is_dead_and_shown_nowhere(run: Run, tmp_path:
     assert all(e["latent"] != 5 for e in copy.examples()[name])
 
 
-def test_examples_of_any_latent(evaluated: Run) -> None:
-    name = evaluated.coder_names()[0]
-    counts = load_file(evaluated.coder_folder(name) / "firing.safetensors")["counts"]
-    latent = int(counts.argmax())
-    found = latent_examples(evaluated, name, latent, per_stratum=2)
-    assert found["firings"] == counts[latent]
-    assert found["contexts"][0]["stratum"] == 9
-    test = latent_examples(evaluated, name, latent, part="test")
-    assert {c["part"] for c in test["contexts"]} == {"test"}
-    with pytest.raises(UserError, match="no latent 64; they are 0 to 63"):
-        latent_examples(evaluated, name, 64)
-    with pytest.raises(UserError, match="is not one coder; 8 have it"):
-        latent_examples(evaluated, "layers", 0)
-    with pytest.raises(UserError, match="--part both"):
-        latent_examples(evaluated, name, 0, part="both")
-
-
-def test_examples_on_the_command_line(evaluated: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    name = evaluated.coder_names()[0]
-    counts = load_file(evaluated.coder_folder(name) / "firing.safetensors")["counts"]
-    with pytest.raises(SystemExit) as done:
-        main(["examples", str(evaluated.folder), name, str(counts.argmax())])
-    assert not done.value.code
-    out = capsys.readouterr().out
-    assert f"{counts.max():,} firings" in out and "10/10" in out and "<<" in out
-    with pytest.raises(SystemExit):
-        main(["examples", str(evaluated.folder), name, str(counts.argmax()), "--json"])
-    line = json.loads(capsys.readouterr().out.splitlines()[0])
-    assert line["stratum"] == 9 and any(drawn for *_, drawn in line["text"])
-
-
 def test_a_run_whose_store_is_gone_says_what_still_works(
     run: Run, tmp_path: Path, small: EvalConfig
 ) -> None:
@@ -250,19 +218,6 @@ def test_a_finished_evaluation_needs_no_room(
     usage = shutil.disk_usage(tmp_path)._replace(free=50_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     evaluate(evaluated_copy, small)
-
-
-def test_examples_of_another_evaluation_are_not_shown(
-    evaluated_copy: Run, small: EvalConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bsc.eval.evaluate, "latent_figures", stop)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(evaluated_copy, small.model_copy(update={"rows": 64}))
-    with pytest.raises(StoreError, match="no sampled firings"):
-        latent_examples(evaluated_copy, evaluated_copy.coder_names()[0], 0)
 
 
 def test_two_evaluations_of_a_run_do_not_mix(evaluated_copy: Run, small: EvalConfig) -> None:

@@ -17,7 +17,7 @@ from bsc.train import checkpoint, trainer
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.metrics import MetricsWriter
 from bsc.train.resume import resume
-from bsc.train.run import Run, claim
+from bsc.train.run import Run
 from bsc.train.sweep import TrainConfig
 from bsc.train.trainer import train
 
@@ -265,29 +265,6 @@ def test_a_damaged_checkpoint_or_one_of_a_newer_version_is_refused(
         with pytest.raises(StoreError, match=message):
             resume(run.folder, {"tokens": 5_120})
     assert Run.open(run.folder).coder_names()  # the run itself stands
-
-
-def test_a_run_in_use_is_refused(store_path: Path, tmp_path: Path) -> None:
-    run, _ = train(config(store_path, tmp_path, tokens=2_560, coders=CODERS[:1]))
-    with claim(run.folder), pytest.raises(UserError, match="in use"):
-        resume(run.folder, {"tokens": 5_120})
-    resume(run.folder, {"tokens": 5_120})
-
-
-def test_a_run_that_was_killed_before_its_config_was_written_can_begin_again(
-    store_path: Path, tmp_path: Path
-) -> None:
-    sweep = config(store_path, tmp_path, tokens=2_560, coders=CODERS[:1])
-    sweep.folder.mkdir()
-    (sweep.folder / ".lock").write_text("process 1 on elsewhere")
-    (sweep.folder / "config.json.123.partial").write_text("{")
-    with claim(sweep.folder), pytest.raises(UserError, match="is being trained now"):
-        train(sweep)
-    (sweep.folder / ".lock").touch()
-    run, _ = train(sweep)
-    assert {p.name for p in run.folder.iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoint", "coders",
-    }  # fmt: skip
 
 
 def test_without_its_checkpoint_a_complete_run_cannot_go_on(
