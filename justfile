@@ -35,9 +35,9 @@ demo *ARGS:
 bench NAME *ARGS:
     python -m benchmarks.bench_{{NAME}} {{ARGS}}
 
-# train the embedded model again (an hour on two cores); writes bsc/demo/model
+# train the embedded model again (an hour on two cores); writes bsc/embedded/model
 demo-model *ARGS:
-    python -m bsc.demo.recipe {{ARGS}}
+    python -m bsc.embedded.recipe {{ARGS}}
 
 # pin what this environment has installed
 pin:

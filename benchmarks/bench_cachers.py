@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
-import bsc.demo
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.text import TextSource
-from bsc.demo.corpus import documents
+import bsc.embedded
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.model.text import TextSource
+from bsc.embedded.corpus import documents
 from bsc.versions import versions
 
 HOOK, CONTEXT, BATCH = "layers.3.mlp", 256, 8_192
-MODEL = Path(bsc.demo.__path__[0]) / "model"
+MODEL = Path(bsc.embedded.__path__[0]) / "model"
 CHECKS = {
     "bsc": "hashes of chunks and files, sums, finite values; both sides, bfloat16, shuffled",
     "plain": "nothing; one side, bfloat16, in order",

@@ -26,15 +26,15 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import bsc.demo
-from bsc.cache.capture import capture
-from bsc.cache.hookpoints import modules_of
-from bsc.cache.source import CaptureConfig, Source, open_source
-from bsc.cache.store import ActivationStore
-from bsc.cache.text import TextSource, read_text
-from bsc.cache.tokens import ContextBatch, context_batches
-from bsc.cache.verify import verify
-from bsc.demo.corpus import documents
+import bsc.embedded
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.source import CaptureConfig, Source, open_source
+from bsc.cache.model.hookpoints import modules_of
+from bsc.cache.model.text import TextSource, read_text
+from bsc.cache.model.tokens import ContextBatch, context_batches
+from bsc.cache.store.store import ActivationStore
+from bsc.cache.store.verify import verify
+from bsc.embedded.corpus import documents
 from bsc.versions import versions
 
 
@@ -53,7 +53,7 @@ def smollm2_shape(folder: Path) -> Path:
     model = LlamaForCausalLM(config)
     torch.nn.Module.to(model, torch.bfloat16)
     model.save_pretrained(folder)
-    embedded = Path(bsc.demo.__path__[0]) / "model"
+    embedded = Path(bsc.embedded.__path__[0]) / "model"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((embedded / name).read_bytes())
     return folder
@@ -75,7 +75,7 @@ def corpus(folder: Path, characters: int) -> Path:
 def bare_pass(source: Source, batches: list[ContextBatch]) -> float:
     """Seconds of the forward passes alone, cut after the last hookpoint."""
     device = source.lm.model.device
-    from bsc.cache.attention import forward_inputs
+    from bsc.cache.model.attention import forward_inputs
 
     inputs = [
         forward_inputs(

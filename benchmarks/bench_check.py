@@ -30,9 +30,9 @@ import torch
 import xxhash
 
 from benchmarks.bench_store import NAMES, blocks, write_store
-from bsc.cache.layout import Grid
-from bsc.cache.loader import Loader
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.layout import Grid
+from bsc.cache.store.loader import Loader
+from bsc.cache.store.store import ActivationStore
 from bsc.train.sweep import TrainConfig
 from bsc.train.trainer import train
 from bsc.versions import versions

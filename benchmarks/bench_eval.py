@@ -31,17 +31,18 @@ import numpy as np
 import torch
 
 from benchmarks.bench_capture import smollm2_shape
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.models import LanguageModel, load_model
-from bsc.cache.store import ActivationStore
-from bsc.cache.text import TextSource
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.model.models import LanguageModel, load_model
+from bsc.cache.model.text import TextSource
+from bsc.cache.store.store import ActivationStore
 from bsc.devices import keep_freed_memory, pick_device
-from bsc.eval.batches import document_numbers
-from bsc.eval.controls import calibrate
-from bsc.eval.loss import Contexts, Variant, joined, pass_over_contexts
-from bsc.eval.pieces import Pieces
-from bsc.eval.rows import pass_over_rows
-from bsc.eval.splice import coder_replacement, splice
+from bsc.eval.passes.batches import document_numbers
+from bsc.eval.passes.context_pass import Variant, joined, pass_over_contexts
+from bsc.eval.passes.contexts import Contexts
+from bsc.eval.passes.controls import calibrate
+from bsc.eval.passes.pieces import Pieces
+from bsc.eval.passes.row_pass import pass_over_rows
+from bsc.eval.passes.splice import coder_replacement, splice
 from bsc.train.coders.coder import SparseCoder, parameter_shapes
 from bsc.train.coders.config import CoderConfig
 from bsc.versions import versions

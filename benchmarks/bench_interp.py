@@ -34,13 +34,14 @@ from typing import Any
 import httpx
 import numpy as np
 
-from bsc.eval.codes import LatentCode
-from bsc.eval.division import divide
-from bsc.eval.interp.connection import EndpointConfig
-from bsc.eval.interp.endpoint import Endpoint
-from bsc.eval.interp.ledger import Ledger, Reply, key_of
+from bsc.eval.figures.division import divide
+from bsc.eval.interp.judges.connection import EndpointConfig
+from bsc.eval.interp.judges.endpoint import Endpoint
+from bsc.eval.interp.judges.prompts import Request, test_request
+from bsc.eval.interp.judges.reply import Reply
+from bsc.eval.interp.ledger import Ledger, key_of
 from bsc.eval.interp.predictability import contexts_of_tokens, predictability
-from bsc.eval.interp.prompts import Request, test_request
+from bsc.eval.passes.codes import LatentCode
 from bsc.versions import versions
 
 ANSWER = json.dumps({

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from bsc.array_file import read_arrays
-from bsc.eval.intervals import ratio_intervals
+from bsc.eval.figures.intervals import ratio_intervals
 from bsc.train.run import Run
 
 Array = NDArray[np.float64]

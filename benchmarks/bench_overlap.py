@@ -31,14 +31,15 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from bsc.cache import commit, text, tokens
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.ngrams import token_ngrams
-from bsc.cache.overlap import seen_ngrams
-from bsc.cache.sides import is_text_held_out
-from bsc.cache.text import TextSource, parse_text
-from bsc.demo.corpus import documents
-from bsc.held_out import is_held_out
+from bsc.cache.capture import commit
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.capture.overlap import seen_ngrams
+from bsc.cache.model import text, tokens
+from bsc.cache.model.ngrams import token_ngrams
+from bsc.cache.model.sides import is_text_held_out
+from bsc.cache.model.text import TextSource, parse_text
+from bsc.embedded.corpus import documents
+from bsc.embedded.held_out import is_held_out
 from bsc.versions import versions
 
 PARTS = {

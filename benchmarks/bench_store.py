@@ -32,9 +32,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from bsc.cache.commit import advance, complete, create
-from bsc.cache.folder import open_folder
-from bsc.cache.layout import (
+from bsc.cache.capture.commit import advance, complete, create
+from bsc.cache.capture.staging import Staging
+from bsc.cache.capture.writer import SplitWriter
+from bsc.cache.store.folder import open_folder
+from bsc.cache.store.layout import (
     Grid,
     Hookpoint,
     array_specs,
@@ -42,14 +44,12 @@ from bsc.cache.layout import (
     store_attributes,
     store_id_of,
 )
-from bsc.cache.loader import Loader
-from bsc.cache.manifest import PartEnd, TextPoint, WindowRecord, write_end, write_window
-from bsc.cache.scatter import window_sizes
-from bsc.cache.shard import ChannelSums, ShardRecord, index_bytes
-from bsc.cache.staging import Staging
-from bsc.cache.store import ActivationStore
-from bsc.cache.verify import verify
-from bsc.cache.writer import SplitWriter
+from bsc.cache.store.loader import Loader
+from bsc.cache.store.manifest import PartEnd, TextPoint, WindowRecord, write_end, write_window
+from bsc.cache.store.scatter import window_sizes
+from bsc.cache.store.shard import ChannelSums, ShardRecord, index_bytes
+from bsc.cache.store.store import ActivationStore
+from bsc.cache.store.verify import verify
 from bsc.versions import versions
 
 D = 576
@@ -267,8 +267,8 @@ def make_huge(root: Path) -> Grid:
 OPEN = """
 import json, sys, time
 import torch
-from bsc.cache.store import ActivationStore
-from bsc.cache.loader import Loader
+from bsc.cache.store.store import ActivationStore
+from bsc.cache.store.loader import Loader
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 before = peak()
@@ -350,8 +350,8 @@ def bench_memory(folder: Path, repeats: int) -> dict[str, Any]:
 CAPTURE = """
 import sys
 from pathlib import Path
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.text import TextSource
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.model.text import TextSource
 capture(CaptureConfig(model="demo", store=sys.argv[1], text=TextSource(corpus="stdlib"),
                       hookpoints=("layers.3.mlp",), tokens=int(sys.argv[2]), context=256))
 print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024)

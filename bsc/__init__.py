@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from bsc.zarr_on_import import register_with_zarr
 
 if TYPE_CHECKING:
-    from bsc.cache.capture import CaptureConfig, capture
-    from bsc.cache.store import ActivationStore
+    from bsc.cache.capture.capture import CaptureConfig, capture
+    from bsc.cache.store.store import ActivationStore
     from bsc.errors import UserError
     from bsc.eval.evaluate import evaluate
     from bsc.eval.report.report import write_report
@@ -44,14 +44,14 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOME = {
-    "ActivationStore": "bsc.cache.store",
-    "CaptureConfig": "bsc.cache.capture",
+    "ActivationStore": "bsc.cache.store.store",
+    "CaptureConfig": "bsc.cache.capture.capture",
     "CoderConfig": "bsc.train.coders.config",
     "Run": "bsc.train.run",
     "SparseCoder": "bsc.train.coders.coder",
     "TrainConfig": "bsc.train.sweep",
     "UserError": "bsc.errors",
-    "capture": "bsc.cache.capture",
+    "capture": "bsc.cache.capture.capture",
     "evaluate": "bsc.eval.evaluate",
     "train_sweep": "bsc.train.trainer",
     "write_report": "bsc.eval.report.report",

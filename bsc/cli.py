@@ -17,6 +17,7 @@ import typer
 import bsc.cache.cli
 import bsc.demo.cli
 import bsc.eval.cli
+import bsc.eval.exports.cli
 import bsc.eval.interp.cli
 import bsc.train.cli
 from bsc.errors import UserError
@@ -73,6 +74,7 @@ bsc.cache.cli.add_commands(app)
 bsc.train.cli.add_commands(app)
 bsc.eval.cli.add_commands(app)
 bsc.eval.interp.cli.add_commands(app)
+bsc.eval.exports.cli.add_commands(app)
 app.command(epilog="Example: bsc info acts")(info)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bsc.cache.layout import DATA
-from bsc.cache.shuffle import check_shuffle
-from bsc.cache.split import StoreSplit
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.layout import DATA
+from bsc.cache.store.shuffle import check_shuffle
+from bsc.cache.store.split import StoreSplit
+from bsc.cache.store.store import ActivationStore
 from bsc.errors import StoreError
 from bsc.formats import percent
 from bsc.progress import format_bytes

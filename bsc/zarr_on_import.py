@@ -16,7 +16,7 @@ from types import ModuleType
 
 __all__ = ["register_with_zarr"]
 
-_TYPE = "bsc.cache.zarr_bfloat16"
+_TYPE = "bsc.cache.store.zarr_bfloat16"
 
 
 class _ThenRegister(Loader):

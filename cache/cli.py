@@ -14,7 +14,7 @@ from bsc.counts import parse_count
 from bsc.flags import MACHINE, AsJson, Device, flag
 
 if TYPE_CHECKING:
-    from bsc.cache.capture import CaptureConfig
+    from bsc.cache.capture.capture import CaptureConfig
 
 __all__ = ["add_commands"]
 
@@ -109,9 +109,9 @@ def _config(
     **fields: Any,
 ) -> CaptureConfig:  # fmt: skip
     """The config of a capture from its flags."""
-    from bsc.cache.capture import CaptureConfig
-    from bsc.cache.models import resolve_model
-    from bsc.cache.text import TextSource, default_text, parse_text, resolve_dataset
+    from bsc.cache.capture.capture import CaptureConfig
+    from bsc.cache.model.models import resolve_model
+    from bsc.cache.model.text import TextSource, default_text, parse_text, resolve_dataset
     from bsc.errors import UserError
 
     if text and dataset:
@@ -166,7 +166,7 @@ def cache(
 
     A capture that was killed goes on when the same command is given again.
     """
-    from bsc.cache.capture import capture
+    from bsc.cache.capture.capture import capture
     from bsc.devices import rank_and_world
     from bsc.files import canonical_json
     from bsc.progress import format_bytes
@@ -243,7 +243,7 @@ def plan(
 
     Takes the flags of `bsc cache`. Of the model only the config is needed, unless --probe is given.
     """
-    from bsc.cache.estimate import estimate
+    from bsc.cache.capture.estimate import estimate
     from bsc.files import canonical_json
 
     config = _config(
@@ -277,8 +277,8 @@ def modules(
     from rich.console import Console
     from rich.table import Table
 
-    from bsc.cache.architectures import list_modules
-    from bsc.cache.models import load_architecture
+    from bsc.cache.model.architectures import list_modules
+    from bsc.cache.model.models import load_architecture
     from bsc.files import canonical_json
 
     base, _ = load_architecture(model, revision=revision)
@@ -307,8 +307,8 @@ def verify(
 
     Exits 0 when all is right, 1 when not: every problem is printed with the file it is in.
     """
-    from bsc.cache.store import ActivationStore
-    from bsc.cache.verify import verify as verify_store
+    from bsc.cache.store.store import ActivationStore
+    from bsc.cache.store.verify import verify as verify_store
     from bsc.errors import StoreError
     from bsc.files import canonical_json
     from bsc.formats import printable
@@ -344,8 +344,8 @@ def shuffle_check(
     The design effect is the variance of a batch's mean over that of independent rows: 1 is a
     perfect shuffle, 2 means that a batch is worth half its rows.
     """
-    from bsc.cache.shuffle import check_shuffle
-    from bsc.cache.store import ActivationStore
+    from bsc.cache.store.shuffle import check_shuffle
+    from bsc.cache.store.store import ActivationStore
     from bsc.files import canonical_json
 
     found = check_shuffle(ActivationStore(path), batch_rows=batch_rows, batches=batches)

@@ -66,7 +66,7 @@ def evaluate(
     from bsc.eval.elsewhere import run_on
     from bsc.eval.evaluate import EvalConfig
     from bsc.eval.evaluate import evaluate as evaluate_run
-    from bsc.eval.table import figures_table
+    from bsc.eval.figures_table import figures_table
     from bsc.files import canonical_json
     from bsc.train.run import Run
 
@@ -128,7 +128,7 @@ def compare(
     Coders of one name are a pair. "Latents alike" is the mean cosine of matched decoder rows.
     """
     from bsc.eval.compare import compare_runs
-    from bsc.eval.table import comparison_table
+    from bsc.eval.figures_table import comparison_table
     from bsc.files import canonical_json
     from bsc.train.run import Run
 

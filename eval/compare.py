@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from bsc.array_file import read_arrays
 from bsc.errors import UserError
-from bsc.eval.firing import firing_counts
-from bsc.eval.intervals import ratio_intervals, value_interval
-from bsc.eval.stability import stability_figures
+from bsc.eval.figures.firing import firing_counts
+from bsc.eval.figures.intervals import ratio_intervals, value_interval
+from bsc.eval.figures.stability import stability_figures
 from bsc.files import canonical_json
 from bsc.records import expected_form
 from bsc.train.run import Run

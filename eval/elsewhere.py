@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path, PurePosixPath
 
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.store import ActivationStore
 from bsc.errors import UserError
 from bsc.records import write_record
 from bsc.train.run import Run

@@ -6,8 +6,8 @@ where they stopped. What is written:
     RUN/eval.json                   every figure
     RUN/eval/examples.json          contexts of some latents of each coder, for the report
     RUN/eval/documents.safetensors  sums by document, which `bsc compare` pairs runs by
-    RUN/eval/codes/<coder>/         every firing (eval/codes.py)
-    RUN/eval/samples/<coder>.safetensors     sampled firings of every latent (eval/examples.py)
+    RUN/eval/codes/<coder>/         every firing (passes/codes.py)
+    RUN/eval/samples/<coder>.safetensors     sampled firings of every latent (figures/examples.py)
     RUN/eval/{rows,losses,ablation}/         pieces that an interrupted evaluation goes on from
 """
 
@@ -26,26 +26,27 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from bsc.array_file import write_arrays
-from bsc.cache.ring import first_kept
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.ring import first_kept
+from bsc.cache.store.store import ActivationStore
 from bsc.config import Config
 from bsc.devices import keep_freed_memory
 from bsc.errors import StoreError
-from bsc.eval.ablation import AblationPlan, ablate
-from bsc.eval.batches import document_numbers, piece_ranges
-from bsc.eval.codes import Codes
-from bsc.eval.controls import CALIBRATION_ROWS, TOLERANCE, Calibration, calibrate
-from bsc.eval.fidelity import fidelity_figures, fvu, fvu_difference
-from bsc.eval.firing import firing_figures, write_firing_counts
-from bsc.eval.labelled import EMBEDDED, LabelledTexts, read_sets
-from bsc.eval.latents import latent_figures
-from bsc.eval.loss import CLEAN, Contexts, LossSums, added_loss, contexts_of
-from bsc.eval.loss_figures import loss_figures, loss_sums, loss_variants, together
-from bsc.eval.pieces import Pieces
-from bsc.eval.probing import probing_figures
-from bsc.eval.rows import Sums, add_up, pass_over_rows
-from bsc.eval.setting import Setting, open_setting
-from bsc.eval.stability import run_stability
+from bsc.eval.figures.ablation import AblationPlan, ablate
+from bsc.eval.figures.fidelity import fidelity_figures, fvu, fvu_difference
+from bsc.eval.figures.firing import firing_figures, write_firing_counts
+from bsc.eval.figures.labelled import EMBEDDED, LabelledTexts, read_sets
+from bsc.eval.figures.latents import latent_figures
+from bsc.eval.figures.loss import added_loss, loss_figures, loss_sums, loss_variants, together
+from bsc.eval.figures.probing import probing_figures
+from bsc.eval.figures.stability import run_stability
+from bsc.eval.passes.batches import document_numbers, piece_ranges
+from bsc.eval.passes.codes import Codes
+from bsc.eval.passes.context_pass import CLEAN, LossSums
+from bsc.eval.passes.contexts import Contexts, contexts_of
+from bsc.eval.passes.controls import CALIBRATION_ROWS, TOLERANCE, Calibration, calibrate
+from bsc.eval.passes.pieces import Pieces
+from bsc.eval.passes.row_pass import Sums, add_up, pass_over_rows
+from bsc.eval.passes.setting import Setting, open_setting
 from bsc.progress import console, format_bytes, stage
 from bsc.records import write_record
 from bsc.train.run import EVAL_VERSION, Run, as_run, claim

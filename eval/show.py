@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.text import Text
 
 from bsc.array_file import read_arrays
-from bsc.cache.models import load_tokenizer
+from bsc.cache.model.models import load_tokenizer
 from bsc.errors import StoreError, UserError
-from bsc.eval.codes import Codes
-from bsc.eval.division import PARTS
-from bsc.eval.examples import Sample, Windows
-from bsc.eval.pieces import Pieces
-from bsc.eval.setting import open_store
+from bsc.eval.figures.division import PARTS
+from bsc.eval.figures.examples import Sample, Windows
+from bsc.eval.passes.codes import Codes
+from bsc.eval.passes.pieces import Pieces
+from bsc.eval.passes.setting import open_store
 from bsc.formats import printable
 from bsc.train.run import Run
 

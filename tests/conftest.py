@@ -17,15 +17,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import bsc.demo
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.store import ActivationStore
-from bsc.cache.text import TextSource
+import bsc.embedded
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.model.text import TextSource
+from bsc.cache.store.store import ActivationStore
 from bsc.train.run import Run
 from bsc.train.sweep import TrainConfig
 from bsc.train.trainer import train
 
-EMBEDDED = Path(bsc.demo.__path__[0]) / "model"
+EMBEDDED = Path(bsc.embedded.__path__[0]) / "model"
 
 
 def make_model(folder: Path, **shape: int) -> Path:

@@ -20,11 +20,11 @@ import transformers
 from safetensors.torch import load_file
 
 import bsc
-from bsc.cache.architectures import MLPS, default_hookpoints, list_modules, warn_of_residual
-from bsc.cache.attention import document_separation, forward_inputs
-from bsc.cache.folder import LocalFolder
-from bsc.cache.hookpoints import RowTap
-from bsc.cache.store import ActivationStore
+from bsc.cache.model.architectures import MLPS, default_hookpoints, list_modules, warn_of_residual
+from bsc.cache.model.attention import document_separation, forward_inputs
+from bsc.cache.model.hookpoints import RowTap
+from bsc.cache.store.folder import LocalFolder
+from bsc.cache.store.store import ActivationStore
 from bsc.cli import main
 from bsc.errors import StoreError, UserError
 from bsc.eval.interp.sampling import choose

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.text import TextSource
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.model.text import TextSource
 from bsc.cli import main
 from bsc.eval.evaluate import EvalConfig, evaluate
 from bsc.eval.interp.material import InterpConfig, Materials

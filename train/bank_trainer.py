@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bsc.cache.kept import kept_moments
-from bsc.cache.split import Moments
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.kept import kept_moments
+from bsc.cache.store.split import Moments
+from bsc.cache.store.store import ActivationStore
 from bsc.errors import ConfigError, UserError
 from bsc.train.coders import kernels
 from bsc.train.coders.bank import Bank

@@ -223,8 +223,8 @@ def train(
     from bsc.train.job import make_job
     from bsc.train.plan import plan_sweep
     from bsc.train.resume import resume as resume_run
+    from bsc.train.summary_table import summary_table
     from bsc.train.sweep import TrainConfig
-    from bsc.train.table import summary_table
     from bsc.train.trainer import train as train_sweep
 
     values: dict[str, Any] = read_toml(sweep) if sweep else {}

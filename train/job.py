@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.store import ActivationStore
 from bsc.devices import pick_device
 from bsc.errors import UserError
 from bsc.train.memory import available_bytes, plan_memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.store import ActivationStore
 from bsc.config import parse_config
 from bsc.errors import ConfigError, StoreError, UserError, nearest
 from bsc.train.checkpoint import load_checkpoint

@@ -26,8 +26,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from bsc.cache.layout import Hookpoint
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.layout import Hookpoint
+from bsc.cache.store.store import ActivationStore
 from bsc.config import Config, parse_config
 from bsc.errors import ConfigError
 from bsc.train.coders.config import BINARY_ONLY, CoderConfig

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from bsc.cache.loader import SHARDS_AT_ONCE, START, Cursor, Loader
-from bsc.cache.ring import RingReader, reading
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.loader import SHARDS_AT_ONCE, START, Cursor, Loader
+from bsc.cache.store.ring import RingReader, reading
+from bsc.cache.store.store import ActivationStore
 from bsc.devices import keep_freed_memory
 from bsc.errors import UserError
 from bsc.files import make_folder

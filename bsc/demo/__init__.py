@@ -1,1 +1,1 @@
-"""The embedded model, its text, the recipe that made it, and the demo of the whole chain."""
+"""The demo: the whole chain on the embedded model."""

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.text import TextSource
-from bsc.cache.verify import verify
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.model.text import TextSource
+from bsc.cache.store.verify import verify
 from bsc.errors import StoreError
 from bsc.eval.evaluate import EvalConfig, evaluate
 from bsc.eval.interp.material import InterpConfig, Materials

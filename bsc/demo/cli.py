@@ -17,7 +17,7 @@ def demo(
 ) -> None:
     """Run the whole chain on the embedded model and text: offline, a few minutes on two cores."""
     from bsc.demo.chain import run_demo
-    from bsc.eval.table import figures_table
+    from bsc.eval.figures_table import figures_table
 
     result = run_demo(out)
     figures_table(result.evaluation, "Held-out figures")

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from bsc.errors import UserError
-from bsc.eval.codes import LatentCode
 from bsc.eval.interp.material import Material, Materials
+from bsc.eval.passes.codes import LatentCode
 from bsc.files import make_folder, write_atomically, write_json
 from bsc.progress import stage
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from bsc.errors import UserError
-from bsc.eval.examples import STRATA
+from bsc.eval.figures.examples import STRATA
 from bsc.eval.interp.material import Material, Materials
 from bsc.eval.show import load_sample
 from bsc.files import make_folder, write_atomically

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from bsc.eval.figures.intervals import LEVEL, MIN_BLOCKS, Interval
 from bsc.eval.interp.sampling import Chosen, Design
-from bsc.eval.intervals import LEVEL, MIN_BLOCKS, Interval
 
 __all__ = ["POWER", "estimate", "frequency_adjusted", "latents_needed", "summary"]
 

@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 
 from bsc.errors import UserError, nearest
+from bsc.eval.figures.scores import read_table
 from bsc.eval.interp.cost import Estimate, Meter, estimate_requests
 from bsc.eval.interp.evidence import Evidence
-from bsc.eval.interp.judges import Judge
-from bsc.eval.interp.ledger import Ledger, Reply, key_of
+from bsc.eval.interp.judges.judge import Judge
+from bsc.eval.interp.judges.prompts import MAX_EXPLANATION, Request, explanation_in, is_refusal
+from bsc.eval.interp.judges.reply import Reply
+from bsc.eval.interp.judges.wire import whole
+from bsc.eval.interp.ledger import Ledger, key_of
 from bsc.eval.interp.material import Material, Materials
-from bsc.eval.interp.prompts import MAX_EXPLANATION, Request, explanation_in, is_refusal
 from bsc.eval.interp.questions import Question, TestKind, explain_question, test_questions
-from bsc.eval.interp.wire import whole
-from bsc.eval.scores import read_table
 from bsc.progress import console, stage
 
 __all__ = ["Interpretation"]

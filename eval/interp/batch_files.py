@@ -14,9 +14,9 @@ from typing import Any
 
 from bsc.errors import UserError
 from bsc.eval.interp.asking import Interpretation
-from bsc.eval.interp.ledger import Reply
-from bsc.eval.interp.prompts import Request
-from bsc.eval.interp.wire import reply_of, whole
+from bsc.eval.interp.judges.prompts import Request
+from bsc.eval.interp.judges.reply import Reply
+from bsc.eval.interp.judges.wire import reply_of, whole
 from bsc.files import canonical_json, write_atomically
 from bsc.records import parse_json
 

@@ -1,4 +1,4 @@
-"""The commands `bsc interp` and `bsc export`. They parse, call and print."""
+"""The command `bsc interp`. It parses, calls and prints."""
 
 from __future__ import annotations
 
@@ -94,13 +94,13 @@ def interp(
     """
     from bsc.config import parse_config
     from bsc.errors import UserError
-    from bsc.eval.interp.connection import is_endpoint
     from bsc.eval.interp.cost import Prices
     from bsc.eval.interp.interp import cost_of, export_requests, import_replies, interpret
-    from bsc.eval.interp.judges import NamedJudge, open_judge
+    from bsc.eval.interp.judges.connection import is_endpoint
+    from bsc.eval.interp.judges.judge import NamedJudge, open_judge
     from bsc.eval.interp.material import InterpConfig, Materials
     from bsc.eval.interp.offline import offline_scores
-    from bsc.eval.interp.table import cost_table, interp_table, offline_table
+    from bsc.eval.interp.scores_table import cost_table, interp_table, offline_table
     from bsc.files import canonical_json
     from bsc.train.run import Run
 
@@ -163,47 +163,8 @@ def interp(
         interp_table(result["judge"])
 
 
-def export(
-    run: Annotated[Path, typer.Argument(help="Folder of an evaluated run.")],
-    coder: Annotated[str, typer.Argument(help="Name of a coder, or a part of it.")],
-    out: Annotated[Path, flag("New folder to write into.")],
-    format_: Annotated[str, flag("delphi or neuronpedia.", None, "--format")] = "delphi",
-    explanations: Annotated[
-        Path | None,
-        flag("For neuronpedia: RUN/interp/<judge>/latents.jsonl.", default="none"),
-    ] = None,
-    creator: Annotated[str, flag("For neuronpedia: who publishes it.")] = "bsc",
-    store: StoreNow = None,
-    model: ModelNow = None,
-) -> None:
-    """Write a coder's firings as delphi's cache or as Neuronpedia's upload format."""
-    from bsc.errors import UserError, nearest
-    from bsc.eval.exports.delphi import write_delphi_cache
-    from bsc.eval.exports.neuronpedia import write_neuronpedia
-    from bsc.eval.interp.material import InterpConfig, Materials
-    from bsc.train.run import Run
-
-    formats = ("delphi", "neuronpedia")
-    if format_ not in formats:
-        raise UserError(
-            f"--format {format_}: should be {' or '.join(formats)}{nearest(format_, formats)}."
-        )
-    materials = Materials(Run.open(run), InterpConfig(coders=(coder,)), store=store, model=model)
-    material = materials.of(materials.names[0])
-    if format_ == "delphi":
-        written = write_delphi_cache(materials, material, out)
-    else:
-        written = write_neuronpedia(
-            materials, material, out, creator=creator, explanations=explanations
-        )
-    typer.echo(str(written))
-
-
 def add_commands(app: typer.Typer) -> None:
-    """Put the commands into the command line."""
+    """Put the command into the command line."""
     app.command(
         epilog="Example: bsc interp runs/run --judge http://localhost:8000/v1 --coder binary-k32"
     )(interp)
-    app.command(epilog="Example: bsc export runs/run binary-k32 --format neuronpedia --out upload")(
-        export
-    )

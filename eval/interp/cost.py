@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from bsc.config import Config
-from bsc.eval.interp.ledger import Reply
-from bsc.eval.interp.prompts import Request
+from bsc.eval.interp.judges.prompts import Request
+from bsc.eval.interp.judges.reply import Reply
 
 __all__ = ["Estimate", "Meter", "Prices", "estimate_requests"]
 

@@ -2,7 +2,7 @@
 
 A window is a run of tokens of one text. Those that the explanation is written from, those of the
 tests in which the latent fires and those in which it does not come from different documents: half
-of all documents, by a hash of their number, are to explain from (eval/examples.py), and each other
+of all documents, by a hash of their number, are to explain from (division.py), and each other
 one is, by a hash of its number and the latent's, for windows with or for windows without firings.
 
 Every window without firings is made for one with firings: it is as long, its marked tokens are in
@@ -23,9 +23,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bsc.cache.hashing import hash64
-from bsc.eval.division import EXPLAIN, NEITHER, TEST
-from bsc.eval.examples import STRATA, Windows
+from bsc.eval.figures.division import EXPLAIN, NEITHER, TEST
+from bsc.eval.figures.examples import STRATA, Windows
+from bsc.hashing import hash64
 
 __all__ = ["MIN_WINDOWS", "Evidence", "Marking", "Texts", "Window", "gather"]
 

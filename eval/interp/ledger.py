@@ -15,39 +15,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from bsc.errors import StoreError
-from bsc.eval.interp.prompts import PROMPTS_VERSION, Request
-from bsc.eval.pieces import identity_of
+from bsc.eval.interp.judges.prompts import PROMPTS_VERSION, Request
+from bsc.eval.interp.judges.reply import Reply
+from bsc.eval.passes.pieces import identity_of
 from bsc.files import canonical_json
 from bsc.records import parse_json
 
-__all__ = ["Ledger", "Reply", "key_of"]
+__all__ = ["Ledger", "key_of"]
 
 _SYNC_EVERY = 1.0
 """Seconds between calls that make it survive a power cut, too; a kill it survives anyway."""
-
-Status = Literal["ok", "refused", "failed"]
-
-
-class Reply(NamedTuple):
-    """What came of a question."""
-
-    status: Status
-    """failed: there was no answer, and the question is asked again another time."""
-    text: str = ""
-    yes: list[list[float]] | None = None
-    """[place in the text, probability of 1] of each answer, where the judge gives probabilities; of
-    an intruder question the probabilities of the numbers."""
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    counted: bool = True
-    """Whether the judge said how many tokens; else they are estimated."""
-    attempts: int = 1
-    seconds: float = 0.0
-    error: str = ""
 
 
 def key_of(model: str, parameters: dict[str, Any], request: Request) -> str:

@@ -12,18 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from bsc.cache.models import load_tokenizer
+from bsc.cache.model.models import load_tokenizer
 from bsc.config import Config, parse_config
 from bsc.errors import StoreError, UserError
-from bsc.eval.batches import rows_read
-from bsc.eval.codes import Codes, LatentCode
-from bsc.eval.examples import Windows
-from bsc.eval.firing import firing_counts
+from bsc.eval.figures.examples import Windows
+from bsc.eval.figures.firing import firing_counts
 from bsc.eval.interp.evidence import Evidence, Marking, Texts, gather
 from bsc.eval.interp.questions import TESTS, TestKind
 from bsc.eval.interp.sampling import Chosen, Design, choose
-from bsc.eval.pieces import Pieces
-from bsc.eval.setting import open_store
+from bsc.eval.passes.batches import rows_read
+from bsc.eval.passes.codes import Codes, LatentCode
+from bsc.eval.passes.pieces import Pieces
+from bsc.eval.passes.setting import open_store
 from bsc.train.coders.config import CoderConfig
 from bsc.train.run import Run
 

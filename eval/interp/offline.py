@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bsc.eval.figures.intervals import ratio_intervals
 from bsc.eval.interp.aggregate import summary
 from bsc.eval.interp.material import Material, Materials
 from bsc.eval.interp.overlap import overlap_answers, token_weights
@@ -28,8 +29,7 @@ from bsc.eval.interp.predictability import (
     predictability,
 )
 from bsc.eval.interp.questions import CHANCE, intruder_groups, question_rng
-from bsc.eval.intervals import ratio_intervals
-from bsc.eval.pieces import Pieces
+from bsc.eval.passes.pieces import Pieces
 from bsc.files import write_atomically
 from bsc.progress import stage
 from bsc.records import read_record, write_record

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from bsc.cache.hashing import hash64
-from bsc.eval.codes import LatentCode
-from bsc.eval.division import EXPLAIN, NEITHER
+from bsc.eval.figures.division import EXPLAIN, NEITHER
+from bsc.eval.passes.codes import LatentCode
+from bsc.hashing import hash64
 
 __all__ = ["CONTEXTS", "Contexts", "Predictability", "contexts_of_tokens", "predictability"]
 
@@ -73,7 +73,7 @@ def contexts_of_tokens(
         doc_id: (rows,) document of each.
         position: (rows,) position in the text; where it does not count up, another text begins.
         read: (rows,) whether the row was evaluated.
-        division: (rows,) what the row is for (eval/division.py).
+        division: (rows,) what the row is for (figures/division.py).
         seed: of the hashes and of the halves.
     """
     n = len(ids)

@@ -17,8 +17,7 @@ import numpy as np
 from scipy import stats
 
 from bsc.eval.interp.evidence import MIN_WINDOWS, Evidence, Texts, Window
-from bsc.eval.interp.ledger import Reply
-from bsc.eval.interp.prompts import (
+from bsc.eval.interp.judges.prompts import (
     Request,
     answers_in,
     explain_request,
@@ -26,6 +25,7 @@ from bsc.eval.interp.prompts import (
     is_refusal,
     test_request,
 )
+from bsc.eval.interp.judges.reply import Reply
 
 __all__ = [
     "INTRUDER_EXCERPTS",

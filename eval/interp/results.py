@@ -19,9 +19,9 @@ import numpy as np
 from bsc.eval.interp.aggregate import MISSING, POWER, summary
 from bsc.eval.interp.asking import Interpretation
 from bsc.eval.interp.cost import Meter, Prices
+from bsc.eval.interp.judges.prompts import PROMPTS_VERSION
 from bsc.eval.interp.material import Material
 from bsc.eval.interp.offline import scores_csv
-from bsc.eval.interp.prompts import PROMPTS_VERSION
 from bsc.eval.interp.questions import CHANCE, Question, read_answers, score
 from bsc.files import write_atomically
 from bsc.formats import percent

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bsc.cache.hashing import hash64
 from bsc.formats import percent
+from bsc.hashing import hash64
 
 __all__ = ["DESIGNS", "Chosen", "Design", "choose"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from bsc.errors import UserError
+from bsc.eval.report.coders import CoderRow, read_rows, run_labels
 from bsc.eval.report.interp import Scored, read_interp
 from bsc.eval.report.report import drawings
-from bsc.eval.report.rows import CoderRow, read_rows, run_labels
 from bsc.eval.report.summary import matched_tables
 from bsc.files import write_atomically, write_json
 from bsc.train.run import Run

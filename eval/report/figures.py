@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from bsc.eval.firing import ULTRA
+from bsc.eval.figures.firing import ULTRA
+from bsc.eval.report.coders import CoderRow, by_panel
 from bsc.eval.report.drawing import (
     COLOURS,
     INK,
@@ -20,7 +21,6 @@ from bsc.eval.report.drawing import (
     one_legend,
     panels,
 )
-from bsc.eval.report.rows import CoderRow, by_panel
 
 __all__ = ["ablations", "curves", "firing_histograms", "probing", "training_curves"]
 

@@ -10,7 +10,7 @@ from bsc.errors import StoreError
 from bsc.eval.interp.offline import OFFLINE_VERSION
 from bsc.eval.interp.questions import CHANCE
 from bsc.eval.interp.results import INTERP_VERSION
-from bsc.eval.report.rows import CoderRow
+from bsc.eval.report.coders import CoderRow
 from bsc.records import parse_json, read_record
 from bsc.train.run import Run
 

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from bsc.eval.report.coders import CoderRow, by_panel
 from bsc.eval.report.drawing import (
     COLOURS,
     INK,
@@ -19,7 +20,6 @@ from bsc.eval.report.drawing import (
     panels,
 )
 from bsc.eval.report.interp import Scored, ScoreSet
-from bsc.eval.report.rows import CoderRow, by_panel
 
 __all__ = ["frequency_curves", "scores"]
 

@@ -18,14 +18,14 @@ import jinja2
 from markupsafe import Markup
 
 from bsc.errors import UserError
-from bsc.eval.examples import STRATA
-from bsc.eval.intervals import MIN_BLOCKS
+from bsc.eval.figures.examples import STRATA
+from bsc.eval.figures.intervals import MIN_BLOCKS
 from bsc.eval.report import figures
+from bsc.eval.report.coders import CoderRow, read_rows, run_labels
 from bsc.eval.report.drawing import COLOURS, Drawing
 from bsc.eval.report.figures import Curve
 from bsc.eval.report.interp import Scored, read_interp
 from bsc.eval.report.interp_figures import frequency_curves, scores
-from bsc.eval.report.rows import CoderRow, read_rows, run_labels
 from bsc.eval.report.summary import control_table, matched_tables, summary
 from bsc.files import write_atomically
 from bsc.formats import interval, percent, percent_interval, printable

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bsc.eval.rate import matched
-from bsc.eval.report.rows import CoderRow, by_panel
+from bsc.eval.figures.rate import matched
+from bsc.eval.report.coders import CoderRow, by_panel
 from bsc.formats import percent_span
 
 __all__ = ["control_table", "matched_tables", "summary"]

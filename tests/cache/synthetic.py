@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from bsc.cache.commit import advance, complete, create, split_start
-from bsc.cache.folder import open_folder
-from bsc.cache.layout import (
+from bsc.cache.capture.commit import advance, complete, create, split_start
+from bsc.cache.capture.staging import Staging
+from bsc.cache.capture.writer import SplitWriter
+from bsc.cache.store.folder import open_folder
+from bsc.cache.store.layout import (
     Codec,
     Grid,
     Hookpoint,
@@ -22,10 +24,8 @@ from bsc.cache.layout import (
     store_attributes,
     store_id_of,
 )
-from bsc.cache.manifest import PartEnd, TextPoint, write_end
-from bsc.cache.staging import Staging
-from bsc.cache.store import ActivationStore
-from bsc.cache.writer import SplitWriter
+from bsc.cache.store.manifest import PartEnd, TextPoint, write_end
+from bsc.cache.store.store import ActivationStore
 from bsc.files import canonical_json
 from bsc.records import sealed
 

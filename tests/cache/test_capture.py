@@ -13,15 +13,15 @@ import torch
 import zarr
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-import bsc.cache.capture as capture_module
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.hookpoints import RowTap, expand_braces, match_hookpoints
-from bsc.cache.models import load_model
-from bsc.cache.source import Source
-from bsc.cache.store import ActivationStore
-from bsc.cache.text import TextSource, read_text
-from bsc.cache.tokens import context_batches
-from bsc.cache.verify import verify
+import bsc.cache.capture.capture as capture_module
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.capture.source import Source
+from bsc.cache.model.hookpoints import RowTap, expand_braces, match_hookpoints
+from bsc.cache.model.models import load_model
+from bsc.cache.model.text import TextSource, read_text
+from bsc.cache.model.tokens import context_batches
+from bsc.cache.store.store import ActivationStore
+from bsc.cache.store.verify import verify
 from bsc.errors import UserError
 from tests.conftest import EMBEDDED, make_model
 
@@ -259,7 +259,7 @@ def test_text_that_fails_on_the_way_keeps_what_was_committed(
             yield document
 
     monkeypatch.setattr(capture_module, "read_text", failing)
-    monkeypatch.setattr("bsc.cache.tokens._DOCUMENTS_AT_ONCE", 2)
+    monkeypatch.setattr("bsc.cache.model.tokens._DOCUMENTS_AT_ONCE", 2)
     with pytest.raises(UserError, match=r"the connection broke\. .* keeps the [\d,]+ rows"):
         capture(
             CaptureConfig(

@@ -9,11 +9,11 @@ import pytest
 import torch
 import xxhash
 
-from bsc.cache.folder import open_folder
-from bsc.cache.layout import Codec, Grid
-from bsc.cache.loader import Loader
-from bsc.cache.manifest import read_shard_hashes, read_window
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.folder import open_folder
+from bsc.cache.store.layout import Codec, Grid
+from bsc.cache.store.loader import Loader
+from bsc.cache.store.manifest import read_shard_hashes, read_window
+from bsc.cache.store.store import ActivationStore
 from bsc.cli import main
 from bsc.errors import StoreError
 from bsc.train.run import Run

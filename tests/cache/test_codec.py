@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from bsc.cache.codec import compress, decompress, dequantised, quantise
-from bsc.cache.layout import CODECS
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.codec import compress, decompress, dequantised, quantise
+from bsc.cache.store.layout import CODECS
+from bsc.cache.store.store import ActivationStore
 from bsc.errors import StoreError
 from tests.cache.synthetic import make_store
 from tests.cache.test_writer import GRID

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bsc.cache.layout import Codec, Grid
-from bsc.cache.verify import verify
+from bsc.cache.store.layout import Codec, Grid
+from bsc.cache.store.verify import verify
 from tests.cache.synthetic import make_store
 
 TRIALS = 600

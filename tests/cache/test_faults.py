@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-import bsc.cache.capture as capture_module
-from bsc.cache.capture import capture
-from bsc.cache.source import Source
-from bsc.cache.store import ActivationStore
-from bsc.cache.verify import verify
+import bsc.cache.capture.capture as capture_module
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.source import Source
+from bsc.cache.store.store import ActivationStore
+from bsc.cache.store.verify import verify
 from bsc.errors import StoreError, UserError
 from bsc.records import sealed
 from tests.cache.synthetic import files_of
@@ -54,7 +54,7 @@ def test_a_disk_that_fills_up_keeps_what_is_committed_and_goes_on_when_there_is_
     ballast = small_disk / "another.file"
     ballast.write_bytes(bytes(3_600_000))
     # Somebody else fills the disk after the check.
-    monkeypatch.setattr("bsc.cache.capture.check_disk", lambda *args: None)
+    monkeypatch.setattr("bsc.cache.capture.capture.check_disk", lambda *args: None)
     with pytest.raises(
         UserError, match=r"writing the store failed \(No space left on device\)"
     ) as e:
@@ -289,8 +289,8 @@ def test_a_copy_of_a_store_elsewhere_is_the_same_store(store_path: Path, tmp_pat
 
 
 def test_an_lz4_shard_with_a_hostile_index_is_refused(tmp_path: Path) -> None:
-    from bsc.cache.layout import Grid
-    from bsc.cache.shard import index_bytes
+    from bsc.cache.store.layout import Grid
+    from bsc.cache.store.shard import index_bytes
     from tests.cache.synthetic import make_store
 
     make_store(tmp_path / "s", 192, Grid(96, 24, 2), window=2, codec="lz4")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from bsc.cache.layout import CODECS, Codec, Grid
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.layout import CODECS, Codec, Grid
+from bsc.cache.store.store import ActivationStore
 from tests.cache.synthetic import make_store
 
 PAGE = (Path(__file__).parent.parent.parent / "docs/format.md").read_text()

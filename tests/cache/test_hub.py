@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.store import ActivationStore
 from tests.conftest import EMBEDDED
 
 REPO = "HuggingFaceTB/SmolLM2-135M"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bsc.cache.layout import MAX_DROPPED, MAX_SHARD_ROWS, Grid
+from bsc.cache.store.layout import MAX_DROPPED, MAX_SHARD_ROWS, Grid
 
 
 @pytest.mark.parametrize(

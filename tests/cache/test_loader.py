@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from bsc.cache.kept import kept_moments
-from bsc.cache.layout import Codec, Grid
-from bsc.cache.loader import Cursor, Loader
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.kept import kept_moments
+from bsc.cache.store.layout import Codec, Grid
+from bsc.cache.store.loader import Cursor, Loader
+from bsc.cache.store.store import ActivationStore
 from bsc.errors import ConfigError
 from tests.cache.synthetic import make_store
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2Model
 
-from bsc.cache.attention import document_separation, forward_inputs
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.hookpoints import RowTap, match_hookpoints
-from bsc.cache.models import load_model
-from bsc.cache.store import ActivationStore
-from bsc.cache.text import TextDocument, TextSource, read_text
-from bsc.cache.tokens import PACKINGS, Packing, context_batches
-from bsc.cache.verify import verify
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.model.attention import document_separation, forward_inputs
+from bsc.cache.model.hookpoints import RowTap, match_hookpoints
+from bsc.cache.model.models import load_model
+from bsc.cache.model.text import TextDocument, TextSource, read_text
+from bsc.cache.model.tokens import PACKINGS, Packing, context_batches
+from bsc.cache.store.store import ActivationStore
+from bsc.cache.store.verify import verify
 from bsc.errors import UserError
 from tests.conftest import EMBEDDED
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.estimate import estimate
-from bsc.cache.layout import CODECS, Codec
-from bsc.cache.text import TextSource
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.capture.estimate import estimate
+from bsc.cache.model.text import TextSource
+from bsc.cache.store.layout import CODECS, Codec
 from bsc.cli import main
 from bsc.errors import UserError
 from tests.cache.test_resume import config_of

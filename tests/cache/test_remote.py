@@ -16,14 +16,14 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.folder import open_folder
-from bsc.cache.layout import Grid
-from bsc.cache.loader import Loader
-from bsc.cache.remote import RemoteFolder
-from bsc.cache.store import ActivationStore
-from bsc.cache.text import TextSource
-from bsc.cache.verify import verify
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.model.text import TextSource
+from bsc.cache.store.folder import open_folder
+from bsc.cache.store.layout import Grid
+from bsc.cache.store.loader import Loader
+from bsc.cache.store.remote import RemoteFolder
+from bsc.cache.store.store import ActivationStore
+from bsc.cache.store.verify import verify
 from bsc.describe import describe
 from bsc.errors import StoreError, UserError
 from bsc.eval.evaluate import EvalConfig, evaluate

@@ -11,12 +11,12 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from bsc.cache import remote
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.folder import open_folder
-from bsc.cache.store import ActivationStore
-from bsc.cache.text import TextSource
-from bsc.cache.verify import verify
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.model.text import TextSource
+from bsc.cache.store import remote
+from bsc.cache.store.folder import open_folder
+from bsc.cache.store.store import ActivationStore
+from bsc.cache.store.verify import verify
 from bsc.cli import main
 from bsc.errors import StoreError
 from tests.cache.faulty import FaultyServer, faulty

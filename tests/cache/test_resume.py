@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from bsc.cache.capture import CaptureConfig, CaptureResult, capture
-from bsc.cache.folder import LocalFolder
-from bsc.cache.source import Source
-from bsc.cache.store import ActivationStore
-from bsc.cache.text import TextSource
-from bsc.cache.verify import verify
+from bsc.cache.capture.capture import CaptureConfig, CaptureResult, capture
+from bsc.cache.capture.source import Source
+from bsc.cache.model.text import TextSource
+from bsc.cache.store.folder import LocalFolder
+from bsc.cache.store.store import ActivationStore
+from bsc.cache.store.verify import verify
 from bsc.errors import UserError
 from tests.cache.synthetic import files_of
 
@@ -32,7 +32,7 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from bsc.cache.folder import LocalFolder
+from bsc.cache.store.folder import LocalFolder
 from tests.cache.test_resume import config_of
 
 steps = 0
@@ -47,7 +47,7 @@ def count(method):
 # Every step that changes what a reader or a restart sees.
 for name in ("create", "staging", "publish", "write", "delete", "claim", "drop_locks"):
     setattr(LocalFolder, name, count(getattr(LocalFolder, name)))
-from bsc.cache.capture import capture
+from bsc.cache.capture.capture import capture
 capture(config_of(sys.argv[1], Path(sys.argv[2])))
 print(steps)
 """
@@ -128,7 +128,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
     for name in ("create", "staging", "publish", "write", "delete", "claim", "drop_locks"):
         wrap(name)
     # A dead process unlinks nothing.
-    monkeypatch.setattr("bsc.cache.shard.ShardWriter.abort", lambda self: None)
+    monkeypatch.setattr("bsc.cache.store.shard.ShardWriter.abort", lambda self: None)
     return lambda: taken
 
 

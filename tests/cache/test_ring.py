@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.folder import open_folder
-from bsc.cache.layout import Grid, array_specs
-from bsc.cache.loader import Loader
-from bsc.cache.ring import RingReader, RingWriter, readers, reading
-from bsc.cache.store import ActivationStore
-from bsc.cache.text import TextSource
-from bsc.cache.verify import verify
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.model.text import TextSource
+from bsc.cache.store.folder import open_folder
+from bsc.cache.store.layout import Grid, array_specs
+from bsc.cache.store.loader import Loader
+from bsc.cache.store.ring import RingReader, RingWriter, readers, reading
+from bsc.cache.store.store import ActivationStore
+from bsc.cache.store.verify import verify
 from bsc.errors import StoreError, UserError
 from bsc.train.sweep import TrainConfig
 from bsc.train.trainer import train
@@ -130,9 +130,9 @@ def test_a_dead_reader_is_named_and_can_come_back_where_it_was(
     child = subprocess.run(
         [sys.executable, "-c", f"""
 import os
-from bsc.cache.folder import open_folder
-from bsc.cache.layout import Grid
-from bsc.cache.ring import RingReader
+from bsc.cache.store.folder import open_folder
+from bsc.cache.store.layout import Grid
+from bsc.cache.store.ring import RingReader
 from tests.cache.test_ring import GRID, SPECS
 ring = RingReader(open_folder({str(root)!r}), SPECS, GRID, "lost")
 ring.passed(3)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bsc.cache.scatter import deal, window_sizes
+from bsc.cache.store.scatter import deal, window_sizes
 
 
 @pytest.mark.parametrize(("shards", "window"), [(1, 64), (64, 64), (66, 64), (1000, 64), (10, 1)])

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import zarr
 
-from bsc.cache.folder import LocalFolder
-from bsc.cache.layout import DATA, ArraySpec, Grid, shard_key
-from bsc.cache.shard import ChannelSums, ShardWriter, map_shard
+from bsc.cache.store.folder import LocalFolder
+from bsc.cache.store.layout import DATA, ArraySpec, Grid, shard_key
+from bsc.cache.store.shard import ChannelSums, ShardWriter, map_shard
 from bsc.errors import StoreError
 from bsc.records import record_hash
 

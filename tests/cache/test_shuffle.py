@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from bsc.cache.layout import Grid
-from bsc.cache.shuffle import check_shuffle
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.layout import Grid
+from bsc.cache.store.shuffle import check_shuffle
+from bsc.cache.store.store import ActivationStore
 from tests.cache.synthetic import make_store
 
 GRID = Grid(960, 480, 40)

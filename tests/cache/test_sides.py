@@ -7,10 +7,10 @@ import random
 import numpy as np
 import pytest
 
-from bsc.cache.hashing import run_hashes
-from bsc.cache.sides import held_out_documents, is_text_held_out
-from bsc.demo.corpus import Document
-from bsc.held_out import is_held_out
+from bsc.cache.model.sides import held_out_documents, is_text_held_out
+from bsc.embedded.corpus import Document
+from bsc.embedded.held_out import is_held_out
+from bsc.hashing import run_hashes
 
 WORDS = [f"word{i}" for i in range(5_000)]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bsc.cache.verify import verify
+from bsc.cache.store.verify import verify
 
 
 def shards(store: Path) -> list[Path]:

@@ -16,14 +16,14 @@ import tensorstore as ts
 import torch
 import zarr
 
-from bsc.cache.commit import advance
-from bsc.cache.folder import LocalFolder, open_folder
-from bsc.cache.layout import CODECS, Codec, Grid, array_specs
-from bsc.cache.manifest import read_array_json, windows
-from bsc.cache.shard import ShardWriter
-from bsc.cache.staging import Staging
-from bsc.cache.store import ActivationStore
-from bsc.cache.verify import verify
+from bsc.cache.capture.commit import advance
+from bsc.cache.capture.staging import Staging
+from bsc.cache.store.folder import LocalFolder, open_folder
+from bsc.cache.store.layout import CODECS, Codec, Grid, array_specs
+from bsc.cache.store.manifest import read_array_json, windows
+from bsc.cache.store.shard import ShardWriter
+from bsc.cache.store.store import ActivationStore
+from bsc.cache.store.verify import verify
 from bsc.errors import StoreError, UserError
 from bsc.files import canonical_json
 from tests.cache.synthetic import HOOKS, files_of, make_store, numbers
@@ -340,7 +340,7 @@ def test_a_writer_that_ends_while_another_looks_loses_nothing(
     """What is committed is counted after the ends are read, under one lock."""
     grid = Grid(96, 24, 12)
     make_store(tmp_path / "s", 576, grid, window=2, rank=1, writers=2, first=1000)
-    from bsc.cache import commit
+    from bsc.cache.capture import commit
 
     order: list[str] = []
     for name in ("read_end", "_advance"):

@@ -10,7 +10,7 @@ import pytest
 import tensorstore as ts
 import zarr
 
-import bsc.cache.zarr_bfloat16  # noqa: F401  (registers the type)
+import bsc.cache.store.zarr_bfloat16  # noqa: F401  (registers the type)
 
 ALL_BITS = np.arange(65_536, dtype=np.uint16).view(ml_dtypes.bfloat16)
 

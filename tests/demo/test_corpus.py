@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from bsc.demo.corpus import ENV_PACKAGES, documents
-from bsc.held_out import is_held_out
+from bsc.embedded.corpus import ENV_PACKAGES, documents
+from bsc.embedded.held_out import is_held_out
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_stdlib_has_sources_topics_and_docstrings_of_a_size_that_helps(
 
 def test_another_process_reads_the_same_documents_in_the_same_order(stdlib: dict[str, str]) -> None:
     code = (
-        "import json, hashlib; from bsc.demo.corpus import documents\n"
+        "import json, hashlib; from bsc.embedded.corpus import documents\n"
         "print(json.dumps([[n, hashlib.sha256(t.encode()).hexdigest()]"
         " for n, t in documents('stdlib')]))"
     )

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from bsc.cache.models import load_model
-from bsc.demo.corpus import documents
-from bsc.demo.recipe import ARCHITECTURE, encode, held_out_nats
-from bsc.held_out import is_held_out
+from bsc.cache.model.models import load_model
+from bsc.embedded.corpus import documents
+from bsc.embedded.held_out import is_held_out
+from bsc.embedded.recipe import ARCHITECTURE, encode, held_out_nats
 from tests.conftest import EMBEDDED
 
 CARD = (EMBEDDED / "README.md").read_text()

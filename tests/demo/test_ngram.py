@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from bsc.demo.ngram import InterpolatedNgram
+from bsc.embedded.ngram import InterpolatedNgram
 
 TOKENS = np.random.default_rng(0).integers(0, 5, 400)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.store import ActivationStore
-from bsc.cache.text import TextSource
-from bsc.demo.corpus import documents
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.model.text import TextSource
+from bsc.cache.store.store import ActivationStore
+from bsc.embedded.corpus import documents
 from bsc.eval.evaluate import EvalConfig, evaluate
 from bsc.train.run import Run
 from tests.conftest import train_small

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bsc.cache.split import Moments
-from bsc.eval.codes import Codes, LatentCode
-from bsc.eval.loss import Contexts
-from bsc.eval.pieces import Pieces
+from bsc.cache.store.split import Moments
+from bsc.eval.passes.codes import Codes, LatentCode
+from bsc.eval.passes.contexts import Contexts
+from bsc.eval.passes.pieces import Pieces
 from bsc.train.coders.coder import SparseCoder, parameter_shapes
 from bsc.train.coders.config import CoderConfig
 

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from bsc.cache.models import load_model
-from bsc.cache.store import ActivationStore
+from bsc.cache.model.models import load_model
+from bsc.cache.store.store import ActivationStore
 from bsc.errors import UserError
-from bsc.eval.ablation import ablated, ablation_figures, equal_mass_bins, random_bins
-from bsc.eval.loss import LossSums, contexts_of, joined, pass_over_contexts
-from bsc.eval.scores import read_scores
-from bsc.eval.splice import coder_replacement
+from bsc.eval.figures.ablation import ablated, ablation_figures, equal_mass_bins, random_bins
+from bsc.eval.figures.scores import read_scores
+from bsc.eval.passes.context_pass import LossSums, joined, pass_over_contexts
+from bsc.eval.passes.contexts import contexts_of
+from bsc.eval.passes.splice import coder_replacement
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.run import Run
 from tests.eval.planted import planted_contexts

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import bsc.eval.codes
+import bsc.eval.passes.codes
 from bsc.errors import StoreError
-from bsc.eval.pieces import Pieces
+from bsc.eval.passes.pieces import Pieces
 from tests.eval.planted import latent_code, saved_codes
 
 
@@ -15,7 +15,7 @@ from tests.eval.planted import latent_code, saved_codes
 def test_a_code_sorted_by_latent_is_the_plain_transpose(
     tmp_path: Path, in_memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bsc.eval.codes, "_IN_MEMORY", in_memory)
+    monkeypatch.setattr(bsc.eval.passes.codes, "_IN_MEMORY", in_memory)
     rng = np.random.default_rng(0)
     dense = (rng.normal(size=(300, 17)) * (rng.random((300, 17)) < 0.2)).astype(np.float32)
     dense[:, 3] = 0  # a latent that never fires

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.text import TextSource
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.model.text import TextSource
 from bsc.cli import main
 from bsc.errors import UserError
 from bsc.eval.elsewhere import run_on

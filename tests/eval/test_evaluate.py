@@ -14,14 +14,15 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 import bsc.eval.evaluate
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.store import ActivationStore
 from bsc.cli import main
 from bsc.errors import StoreError, UserError
 from bsc.eval.compare import compare_runs
 from bsc.eval.evaluate import EvalConfig, evaluate
-from bsc.eval.loss import CLEAN, contexts_of, joined, pass_over_contexts
+from bsc.eval.passes.context_pass import CLEAN, joined, pass_over_contexts
+from bsc.eval.passes.contexts import contexts_of
+from bsc.eval.passes.setting import matching_model, open_setting
 from bsc.eval.report.report import render_report
-from bsc.eval.setting import matching_model, open_setting
 from bsc.eval.show import latent_examples, load_sample
 from bsc.records import write_record
 from bsc.train.run import Run, claim

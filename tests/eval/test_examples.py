@@ -5,18 +5,18 @@ import itertools
 import numpy as np
 import pytest
 
-from bsc.cache.models import load_tokenizer
-from bsc.cache.ngrams import token_ngrams
-from bsc.cache.store import ActivationStore
-from bsc.eval.codes import LatentCode
-from bsc.eval.division import EXPLAIN, NEITHER, PARTS, TEST, divide
-from bsc.eval.examples import (
+from bsc.cache.model.models import load_tokenizer
+from bsc.cache.model.ngrams import token_ngrams
+from bsc.cache.store.store import ActivationStore
+from bsc.eval.figures.division import EXPLAIN, NEITHER, PARTS, TEST, divide
+from bsc.eval.figures.examples import (
     PER_STRATUM,
     STRATA,
     Windows,
     choose_latents,
     sample,
 )
+from bsc.eval.passes.codes import LatentCode
 from tests.eval.planted import latent_code
 
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-import bsc.eval.batches
-from bsc.cache.store import ActivationStore
-from bsc.eval.batches import document_numbers, piece_ranges
-from bsc.eval.codes import Codes
-from bsc.eval.controls import TOLERANCE, binarised, calibrate, quantised
-from bsc.eval.fidelity import fidelity_figures
-from bsc.eval.pieces import Pieces
-from bsc.eval.rows import Sums, add_up, pass_over_rows
+import bsc.eval.passes.batches
+from bsc.cache.store.store import ActivationStore
+from bsc.eval.figures.fidelity import fidelity_figures
+from bsc.eval.passes.batches import document_numbers, piece_ranges
+from bsc.eval.passes.codes import Codes
+from bsc.eval.passes.controls import TOLERANCE, binarised, calibrate, quantised
+from bsc.eval.passes.pieces import Pieces
+from bsc.eval.passes.row_pass import Sums, add_up, pass_over_rows
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
 from bsc.train.run import Run
@@ -92,7 +92,7 @@ def test_the_order_of_rows_and_batches_does_not_matter(
     coder.W_enc.normal_()
     coder.W_dec.normal_()
     plain = passed(rows, coder, tmp_path / "a")
-    monkeypatch.setattr(bsc.eval.batches, "_VALUES_AT_ONCE", 16 * 7)
+    monkeypatch.setattr(bsc.eval.passes.batches, "_VALUES_AT_ONCE", 16 * 7)
     permuted = passed(rows[torch.randperm(400)], coder, tmp_path / "b")
     assert np.array_equal(plain.counts, permuted.counts)
     a, b = fidelity_figures(plain), fidelity_figures(permuted)
@@ -108,8 +108,8 @@ def test_figures_are_those_of_the_whole_split_at_once_whatever_the_pieces(
     y = held_out(store, "output")
     total = (y.double() - y.double().mean(0)).square()
     for piece, values in ((100, 64 * 77), (8192, 1 << 25)):
-        monkeypatch.setattr(bsc.eval.batches, "PIECE_ROWS", piece)
-        monkeypatch.setattr(bsc.eval.batches, "_VALUES_AT_ONCE", values)
+        monkeypatch.setattr(bsc.eval.passes.batches, "PIECE_ROWS", piece)
+        monkeypatch.setattr(bsc.eval.passes.batches, "_VALUES_AT_ONCE", values)
         sums, codes = measure(store, coders, tmp_path / str(piece))
         for name, coder in coders.items():
             x = y if coder.config.site == "sae" else held_out(store, "input")
@@ -149,7 +149,7 @@ def test_the_interval_of_fvu_is_about_that_of_resampled_contexts(
 def test_an_interrupted_pass_goes_on_and_gives_the_same(
     store: ActivationStore, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bsc.eval.batches, "PIECE_ROWS", 100)
+    monkeypatch.setattr(bsc.eval.passes.batches, "PIECE_ROWS", 100)
     coders = {n: run.coder(n) for n in run.coder_names()[:2]}
     whole, _ = measure(store, coders, tmp_path / "whole")
     split = store.held_out

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bsc.eval.intervals import MIN_BLOCKS, degrees_of_freedom, ratio_intervals, value_interval
+from bsc.eval.figures.intervals import (
+    MIN_BLOCKS,
+    degrees_of_freedom,
+    ratio_intervals,
+    value_interval,
+)
 
 
 @pytest.mark.parametrize("contexts", [10, 20, 120])

@@ -8,26 +8,25 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-import bsc.eval.loss
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.models import LanguageModel, load_model
-from bsc.cache.store import ActivationStore
-from bsc.cache.text import TextSource
-from bsc.cache.tokens import PACKINGS
-from bsc.eval.loss import (
+import bsc.eval.passes.context_pass
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.model.models import LanguageModel, load_model
+from bsc.cache.model.text import TextSource
+from bsc.cache.model.tokens import PACKINGS
+from bsc.cache.store.store import ActivationStore
+from bsc.eval.figures.loss import added_loss
+from bsc.eval.passes.context_pass import (
     CLEAN,
-    Contexts,
     LossSums,
     Variant,
     _divergence,
-    added_loss,
-    contexts_of,
     joined,
     pass_over_contexts,
 )
-from bsc.eval.pieces import Pieces
-from bsc.eval.prefix import Prefix
-from bsc.eval.splice import coder_replacement, mean_replacement, splice, zero_replacement
+from bsc.eval.passes.contexts import Contexts, contexts_of
+from bsc.eval.passes.pieces import Pieces
+from bsc.eval.passes.prefix import Prefix
+from bsc.eval.passes.splice import coder_replacement, mean_replacement, splice, zero_replacement
 from bsc.train.coders.config import CoderConfig
 from tests.eval.planted import identity, planted_contexts, zeros
 
@@ -261,7 +260,7 @@ def test_a_model_whose_later_layers_look_back_runs_whole(
 def test_an_interrupted_pass_goes_on(
     lm: LanguageModel, ids: Contexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bsc.eval.loss, "_TOKENS_AT_ONCE", 96)
+    monkeypatch.setattr(bsc.eval.passes.context_pass, "_TOKENS_AT_ONCE", 96)
     variants: dict[str, Variant] = {"zero": {HOOK: zero_replacement}}
     whole = sums(lm, ids, variants)
     pieces = Pieces.open(tmp_path / "losses", "x")

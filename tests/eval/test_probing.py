@@ -8,10 +8,10 @@ import pytest
 import torch
 from scipy import sparse
 
-from bsc.cache.models import load_model
+from bsc.cache.model.models import load_model
 from bsc.errors import UserError
-from bsc.eval.labelled import EMBEDDED, LabelledTexts, read_labelled, read_sets
-from bsc.eval.probing import (
+from bsc.eval.figures.labelled import EMBEDDED, LabelledTexts, read_labelled, read_sets
+from bsc.eval.figures.probing import (
     POOLINGS,
     Features,
     at_most,

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from bsc.eval.firing import dead_rate_bound, firing_figures
-from bsc.eval.rate import bit_figures, interpolated, matched, value_entropies
+from bsc.eval.figures.firing import dead_rate_bound, firing_figures
+from bsc.eval.figures.rate import bit_figures, interpolated, matched, value_entropies
 from tests.eval.planted import latent_code
 
 
@@ -46,7 +46,7 @@ def test_bits_of_values_are_the_entropy_of_their_levels() -> None:
 
 
 def test_blocks_of_latents_do_not_change_entropies(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bsc.eval.codes import LatentCode
+    from bsc.eval.passes.codes import LatentCode
 
     rng = np.random.default_rng(0)
     dense = rng.random((500, 20)).astype(np.float32) * (rng.random((500, 20)) < 0.3)

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from bsc.errors import StoreError
+from bsc.eval.report.coders import read_rows
 from bsc.eval.report.export import write_figures
 from bsc.eval.report.interp import Scored, ScoreSet
 from bsc.eval.report.interp_figures import scores
 from bsc.eval.report.report import render_report, write_report
-from bsc.eval.report.rows import read_rows
 from bsc.records import write_record
 from bsc.train.run import EVAL_VERSION, Run
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import bsc.eval.stability
-from bsc.eval.stability import (
+import bsc.eval.figures.stability
+from bsc.eval.figures.stability import (
     comparable_pairs,
     firing_jaccard,
     match_latents,
@@ -28,7 +28,7 @@ def decoder(seed: int) -> torch.Tensor:
 def test_a_permuted_copy_is_the_same_and_a_rotated_one_is_chance(
     limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bsc.eval.stability, "HUNGARIAN_LIMIT", limit)
+    monkeypatch.setattr(bsc.eval.figures.stability, "HUNGARIAN_LIMIT", limit)
     w = decoder(0)
     order = torch.randperm(F, generator=torch.Generator().manual_seed(1))
     found = match_latents(w, 3 * w[order], ALIVE, ALIVE)  # lengths do not matter

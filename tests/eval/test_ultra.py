@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bsc.cache.store import ActivationStore
-from bsc.eval.ultra import (
+from bsc.cache.store.store import ActivationStore
+from bsc.eval.figures.ultra import (
     RowFacts,
     diagnose,
     explained_share,

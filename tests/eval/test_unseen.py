@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.store import ActivationStore
-from bsc.cache.text import TextSource, parse_text
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.model.text import TextSource, parse_text
+from bsc.cache.store.store import ActivationStore
 from bsc.eval.evaluate import EvalConfig, evaluate
-from bsc.eval.loss import CLEAN, contexts_of, joined, pass_over_contexts
-from bsc.eval.setting import matching_model
-from bsc.eval.splice import coder_replacement
+from bsc.eval.passes.context_pass import CLEAN, joined, pass_over_contexts
+from bsc.eval.passes.contexts import contexts_of
+from bsc.eval.passes.setting import matching_model
+from bsc.eval.passes.splice import coder_replacement
 from bsc.train.run import Run
 from bsc.train.sweep import TrainConfig
 from bsc.train.trainer import train

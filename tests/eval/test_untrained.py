@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.models import load_model
-from bsc.cache.store import ActivationStore
-from bsc.cache.text import TextSource
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.model.models import load_model
+from bsc.cache.model.text import TextSource
+from bsc.cache.store.store import ActivationStore
 from bsc.errors import StoreError
 from bsc.eval.evaluate import EvalConfig, evaluate
+from bsc.eval.passes.setting import matching_model
 from bsc.eval.report.report import render_report
-from bsc.eval.setting import matching_model
 from bsc.train.run import Run
 from bsc.train.sweep import TrainConfig
 from bsc.train.trainer import train

@@ -11,9 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from bsc.cache.capture import CaptureConfig, capture
-from bsc.cache.store import ActivationStore
-from bsc.cache.text import TextSource
+from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.model.text import TextSource
+from bsc.cache.store.store import ActivationStore
 from bsc.errors import UserError
 from bsc.train import live
 from bsc.train.bank_trainer import BankTrainer
@@ -47,7 +47,7 @@ def test_held_out_rows_are_evaluated_every_so_often(store_path: Path, tmp_path: 
 
 
 def _held_out_rows(store_path: Path, n: int) -> tuple[torch.Tensor, ...]:
-    from bsc.cache.loader import Loader
+    from bsc.cache.store.loader import Loader
 
     names = ("layers.2.mlp/input", "layers.2.mlp/output")
     loader = Loader(ActivationStore(store_path).held_out, names, batch_rows=n, seed=0)

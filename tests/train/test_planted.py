@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bsc.cache.layout import Hookpoint
+from bsc.cache.store.layout import Hookpoint
 from bsc.train.coders.bank import Bank
 from bsc.train.optim import CoderOptimiser
 from bsc.train.schedule import lr_scale

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.store import ActivationStore
 from bsc.config import parse_config, read_toml
 from bsc.errors import ConfigError, StoreError
 from bsc.train.schedule import default_lr, paper_lr

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.store import ActivationStore
 from bsc.errors import StoreError, UserError
 from bsc.records import write_record
 from bsc.train.bank_trainer import BankTrainer
@@ -195,7 +195,7 @@ def test_a_coder_outside_of_the_run_is_not_loaded(run: Run, tmp_path: Path) -> N
 
 
 def test_rows_that_are_all_the_same_are_refused(store_path: Path, tmp_path: Path) -> None:
-    from bsc.cache.split import Moments
+    from bsc.cache.store.split import Moments
     from bsc.train.bank_trainer import Scale
 
     flat = Moments(10, torch.ones(4).double(), torch.zeros(4).double())

@@ -10,12 +10,12 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from bsc.cache.ngrams import token_ngrams
-from bsc.eval.codes import LatentCode
-from bsc.eval.examples import Windows
+from bsc.cache.model.ngrams import token_ngrams
+from bsc.eval.figures.examples import Windows
 from bsc.eval.interp.evidence import Texts
 from bsc.eval.interp.material import InterpConfig, Material, Materials
 from bsc.eval.interp.sampling import choose
+from bsc.eval.passes.codes import LatentCode
 
 WORDS = 300
 

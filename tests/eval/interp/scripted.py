@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from bsc.eval.interp.judges import Judge
-from bsc.eval.interp.ledger import Reply
-from bsc.eval.interp.prompts import CANARY, SYSTEM, Request
+from bsc.eval.interp.judges.judge import Judge
+from bsc.eval.interp.judges.prompts import CANARY, SYSTEM, Request
+from bsc.eval.interp.judges.reply import Reply
 
 Answer = Callable[[str, list[dict[str, str]]], str]
 """Reply to messages, given what kind of question they are."""

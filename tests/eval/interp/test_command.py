@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from bsc.cache.store import ActivationStore
+from bsc.cache.store.store import ActivationStore
 from bsc.cli import main
 from bsc.eval.interp.evidence import gather
-from bsc.eval.interp.local import LocalJudge
+from bsc.eval.interp.judges.local import LocalJudge
+from bsc.eval.interp.judges.prompts import test_request as ask_test
 from bsc.eval.interp.material import InterpConfig, Materials
-from bsc.eval.interp.prompts import test_request as ask_test
 from bsc.eval.report.export import write_figures
 from bsc.eval.report.report import render_report
 from bsc.records import write_record
@@ -84,7 +84,7 @@ def test_a_report_of_a_run_without_scores_says_how_to_get_them(evaluated: Run) -
 
 
 def test_scores_can_order_the_bins_of_an_ablation(scored: tuple[Run, Scripted]) -> None:
-    from bsc.eval.scores import read_scores
+    from bsc.eval.figures.scores import read_scores
 
     run, _ = scored
     widths = {c["name"]: c["coder"]["n_latents"] for c in run.config()["coders"]}

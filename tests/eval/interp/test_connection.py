@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from bsc.errors import UserError
-from bsc.eval.interp.connection import EndpointConfig, JudgeStopped, is_endpoint
-from bsc.eval.interp.endpoint import Endpoint
 from bsc.eval.interp.evidence import Texts
 from bsc.eval.interp.interp import interpret
-from bsc.eval.interp.ledger import Reply
+from bsc.eval.interp.judges.connection import EndpointConfig, JudgeStopped, is_endpoint
+from bsc.eval.interp.judges.endpoint import Endpoint
+from bsc.eval.interp.judges.reply import Reply
 from tests.eval.interp import planted
 from tests.eval.interp.scripted import Scripted, rule
 from tests.eval.interp.wired import endpoint, few_words, requests

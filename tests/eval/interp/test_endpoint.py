@@ -15,13 +15,13 @@ import httpx
 import pytest
 
 from bsc.errors import UserError
-from bsc.eval.interp.connection import JudgeStopped
 from bsc.eval.interp.evidence import Texts
-from bsc.eval.interp.gate import Gate
 from bsc.eval.interp.interp import interpret
-from bsc.eval.interp.ledger import Reply
-from bsc.eval.interp.prompts import Request
-from bsc.eval.interp.wire import retry_after
+from bsc.eval.interp.judges.connection import JudgeStopped
+from bsc.eval.interp.judges.gate import Gate
+from bsc.eval.interp.judges.prompts import Request
+from bsc.eval.interp.judges.reply import Reply
+from bsc.eval.interp.judges.wire import retry_after
 from tests.eval.interp import planted
 from tests.eval.interp.scripted import Direct, Scripted, rule, uniform
 from tests.eval.interp.wired import endpoint, few_words, requests

@@ -20,9 +20,9 @@ from bsc.eval.interp.interp import (
     interpret,
     result_name,
 )
-from bsc.eval.interp.judges import NamedJudge
+from bsc.eval.interp.judges.judge import NamedJudge
+from bsc.eval.interp.judges.prompts import Request
 from bsc.eval.interp.material import InterpConfig, Material, Materials
-from bsc.eval.interp.prompts import Request
 from tests.eval.interp import planted
 from tests.eval.interp.scripted import (
     Answer,

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from bsc.errors import UserError
-from bsc.eval.interp.ledger import Ledger, Reply
+from bsc.eval.interp.judges.reply import Reply
+from bsc.eval.interp.ledger import Ledger
 from tests.eval.interp.scripted import Scripted, loopback, rule
 from tests.eval.interp.wired import requests
 
@@ -51,8 +52,8 @@ import sys
 from pathlib import Path
 from tests.eval.interp import planted
 from tests.eval.interp.wired import few_words
-from bsc.eval.interp.connection import EndpointConfig
-from bsc.eval.interp.endpoint import Endpoint
+from bsc.eval.interp.judges.connection import EndpointConfig
+from bsc.eval.interp.judges.endpoint import Endpoint
 from bsc.eval.interp.interp import interpret
 of = planted.materials(Path(sys.argv[2]), few_words(planted.texts(documents=80, tokens=200)))
 judge = Endpoint(EndpointConfig.of(sys.argv[1], None, concurrency=8, timeout=5.0, first_wait=0.05))

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bsc.eval.interp.ledger import Reply
-from bsc.eval.interp.prompts import (
+from bsc.eval.interp.judges.prompts import (
     MAX_EXPLANATION,
     SYSTEM,
     answers_in,
@@ -19,9 +18,10 @@ from bsc.eval.interp.prompts import (
     is_refusal,
     schema_of,
 )
-from bsc.eval.interp.prompts import (
+from bsc.eval.interp.judges.prompts import (
     test_request as ask_test,
 )
+from bsc.eval.interp.judges.reply import Reply
 from bsc.eval.interp.questions import Question, read_answers
 
 PLAIN = [(" the", False), (" cat", True), (" sat", False)]

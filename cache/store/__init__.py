@@ -1,0 +1,1 @@
+"""The activation store: its format, and reading it in every way."""

@@ -1,0 +1,81 @@
+"""Which rows of a split are read, and the moments of those.
+
+Rows of chosen tokens can be left out, and rows with values that are not finite always are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bsc.cache.store.split import Moments, StoreSplit
+from bsc.errors import StoreError
+
+__all__ = ["kept_moments", "kept_rows"]
+
+MOMENT_ROWS = 1 << 20
+"""Rows that the moments are taken over where the sums of the store do not serve: shards hold rows
+at random, so some shards are a sample."""
+_AT_ONCE = 8192
+
+
+def kept_rows(
+    split: StoreSplit, shard: int, names: Collection[str], without_tokens: Collection[int]
+) -> NDArray[np.bool_] | None:
+    """Which rows of a shard are read, (shard_rows,); None: all of them.
+
+    Args:
+        split: the rows.
+        shard: which shard.
+        names: activation arrays that are read; a row is left out if one of them is not finite.
+        without_tokens: token ids whose rows are left out.
+    """
+    damaged = [name for name in names if split.non_finite_rows(name)]
+    if not damaged and not without_tokens:
+        return None
+    kept = np.ones(split.grid.shard_rows, bool)
+    if without_tokens:
+        unwanted = np.array(sorted(without_tokens), np.uint32)
+        kept &= ~np.isin(split.shard("tokens/token_id", shard), unwanted)
+    for name in damaged:
+        rows = split.shard_rows(name, shard)
+        for start in range(0, len(kept), _AT_ONCE):
+            part = rows.part(start, min(start + _AT_ONCE, len(kept)))
+            kept[start : start + len(part)] &= part.isfinite().all(dim=1).numpy()
+    return kept
+
+
+def kept_moments(split: StoreSplit, name: str, without_tokens: Collection[int]) -> Moments:
+    """Mean and variance per channel of the rows that are read.
+
+    From the sums of the store where no tokens are left out; else over the first shards, up to about
+    a million rows.
+
+    Raises:
+        StoreError: no row is left.
+    """
+    if not without_tokens:
+        return split.moments(name)
+    rows = 0
+    total = torch.zeros(int(split.spec(name).width or 0), dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for shard in range(split.shards):
+        kept = kept_rows(split, shard, (name,), without_tokens)
+        values = split.shard_rows(name, shard)
+        for start in range(0, split.grid.shard_rows, _AT_ONCE):
+            stop = min(start + _AT_ONCE, split.grid.shard_rows)
+            part = values.part(start, stop).double()
+            if kept is not None:
+                part = part[torch.from_numpy(kept[start:stop])]
+            total += part.sum(dim=0)
+            squares += part.square().sum(dim=0)
+            rows += len(part)
+        if rows >= MOMENT_ROWS:
+            break
+    if rows == 0:
+        raise StoreError(f"{split.where}: no row of {name} is left without the left-out tokens.")
+    mean = total / rows
+    return Moments(rows, mean, (squares / rows - mean.square()).clamp(min=0.0))

@@ -1,0 +1,1 @@
+"""Figures from the sums, codes and losses of the passes."""

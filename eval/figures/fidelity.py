@@ -1,0 +1,82 @@
+"""How well a coder reconstructs, from the sums of one pass (passes/row_pass.py).
+
+    FVU = sum_n |y_n - y_hat_n|^2 / sum_n |y_n - mean y|^2
+
+with the mean over all rows that are evaluated; both sums run in float64 and are divided once. 0 is
+perfect, 1 is as good as the mean row, more is possible. A mean of per-batch ratios is another
+number. Definitions: docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bsc.eval.figures.intervals import Interval, ratio_intervals
+from bsc.eval.passes.row_pass import Sums
+
+__all__ = ["fidelity_figures", "fvu", "fvu_difference"]
+
+
+def fvu(sums: Sums, kind: str = "coder") -> float:
+    """FVU over all rows and channels of one kind of reconstruction."""
+    return float(sums.channel[kind].sum() / sums.channel["total"].sum())
+
+
+def fidelity_figures(sums: Sums) -> dict[str, Any]:
+    """FVU of a coder with its interval over documents, and of what belongs beside it.
+
+    Returns:
+        fvu, fvu_interval; fvu_median_channel (median over the channels that vary of a channel's own
+        FVU); fvu_skip_only (every latent off: what the skip path and b_dec explain) and fvu_gain
+        (what the latents add to it); fvu_quantised, that of the code of which `bits` is the size;
+        where a code has values, fvu_binarised with its interval (passes/controls.py); l0; where
+        some rows were seen in training, fvu_unseen of the rows_unseen others, with its interval.
+    """
+    kinds = [k for k in sums.channel if k != "total"]
+    used = sums.block_rows > 0
+    intervals = ratio_intervals(
+        np.stack([sums.block[k][used] for k in kinds], axis=1),
+        sums.block["total"][used],
+        positive=True,
+    )
+    interval = dict(zip(kinds, intervals, strict=True))
+    total = sums.channel["total"]
+    varying = total > 0
+    figures: dict[str, Any] = {
+        "rows": sums.rows,
+        "fvu": fvu(sums),
+        "fvu_interval": interval["coder"],
+        "fvu_median_channel": float(np.median(sums.channel["coder"][varying] / total[varying])),
+        "fvu_skip_only": fvu(sums, "skip"),
+        "fvu_gain": fvu(sums, "skip") - fvu(sums),
+        "fvu_quantised": fvu(sums, "quantised" if "quantised" in kinds else "coder"),
+        "l0": float(sums.counts.sum() / sums.rows),
+    }
+    new = sums.unseen["rows"] > 0
+    if (n := int(sums.unseen["rows"].sum())) < sums.rows:
+        error, deviation = sums.unseen["coder"][new], sums.unseen["total"][new]
+        figures |= {
+            "rows_unseen": n,
+            "fvu_unseen": float(error.sum() / deviation.sum()) if n else None,
+            "fvu_unseen_interval": ratio_intervals(error[:, None], deviation, positive=True)[0],
+        }
+    if "binarised" in kinds:
+        figures |= {
+            "fvu_binarised": fvu(sums, "binarised"),
+            "fvu_binarised_interval": interval["binarised"],
+        }
+    return figures
+
+
+def fvu_difference(a: Sums, b: Sums) -> tuple[float, Interval]:
+    """FVU of one coder less that of another of the same rows, with its interval over documents.
+
+    Paired: what is hard to reconstruct for both does not widen it.
+    """
+    used = a.block_rows > 0
+    (interval,) = ratio_intervals(
+        (a.block["coder"] - b.block["coder"])[used, None], a.block["total"][used]
+    )
+    return fvu(a) - fvu(b), interval

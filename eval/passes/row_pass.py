@@ -1,0 +1,234 @@
+"""One pass over the held-out rows of a store for all coders of a run at once.
+
+Rows are read once for each hookpoint, and every coder encodes them while they are in memory. What
+is kept are sums (for FVU, in float64) and the codes themselves (codes.py), piece by piece, so
+that an evaluation that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bsc.cache.store.split import StoreSplit
+from bsc.errors import StoreError
+from bsc.eval.passes.batches import RowBatch, piece_ranges, row_batches
+from bsc.eval.passes.controls import Calibration, binarised, quantised
+from bsc.eval.passes.pieces import Arrays, Pieces
+from bsc.train.coders.coder import Code, SparseCoder
+
+__all__ = ["Sums", "add_up", "pass_over_rows"]
+
+
+class _CoderPiece:
+    """Sums and code of one coder over one piece."""
+
+    def __init__(self, coder: SparseCoder, calibration: Calibration | None, blocks: int) -> None:
+        self.coder, self.calibration = coder, calibration
+        device, d_out = coder.W_enc.device, coder.config.d_out
+        self.kinds = ["coder", "skip"]
+        if calibration is not None:
+            self.kinds += ["binarised", "quantised"]
+        self.channel = {k: torch.zeros(d_out, dtype=torch.float64, device=device)
+                        for k in self.kinds}  # fmt: skip
+        self.block = {k: torch.zeros(blocks, dtype=torch.float64, device=device)
+                      for k in self.kinds}  # fmt: skip
+        self.unseen = torch.zeros(blocks, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(coder.config.n_latents, dtype=torch.int64, device=device)
+        empty = torch.empty(0, dtype=torch.int64)
+        self.entries = [(empty, empty, torch.empty(0))]
+
+    def add(self, batch: RowBatch, x: Tensor, y: Tensor, block: Tensor, unseen: Tensor) -> None:
+        coder, calibration = self.coder, self.calibration
+        code = coder.encode(x)
+        rest = y - coder.skip(x)
+        errors = {"skip": rest, "coder": rest - coder.latent_sum(code)}
+        if calibration is not None:
+            for kind, edit in (("binarised", binarised), ("quantised", quantised)):
+                errors[kind] = rest - coder.latent_sum(edit(coder, calibration, code))
+        for kind, error in errors.items():
+            squared = error.square()
+            self.channel[kind] += squared.sum(dim=0, dtype=torch.float64)
+            by_row = squared.sum(dim=1, dtype=torch.float64)
+            self.block[kind].index_add_(0, block, by_row)
+            if kind == "coder":
+                self.unseen.index_add_(0, block, by_row * unseen)
+        self._keep(code, batch.number)
+
+    def _keep(self, code: Code, index: Tensor) -> None:
+        on = code.value != 0
+        self.counts += torch.bincount(code.latent[on], minlength=len(self.counts))
+        self.entries.append(
+            (index.repeat_interleave(on.sum(dim=1).cpu()), code.latent[on].cpu(),
+             code.margin[on].float().cpu())
+        )  # fmt: skip
+
+    def sums(self) -> Arrays:
+        found = {f"{k}/channel": v.cpu().numpy() for k, v in self.channel.items()}
+        found |= {f"{k}/block": v.cpu().numpy() for k, v in self.block.items()}
+        return found | {
+            "counts": self.counts.cpu().numpy(), "unseen": self.unseen.cpu().numpy()
+        }  # fmt: skip
+
+    def code(self, start: int) -> Arrays:
+        wide = self.coder.config.n_latents > 1 << 16
+        row, latent, margin = (torch.cat([e[i] for e in self.entries]).numpy() for i in range(3))
+        return {
+            "first_row": np.array([start]),
+            "row": (row - start).astype(np.uint32),
+            "latent": latent.astype(np.uint32 if wide else np.uint16),
+            "margin": margin,
+        }
+
+
+def _mean_output(
+    split: StoreSplit, hookpoint: str, without_tokens: Collection[int], max_rows: int | None
+) -> Tensor:
+    """Mean output row, (d_out,) float64, of the rows that are evaluated."""
+    damaged = any(split.non_finite_rows(f"{hookpoint}/{side}") for side in ("input", "output"))
+    if max_rows is None and not without_tokens and not damaged:
+        return split.moments(f"{hookpoint}/output").mean
+    total, rows = torch.zeros((), dtype=torch.float64), 0
+    for batch in row_batches(split, hookpoint, 1, without_tokens, last=max_rows):
+        total = total + batch.y.double().sum(dim=0)
+        rows += len(batch.y)
+    if rows == 0:
+        raise StoreError(f"{split.where}: no row of {hookpoint} is left to evaluate on.")
+    return total / rows
+
+
+@torch.inference_mode()
+def pass_over_rows(
+    coders: Mapping[str, SparseCoder],
+    calibrations: Mapping[str, Calibration],
+    split: StoreSplit,
+    hookpoint: str,
+    *,
+    document: NDArray[np.int64],
+    pieces: Pieces,
+    codes: Mapping[str, Pieces],
+    seen: NDArray[np.bool_] | None = None,
+    max_rows: int | None = None,
+    without_tokens: Collection[int] = (),
+) -> Generator[int]:
+    """Encode every row with every coder of a hookpoint; yields the rows of each piece when done.
+
+    Args:
+        coders: by name, all on one device.
+        calibrations: of those whose values are also binarised and quantised.
+        split: rows to evaluate on, normally the held-out ones.
+        hookpoint: module whose rows they are.
+        document: (rows,) number of each row's document, which intervals are resampled by.
+        pieces: where the sums go.
+        codes: where the code of each coder goes.
+        seen: (rows,) whether a row's text was trained on word for word; None: not known.
+        max_rows: rows to evaluate on at most.
+        without_tokens: token ids whose rows are left out, as they were in training.
+    """
+    widest = max(c.config.n_latents for c in coders.values())
+    weights = next(iter(coders.values())).W_enc
+    device, dtype = weights.device, weights.dtype
+    ranges = piece_ranges(split, max_rows)
+    todo = {
+        i
+        for i in range(len(ranges))
+        if not (pieces.done(i) and all(codes[name].done(i) for name in coders))
+    }
+    mean = _mean_output(split, hookpoint, without_tokens, max_rows).to(device) if todo else None
+    for piece, (first, last) in enumerate(ranges):
+        if piece in todo:
+            assert mean is not None
+            own_documents = torch.from_numpy(document[first:last])
+            first_block = int(own_documents.min())
+            blocks = int(own_documents.max()) - first_block + 1
+            total = torch.zeros_like(mean)
+            block_total = torch.zeros(blocks, dtype=torch.float64, device=device)
+            block_rows = torch.zeros_like(block_total)
+            unseen_total, unseen_rows = torch.zeros_like(block_total), torch.zeros_like(block_total)
+            is_unseen = torch.ones(last - first, dtype=torch.float64)
+            if seen is not None:
+                is_unseen = torch.from_numpy(~seen[first:last]).double()
+            work = {n: _CoderPiece(c, calibrations.get(n), blocks) for n, c in coders.items()}
+            for batch in row_batches(
+                split, hookpoint, widest, without_tokens, first=first, last=last
+            ):
+                x, y = batch.x.to(device, dtype), batch.y.to(device, dtype)
+                block = (own_documents[batch.number - first] - first_block).to(device)
+                unseen = is_unseen[batch.number - first].to(device)
+                squared = (y.double() - mean).square()
+                total += squared.sum(dim=0)
+                block_total.index_add_(0, block, squared.sum(dim=1))
+                block_rows += torch.bincount(block, minlength=blocks)
+                unseen_total.index_add_(0, block, squared.sum(dim=1) * unseen)
+                unseen_rows.index_add_(0, block, unseen)
+                for one in work.values():
+                    side = y if one.coder.config.side == "output" else x
+                    one.add(batch, side, y, block, unseen)
+            for name, one in work.items():
+                codes[name].write(piece, one.code(first))
+            sums: Arrays = {
+                "first_block": np.array([first_block]), "block_rows": block_rows.cpu().numpy(),
+                "total/channel": total.cpu().numpy(), "total/block": block_total.cpu().numpy(),
+                "total/unseen": unseen_total.cpu().numpy(),
+                "unseen_rows": unseen_rows.cpu().numpy(),
+            }  # fmt: skip
+            for i, one in enumerate(work.values()):
+                sums |= {f"{i}/{key}": value for key, value in one.sums().items()}
+            pieces.write(piece, sums)
+        yield last - first
+
+
+class Sums(NamedTuple):
+    """Sums of one coder over all pieces."""
+
+    channel: dict[str, NDArray[Any]]
+    """By kind (total, coder, skip, and binarised, quantised): (d_out,) squared error."""
+    block: dict[str, NDArray[Any]]
+    """The same by document: (documents,)."""
+    block_rows: NDArray[Any]
+    """(documents,) rows of each document."""
+    counts: NDArray[Any]
+    """(F,) int64: rows in which each latent is not 0."""
+    unseen: dict[str, NDArray[Any]]
+    """Squared error by document over rows that were not seen in training, of the kinds total and
+    coder, and `rows`, how many there are: (documents,). All rows, where that is not known."""
+
+    @property
+    def rows(self) -> int:
+        """Rows that were evaluated."""
+        return int(self.block_rows.sum())
+
+
+def add_up(pieces: Pieces, n_pieces: int, names: list[str], n_blocks: int) -> dict[str, Sums]:
+    """The sums of every coder of a pass, in the order in which `pass_over_rows` had them."""
+    found: dict[str, Sums] = {}
+    for piece in range(n_pieces):
+        arrays = pieces.read(piece)
+        at = int(arrays["first_block"][0])
+        for i, name in enumerate(names):
+            own = {k.split("/", 1)[1]: v for k, v in arrays.items() if k.startswith(f"{i}/")}
+            own |= {k: v for k, v in arrays.items() if k.startswith("total/")}
+            if name not in found:
+                kinds = [k.removesuffix("/channel") for k in own if k.endswith("/channel")]
+                found[name] = Sums(
+                    {k: np.zeros_like(own[f"{k}/channel"]) for k in kinds},
+                    {k: np.zeros(n_blocks) for k in kinds},
+                    np.zeros(n_blocks), np.zeros_like(own["counts"]),
+                    {k: np.zeros(n_blocks) for k in ("total", "coder", "rows")},
+                )  # fmt: skip
+            sums = found[name]
+            here = slice(at, at + len(arrays["block_rows"]))
+            for kind in sums.channel:
+                sums.channel[kind][...] += own[f"{kind}/channel"]
+                sums.block[kind][here] += own[f"{kind}/block"]
+            sums.block_rows[here] += arrays["block_rows"]
+            sums.unseen["total"][here] += arrays["total/unseen"]
+            sums.unseen["coder"][here] += own["unseen"]
+            sums.unseen["rows"][here] += arrays["unseen_rows"]
+            sums.counts[...] += own["counts"]
+    return found
