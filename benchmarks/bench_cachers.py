@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 import bsc.embedded
-from bsc.cache.capture.capture import CaptureConfig, capture
-from bsc.cache.model.text import TextSource
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
+from bsc.cache.model.text_source import TextSource
 from bsc.embedded.corpus import documents
 from bsc.versions import versions
 

@@ -19,7 +19,6 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import bsc.embedded
 from bsc.cache.capture.capture import capture
-from bsc.cache.capture.source import CaptureConfig, Source, open_source
+from bsc.cache.capture.config import CaptureConfig
+from bsc.cache.capture.source import Source, open_source
 from bsc.cache.model.hookpoints import modules_of
-from bsc.cache.model.text import TextSource, read_text
+from bsc.cache.model.text import read_text
+from bsc.cache.model.text_source import TextSource
 from bsc.cache.model.tokens import ContextBatch, context_batches
 from bsc.cache.store.store import ActivationStore
 from bsc.cache.store.verify import verify
@@ -146,7 +147,7 @@ def main() -> None:
         bare, ours, size = [], [], 0
         for i in range(args.repeats + 1):
             seconds = bare_pass(source, batches)
-            result = capture(replace(config, store=folder / f"acts-{i}"))
+            result = capture(config.but(store=folder / f"acts-{i}"))
             if i == 0:  # warms up
                 assert list(verify(folder / "acts-0")) == []
                 store = ActivationStore(folder / "acts-0")

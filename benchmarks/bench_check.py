@@ -33,8 +33,8 @@ from benchmarks.bench_store import NAMES, blocks, write_store
 from bsc.cache.store.layout import Grid
 from bsc.cache.store.loader import Loader
 from bsc.cache.store.store import ActivationStore
-from bsc.train.sweep import TrainConfig
-from bsc.train.trainer import train
+from bsc.train.config import TrainConfig
+from bsc.train.trainer import train_sweep
 from bsc.versions import versions
 
 BATCH = 2_048
@@ -75,7 +75,7 @@ def training(root: Path, *, check: bool) -> float:
             check=check, keep_checkpoint=False,
         )  # fmt: skip
         started = time.perf_counter()
-        train(config)
+        train_sweep(config)
         return time.perf_counter() - started
 
 

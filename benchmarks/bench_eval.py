@@ -31,9 +31,10 @@ import numpy as np
 import torch
 
 from benchmarks.bench_capture import smollm2_shape
-from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.model.models import LanguageModel, load_model
-from bsc.cache.model.text import TextSource
+from bsc.cache.model.text_source import TextSource
 from bsc.cache.store.store import ActivationStore
 from bsc.devices import keep_freed_memory, pick_device
 from bsc.eval.passes.batches import document_numbers

@@ -32,12 +32,14 @@ import numpy as np
 import torch
 
 from bsc.cache.capture import commit
-from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.capture.overlap import seen_ngrams
 from bsc.cache.model import text, tokens
 from bsc.cache.model.ngrams import token_ngrams
 from bsc.cache.model.sides import is_text_held_out
-from bsc.cache.model.text import TextSource, parse_text
+from bsc.cache.model.text import parse_text
+from bsc.cache.model.text_source import TextSource
 from bsc.embedded.corpus import documents
 from bsc.embedded.held_out import is_held_out
 from bsc.versions import versions

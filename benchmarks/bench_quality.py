@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from bsc.train.sweep import TrainConfig
-from bsc.train.trainer import train
+from bsc.train.config import TrainConfig
+from bsc.train.trainer import train_sweep
 from bsc.versions import versions
 
 SEEDS = [0, 1, 2]
@@ -39,7 +39,7 @@ def figures(store: Path, tables: list[dict[str, Any]], **fields: Any) -> list[di
             "store": store, "runs": Path(folder), "coders": tuple(tables), "eval_rows": 32_768,
             "dead_after": 200_000, "keep_checkpoint": False,
         }  # fmt: skip
-        run, summaries = train(TrainConfig(**values | fields))
+        run, summaries = train_sweep(TrainConfig(**values | fields))
         planned = {c["name"]: c for c in run.config()["coders"]}
     found = []
     for i, table in enumerate(tables):

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bsc.train.sweep import TrainConfig
-from bsc.train.trainer import train
+from bsc.train.config import TrainConfig
+from bsc.train.trainer import train_sweep
 from bsc.versions import versions
 
 RATES = {
@@ -46,7 +46,7 @@ def run_setting(store: Path, k: int, setting: dict[str, Any]) -> list[dict[str, 
     """Train a setting's grid; one line per coder."""
     rows = setting["passes"] * 655_360
     with tempfile.TemporaryDirectory() as folder:
-        run, summaries = train(
+        run, summaries = train_sweep(
             TrainConfig(
                 store=store,
                 runs=Path(folder),

@@ -350,8 +350,9 @@ def bench_memory(folder: Path, repeats: int) -> dict[str, Any]:
 CAPTURE = """
 import sys
 from pathlib import Path
-from bsc.cache.capture.capture import CaptureConfig, capture
-from bsc.cache.model.text import TextSource
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
+from bsc.cache.model.text_source import TextSource
 capture(CaptureConfig(model="demo", store=sys.argv[1], text=TextSource(corpus="stdlib"),
                       hookpoints=("layers.3.mlp",), tokens=int(sys.argv[2]), context=256))
 print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024)

@@ -38,7 +38,8 @@ from bsc.train.coders import kernels
 from bsc.train.coders.bank import Bank
 from bsc.train.coders.config import CoderConfig
 from bsc.train.coders.kernels import Entries
-from bsc.train.optim import CoderOptimiser, Optimiser
+from bsc.train.config import Optimiser
+from bsc.train.optim import CoderOptimiser
 
 K = (16, 32, 64, 128)
 D = 576

@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING
 from bsc.zarr_on_import import register_with_zarr
 
 if TYPE_CHECKING:
-    from bsc.cache.capture.capture import CaptureConfig, capture
+    from bsc.cache.capture.capture import capture
+    from bsc.cache.capture.config import CaptureConfig
     from bsc.cache.store.store import ActivationStore
     from bsc.errors import UserError
     from bsc.eval.evaluate import evaluate
     from bsc.eval.report.report import write_report
     from bsc.train.coders.coder import SparseCoder
     from bsc.train.coders.config import CoderConfig
+    from bsc.train.config import TrainConfig
     from bsc.train.run import Run
-    from bsc.train.sweep import TrainConfig
-    from bsc.train.trainer import train as train_sweep
+    from bsc.train.trainer import train_sweep
 
 __all__ = [
     "ActivationStore",
@@ -45,11 +46,11 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ActivationStore": "bsc.cache.store.store",
-    "CaptureConfig": "bsc.cache.capture.capture",
+    "CaptureConfig": "bsc.cache.capture.config",
     "CoderConfig": "bsc.train.coders.config",
     "Run": "bsc.train.run",
     "SparseCoder": "bsc.train.coders.coder",
-    "TrainConfig": "bsc.train.sweep",
+    "TrainConfig": "bsc.train.config",
     "UserError": "bsc.errors",
     "capture": "bsc.cache.capture.capture",
     "evaluate": "bsc.eval.evaluate",
@@ -61,8 +62,6 @@ register_with_zarr()
 
 
 def __getattr__(name: str) -> object:
-    if name == "train_sweep":
-        return import_module(_HOME[name]).train
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from bsc.errors import ConfigError, nearest
+from bsc.options import option_of
 
 __all__ = ["Config", "parse_config", "read_toml"]
 
@@ -36,6 +38,11 @@ class Config(BaseModel):
                 raise ValueError(f"{name}: should be true or false, got {value!r}")
         return values
 
+    def but(self, **changes: Any) -> Self:
+        """The same but for some fields, checked again."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**(given | changes))
+
 
 def parse_config(kind: type[C], values: dict[str, Any], where: str) -> C:
     """Make a config from values that a user wrote.
@@ -53,7 +60,8 @@ def parse_config(kind: type[C], values: dict[str, Any], where: str) -> C:
     try:
         return kind(**values)
     except ValidationError as error:
-        problems = [_problem(kind, dict(e)) for e in error.errors()]
+        flags = where.startswith("bsc ")
+        problems = [_problem(kind, dict(e), flags) for e in error.errors()]
         raise ConfigError(f"{where}: {'; '.join(problems)}") from None
 
 
@@ -69,9 +77,34 @@ def _kinds(annotation: Any) -> set[Any]:
     return set().union(*map(_kinds, parts))
 
 
-def _problem(kind: type[Config], error: dict[str, Any]) -> str:
+_BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "above"),
+    "less_than_equal": ("le", "at most"),
+    "less_than": ("lt", "below"),
+}
+
+
+def _problem(kind: type[Config], error: dict[str, Any], flags: bool) -> str:
+    """What is wrong with a field, in words.
+
+    Args:
+        kind: the config.
+        error: as pydantic gives it.
+        flags: whether fields are named as flags where they are one.
+    """
     # After the field's own name pydantic puts which member of a union it tried.
-    name = str(error["loc"][0]) if error["loc"] else ""
+    place = [str(part) for part in error["loc"]] or [""]
+    name = place.pop(0)
+    field = kind.model_fields.get(name)
+    while field and place and isinstance(field.annotation, type) and place[0] != name:
+        if not issubclass(field.annotation, Config):
+            break
+        kind, name = field.annotation, place.pop(0)
+        field = kind.model_fields.get(name)
+    option = option_of(field) if field and flags else None
+    if option:
+        name = option.name(name)
     if error["type"] == "extra_forbidden":
         known = kind.model_fields
         return f"unknown key {name!r}{nearest(name, known)}; known are {', '.join(known)}"
@@ -80,6 +113,13 @@ def _problem(kind: type[Config], error: dict[str, Any]) -> str:
     if error["type"] == "value_error":
         text = str(error["ctx"]["error"])
         return f"{name}: {text}" if name else text
+    if error["type"] in _BOUNDS:
+        key, words = _BOUNDS[error["type"]]
+        return f"{name}: should be {words} {error['ctx'][key]:,g}, got {error['input']!r}"
+    if error["type"] == "literal_error":
+        known = error["ctx"]["expected"]
+        near = nearest(str(error["input"]), re.findall(r"'([^']+)'", known))
+        return f"{name}: should be {known}, got {error['input']!r}{near}"
     return f"{name}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
 
 

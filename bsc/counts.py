@@ -1,11 +1,9 @@
-"""Counts as people write them on a command line. Imports the command line's library alone."""
+"""Counts as people write them on a command line."""
 
 from __future__ import annotations
 
 import re
 from decimal import Decimal
-
-import typer
 
 __all__ = ["parse_count"]
 
@@ -18,18 +16,18 @@ def parse_count(text: str | int) -> int:
     """A whole number with an optional unit: k, M, B or T.
 
     Raises:
-        typer.BadParameter: it is something else.
+        ValueError: it is something else.
 
     >>> parse_count("1.5M"), parse_count("2_000")
     (1500000, 2000)
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmbt]?)", str(text).replace("_", "").lower())
     if match is None:
-        raise typer.BadParameter(f"{_shown(text)} is not a count. Write 500000, 500k, 10M or 1B.")
+        raise ValueError(f"{_shown(text)} is not a count. Write 500000, 500k, 10M or 1B.")
     if len(match[1]) > 40 or (number := Decimal(match[1]) * _UNITS[match[2]]) > MAX_COUNT:
-        raise typer.BadParameter(f"{_shown(text)} is larger than 1,000T.")
+        raise ValueError(f"{_shown(text)} is larger than 1,000T.")
     if number != int(number):
-        raise typer.BadParameter(f"{_shown(text)} is not a whole number.")
+        raise ValueError(f"{_shown(text)} is not a whole number.")
     return int(number)
 
 

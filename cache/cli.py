@@ -11,176 +11,40 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bsc.counts import parse_count
-from bsc.flags import MACHINE, AsJson, Device, flag
+from bsc.flags import AsJson, command, flag
+from bsc.options import MACHINE
 
 if TYPE_CHECKING:
-    from bsc.cache.capture.capture import CaptureConfig
+    from bsc.cache.capture.config import CaptureConfig
 
 __all__ = ["add_commands"]
 
-_MODEL, _TEXT, _ROWS, _STORE = "Model", "Text", "What is captured", "How it is stored"
-
-Model = Annotated[
-    str, flag("'demo', a short name (SmolLM2-135M), a folder, or a hub id (owner/name).", _MODEL)
-]
-Revision = Annotated[str | None, flag("Revision of the model on the hub.", _MODEL)]
-Dtype = Annotated[
-    str, flag("Type of the model's arithmetic: auto, float32, bfloat16 or float16.", _MODEL)
-]
-RandomWeights = Annotated[
-    int | None, flag("Seed of untrained weights instead of the model's: a control.", _MODEL)
-]
-Text = Annotated[
-    list[str] | None,
-    flag(
-        "'stdlib', 'env', or files and folders (txt, jsonl, parquet, arrow); may be given several "
-        "times.",
-        _TEXT,
-        default="what goes with the model",
-    ),
-]
-Dataset = Annotated[str | None, flag("Dataset on the hub (owner/name).", _TEXT)]
-DatasetConfig = Annotated[str | None, flag("Configuration of the dataset on the hub.", _TEXT)]
-DatasetRevision = Annotated[str | None, flag("Revision of the dataset on the hub.", _TEXT)]
-Split = Annotated[str, flag("Split of the dataset on the hub.", _TEXT)]
-Column = Annotated[
-    str, flag("Column that has text, chat messages (role and content) or token ids.", _TEXT)
-]
-HeldOut = Annotated[float, flag("Share of the documents that is held out from training.", _TEXT)]
-Seed = Annotated[int, flag("Seed of the order of documents and rows.", _TEXT)]
-Hookpoints = Annotated[
-    list[str] | None,
-    flag(
-        "Module names relative to the base model, with * and {a,b}: 'layers.{0,9,18,27}.mlp'; a@b "
-        "takes the input of a and the output of b. `bsc modules MODEL` lists what there is.",
-        _ROWS,
-        default="the MLPs at 0, 30, 60 and 90 % of the depth",
-    ),
-]
-Tokens = Annotated[
-    int, flag("Training tokens to capture: 500000, 10M, 1B.", _ROWS, parser=parse_count)
-]
-HeldOutTokens = Annotated[
-    int | None,
-    flag(
-        "Tokens of held-out documents to capture.",
-        _ROWS,
-        parser=parse_count,
-        default="the held-out share of --tokens, at most 1,048,576",
-    ),
-]
-Context = Annotated[
-    int | None, flag("Tokens in a context.", _ROWS, default="the model's, at most 2048")
-]
-PackingFlag = Annotated[
-    str,
-    flag(
-        "masked: documents share contexts and do not see each other; joined: they do; none: a "
-        "context per document.",
-        _ROWS,
-    ),
-]
-MaxNonFinite = Annotated[
-    float, flag("Share of rows with NaN or inf above which to stop.", _ROWS, min=0, max=1)
-]
-CodecFlag = Annotated[
-    str, flag("raw, lz4 (exact, about a quarter smaller) or int8 (half, FVU about 1e-4).", _STORE)
-]
-Window = Annotated[int, flag("Shards that rows are scattered over at a time.", _STORE)]
-Ring = Annotated[
-    int | None,
-    flag(
-        "Training shards on disk at most; the capture waits for training runs that read them at "
-        "the same time.",
-        _STORE,
-        default="all of them stay",
-    ),
-]
-BatchTokens = Annotated[int | None, flag("Tokens in a forward pass.", MACHINE, default="by device")]
-Rank = Annotated[int | None, flag("Number of this process.", MACHINE, default="torchrun's, or 0")]
-World = Annotated[
-    int | None, flag("Processes that write the store.", MACHINE, default="torchrun's, or 1")
-]
+_CAPTURE = {"values": "bsc.cache.capture.config:CaptureConfig"}
 
 
-def _config(
-    model: str, text: list[str] | None, dataset: str | None, dataset_config: str | None,
-    dataset_revision: str | None, split: str, column: str, held_out: float, seed: int, dtype: str,
-    **fields: Any,
-) -> CaptureConfig:  # fmt: skip
-    """The config of a capture from its flags."""
-    from bsc.cache.capture.capture import CaptureConfig
-    from bsc.cache.model.models import resolve_model
-    from bsc.cache.model.text import TextSource, default_text, parse_text, resolve_dataset
-    from bsc.errors import UserError
+def _config(values: dict[str, Any], command: str) -> CaptureConfig:
+    """The config of a capture from flags."""
+    from bsc.cache.capture.config import CaptureConfig
+    from bsc.cache.model.text import choose_text
+    from bsc.config import parse_config
+    from bsc.devices import rank_and_world
 
-    if text and dataset:
-        raise UserError("--text and --dataset exclude each other: give one.")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise UserError(f"--dtype {dtype}: expected auto, float32, bfloat16 or float16.")
-    where: dict[str, Any]
-    if dataset:
-        where = {"dataset": dataset, "config_name": dataset_config, "split": split}
-    elif text:
-        where = parse_text(text)
-    else:
-        where = default_text(resolve_model(model), model)
-    if "dataset" in where:
-        where["revision"] = resolve_dataset(where["dataset"], dataset_revision)
-    source = TextSource(**where, column=column, held_out=held_out, seed=seed)
-    return CaptureConfig(model=model, text=source, dtype=dtype, seed=seed, **fields)
+    text = choose_text(values.pop("text", {}), values["model"], seed=values.get("seed", 0))
+    rank, world = rank_and_world(values.pop("rank", None), values.pop("world", None))
+    given = {**values, "text": text, "rank": rank, "world": world}
+    return parse_config(CaptureConfig, given, f"bsc {command}")
 
 
-def cache(
-    model: Model,
-    store: Annotated[
-        str, flag("Folder of the store, or s3://bucket/path; one begun is gone on with.", _STORE)
-    ] = "acts",
-    text: Text = None,
-    dataset: Dataset = None,
-    dataset_config: DatasetConfig = None,
-    split: Split = "train",
-    column: Column = "text",
-    hookpoints: Hookpoints = None,
-    tokens: Tokens = 10_000_000,
-    held_out: HeldOut = 0.05,
-    held_out_tokens: HeldOutTokens = None,
-    context: Context = None,
-    batch_tokens: BatchTokens = None,
-    packing: PackingFlag = "masked",
-    codec: CodecFlag = "raw",
-    dataset_revision: DatasetRevision = None,
-    window: Window = 64,
-    ring: Ring = None,
-    rank: Rank = None,
-    world: World = None,
-    max_non_finite: MaxNonFinite = 1e-6,
-    revision: Revision = None,
-    random_weights: RandomWeights = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    seed: Seed = 0,
-    as_json: AsJson = False,
-) -> None:
+def cache(values: dict[str, Any], as_json: AsJson = False) -> None:
     """Run a model over text once and write inputs and outputs of its MLPs to a store.
 
     A capture that was killed goes on when the same command is given again.
     """
     from bsc.cache.capture.capture import capture
-    from bsc.devices import rank_and_world
     from bsc.files import canonical_json
     from bsc.progress import format_bytes
 
-    own_rank, of = rank_and_world(rank, world)
-    config = _config(
-        model, text, dataset, dataset_config, dataset_revision, split, column, held_out, seed,
-        dtype, store=store, hookpoints=tuple(hookpoints or ()), tokens=tokens,
-        held_out_tokens=held_out_tokens, context=context, batch_tokens=batch_tokens,
-        packing=packing, codec=codec, rank=own_rank, world=of, ring=ring, window=window,
-        max_non_finite=max_non_finite, revision=revision, device=device,
-        random_weights=random_weights,
-    )  # fmt: skip
-    result = capture(config)
+    result = capture(_config(values, "cache"))
     if as_json:
         typer.echo(canonical_json(result._asdict()), nl=False)
     else:
@@ -191,25 +55,7 @@ def cache(
 
 
 def plan(
-    model: Model,
-    store: Annotated[str, flag("Where the store would be.", _STORE)] = "acts",
-    text: Text = None,
-    dataset: Dataset = None,
-    dataset_config: DatasetConfig = None,
-    split: Split = "train",
-    column: Column = "text",
-    hookpoints: Hookpoints = None,
-    tokens: Tokens = 10_000_000,
-    held_out: HeldOut = 0.05,
-    held_out_tokens: HeldOutTokens = None,
-    context: Context = None,
-    batch_tokens: BatchTokens = None,
-    packing: PackingFlag = "masked",
-    codec: CodecFlag = "raw",
-    dataset_revision: DatasetRevision = None,
-    window: Window = 64,
-    ring: Ring = None,
-    world: World = None,
+    values: dict[str, Any],
     rate: Annotated[
         int | None,
         flag("Tokens per second of one process: 700k.", MACHINE, parser=parse_count),
@@ -231,10 +77,6 @@ def plan(
         int | None,
         flag("Free bytes to plan for: 2T.", MACHINE, parser=parse_count, default="the disk's"),
     ] = None,
-    revision: Revision = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Say what a capture comes to before it is started: bytes, shards, memory, hours.
@@ -246,13 +88,12 @@ def plan(
     from bsc.cache.capture.estimate import estimate
     from bsc.files import canonical_json
 
-    config = _config(
-        model, text or (None if dataset else ["stdlib"] if not probe else None), dataset,
-        dataset_config, dataset_revision, split, column, held_out, seed, dtype, store=store,
-        hookpoints=tuple(hookpoints or ()), tokens=tokens, held_out_tokens=held_out_tokens,
-        context=context, batch_tokens=batch_tokens, packing=packing, codec=codec,
-        world=world or 1, ring=ring, window=window, revision=revision, device=device,
-    )  # fmt: skip
+    text = values.get("text", {})
+    if not probe and not text.get("files") and not text.get("dataset"):
+        values["text"] = {**text, "files": ("stdlib",)}  # it is not read
+    if "world" in values:
+        values.setdefault("rank", 0)
+    config = _config(values, "plan")
     made = estimate(config, rate=rate, probe=probe, disk_rate=disk_rate, free=free)
     typer.echo(canonical_json(made.to_json()) if as_json else "\n".join(made.lines()))
 
@@ -354,10 +195,13 @@ def shuffle_check(
 
 def add_commands(app: typer.Typer) -> None:
     """Put the commands of this stage into the command line."""
-    app.command(
-        epilog="Example: bsc cache --model SmolLM2-135M --text papers/ --tokens 100M --store acts"
-    )(cache)
-    app.command(epilog="Example: bsc plan --model SmolLM2-135M --tokens 10B --probe")(plan)
+    command(
+        app, _CAPTURE,
+        epilog="Example: bsc cache --model SmolLM2-135M --text papers/ --tokens 100M --store acts",
+    )(cache)  # fmt: skip
+    command(app, _CAPTURE, epilog="Example: bsc plan --model SmolLM2-135M --tokens 10B --probe")(
+        plan
+    )
     app.command(epilog="Example: bsc modules gpt2")(modules)
     app.command(epilog="Example: bsc verify acts --quick")(verify)
     app.command(epilog="Example: bsc shuffle-check acts")(shuffle_check)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bsc.counts import parse_count
-from bsc.flags import AsJson, Check, Device, ModelNow, StoreNow, flag
+from bsc.flags import AsJson, Check, Device, ModelNow, StoreNow, command, flag
+
+if TYPE_CHECKING:
+    from bsc.eval.config import EvalConfig
 
 __all__ = ["add_commands"]
-
-_MUCH, _ABLATION, _PROBING = "How much is measured", "Ablations", "Sparse probing"
 
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    store: StoreNow = None,
+    config: EvalConfig,
     on: Annotated[
         str | None,
         flag(
@@ -25,34 +25,11 @@ def evaluate(
             default="the store of the training",
         ),
     ] = None,
+    no_probe: Annotated[
+        bool, flag("Leave sparse probing out.", "Sparse probing", "--no-probe")
+    ] = False,
+    store: StoreNow = None,
     model: ModelNow = None,
-    ce_tokens: Annotated[
-        int, flag("Held-out tokens for the model's loss.", _MUCH, parser=parse_count)
-    ] = 100_000,
-    rows: Annotated[
-        int | None,
-        flag("Held-out rows for all else.", _MUCH, parser=parse_count, default="all"),
-    ] = None,
-    ablation_bins: Annotated[
-        int, flag("Bins of latents that are turned off in turn; 0: none.", _ABLATION)
-    ] = 10,
-    ablation_tokens: Annotated[
-        int, flag("Held-out tokens for ablations.", _ABLATION, parser=parse_count)
-    ] = 8_192,
-    ablation_score: Annotated[
-        str, flag("Order of latents: rate, or a .csv/.jsonl of coder, latent, score.", _ABLATION)
-    ] = "rate",
-    ultra_ablations: Annotated[
-        int, flag("Latents above 10 % that are turned off one by one, per coder.", _ABLATION)
-    ] = 4,
-    probe: Annotated[
-        list[str] | None,
-        flag("Labelled texts (.csv, .jsonl); several times.", _PROBING, default="stdlib"),
-    ] = None,
-    no_probe: Annotated[bool, flag("Leave sparse probing out.", _PROBING, "--no-probe")] = False,
-    probe_texts: Annotated[
-        int, flag("Labelled texts of a class at most.", _PROBING, parser=parse_count)
-    ] = 2_000,
     device: Device = None,
     check: Check = True,
     as_json: AsJson = False,
@@ -61,23 +38,17 @@ def evaluate(
 
     Goes on where it was when it is stopped and started again.
     """
-    from bsc.config import parse_config
     from bsc.errors import UserError
     from bsc.eval.elsewhere import run_on
-    from bsc.eval.evaluate import EvalConfig
     from bsc.eval.evaluate import evaluate as evaluate_run
     from bsc.eval.figures_table import figures_table
     from bsc.files import canonical_json
     from bsc.train.run import Run
 
-    values: dict[str, Any] = {
-        "ce_tokens": ce_tokens, "rows": rows, "ablation_bins": ablation_bins,
-        "ablation_tokens": ablation_tokens, "ablation_score": ablation_score,
-        "ultra_ablations": ultra_ablations, "probe_texts": probe_texts,
-    }  # fmt: skip
-    if probe or no_probe:
-        values["probes"] = tuple(probe or ())
-    config = parse_config(EvalConfig, values, "bsc eval")
+    if no_probe:
+        if "probes" in config.model_fields_set:
+            raise UserError("--probe and --no-probe exclude each other: give one.")
+        config = config.but(probes=())
     opened = Run.open(run)
     if on is not None:
         if store is not None:
@@ -162,7 +133,10 @@ def report(
 
 def add_commands(app: typer.Typer) -> None:
     """Put the commands of this stage into the command line."""
-    app.command("eval", epilog="Example: bsc eval runs/run --ce-tokens 1M")(evaluate)
+    command(
+        app, {"config": "bsc.eval.config:EvalConfig"}, name="eval",
+        epilog="Example: bsc eval runs/run --ce-tokens 1M",
+    )(evaluate)  # fmt: skip
     app.command(epilog="Example: bsc examples runs/run binary-k32 17")(examples)
     app.command(epilog="Example: bsc compare runs/run runs/other")(compare)
     app.command(epilog="Example: bsc report runs/run runs/other --out report.html")(report)

@@ -23,18 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 
 from bsc.array_file import write_arrays
 from bsc.cache.store.ring import first_kept
 from bsc.cache.store.store import ActivationStore
-from bsc.config import Config
 from bsc.devices import keep_freed_memory
 from bsc.errors import StoreError
+from bsc.eval.config import EvalConfig
 from bsc.eval.figures.ablation import AblationPlan, ablate
 from bsc.eval.figures.fidelity import fidelity_figures, fvu, fvu_difference
 from bsc.eval.figures.firing import firing_figures, write_firing_counts
-from bsc.eval.figures.labelled import EMBEDDED, LabelledTexts, read_sets
+from bsc.eval.figures.labelled import LabelledTexts, read_sets
 from bsc.eval.figures.latents import latent_figures
 from bsc.eval.figures.loss import added_loss, loss_figures, loss_sums, loss_variants, together
 from bsc.eval.figures.probing import probing_figures
@@ -52,36 +51,7 @@ from bsc.records import write_record
 from bsc.train.run import EVAL_VERSION, Run, as_run, claim
 from bsc.versions import versions
 
-__all__ = ["EvalConfig", "evaluate"]
-
-
-class EvalConfig(Config):
-    """How much is measured. What is measured does not depend on it."""
-
-    ce_tokens: int = Field(default=100_000, ge=1)
-    """Held-out tokens for the losses of the language model."""
-
-    rows: int | None = Field(default=None, ge=1)
-    """Held-out rows at most for everything else. None: all."""
-
-    ablation_bins: int = Field(default=10, ge=0)
-    """Bins of equal firing mass that are turned off one after the other. 0: none."""
-
-    ablation_tokens: int = Field(default=8_192, ge=1)
-    """Held-out tokens for the losses of ablations."""
-
-    ablation_score: str = "rate"
-    """What latents are put in order by: ``"rate"``, or a CSV or JSONL file with the fields coder,
-    latent and score."""
-
-    ultra_ablations: int = Field(default=4, ge=0)
-    """Latents of ultra-high frequency of each coder that are turned off one by one."""
-
-    probes: tuple[str, ...] = (EMBEDDED,)
-    """Sets of labelled texts for sparse probing: ``"stdlib"`` or files."""
-
-    probe_texts: int = Field(default=2_000, ge=4)
-    """Texts of a class that are read at most."""
+__all__ = ["evaluate"]
 
 
 def _rows(

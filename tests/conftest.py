@@ -18,12 +18,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import bsc.embedded
-from bsc.cache.capture.capture import CaptureConfig, capture
-from bsc.cache.model.text import TextSource
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
+from bsc.cache.model.text_source import TextSource
 from bsc.cache.store.store import ActivationStore
+from bsc.train.config import TrainConfig
 from bsc.train.run import Run
-from bsc.train.sweep import TrainConfig
-from bsc.train.trainer import train
+from bsc.train.trainer import train_sweep
 
 EMBEDDED = Path(bsc.embedded.__path__[0]) / "model"
 
@@ -87,7 +88,7 @@ def store_copy(store_path: Path, tmp_path: Path) -> Path:
 
 def train_small(store_path: Path, runs: Path) -> Run:
     """A trained run: binary and continuous, every site, two k."""
-    run, _ = train(
+    run, _ = train_sweep(
         TrainConfig(
             store=store_path,
             runs=runs,

@@ -29,9 +29,9 @@ from bsc.cli import main
 from bsc.errors import StoreError, UserError
 from bsc.eval.interp.sampling import choose
 from bsc.records import check_seal, parse_json, read_record, write_record
+from bsc.train.config import TrainConfig
 from bsc.train.run import Run, claim
-from bsc.train.sweep import TrainConfig
-from bsc.train.trainer import train
+from bsc.train.trainer import train_sweep
 from tests.cache.test_resume import config_of
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "vocab_size": 128}
@@ -192,7 +192,7 @@ def test_a_run_whose_folder_goes_away_stops(
     monkeypatch.setattr(MetricsWriter, "write", then_remove)
     config = sweep(store_path, tmp_path, name="run", log_every=2)
     with pytest.raises(StoreError, match="no longer there: the run's folder was removed or moved"):
-        train(config)
+        train_sweep(config)
     assert seen == [2]
 
 
@@ -242,9 +242,9 @@ def test_a_second_training_of_a_run_says_that_it_is_trained(
     del record["completed"]
     write_record(copy.config_path, record)
     with claim(copy.folder), pytest.raises(UserError, match=r"is being trained now .process"):
-        train(sweep(store_path, tmp_path, name="run"))
+        train_sweep(sweep(store_path, tmp_path, name="run"))
     with pytest.raises(UserError, match=r"a run that has not ended is here\. Go on with it"):
-        train(sweep(store_path, tmp_path, name="run"))
+        train_sweep(sweep(store_path, tmp_path, name="run"))
     assert not (copy.folder / ".lock").exists()
 
 
@@ -305,7 +305,7 @@ def test_tokens_can_be_left_out_by_their_ids(store_path: Path, tmp_path: Path) -
     ids = store.train.tokens("token_id")
     common = int(torch.bincount(torch.from_numpy(ids.astype("int64"))).argmax())
     runs = [
-        train(sweep(store_path, tmp_path, name=f"without-{len(out)}", without_tokens=out))[0]
+        train_sweep(sweep(store_path, tmp_path, name=f"without-{len(out)}", without_tokens=out))[0]
         for out in ((), (common,))
     ]
     assert [r.config()["without_tokens"] for r in runs] == [[], [common]]

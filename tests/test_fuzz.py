@@ -19,17 +19,20 @@ from typing import Any
 
 import pytest
 
-from bsc.cache.capture.capture import CaptureConfig, capture
-from bsc.cache.model.text import TextSource
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
+from bsc.cache.model.text_source import TextSource
 from bsc.cli import main
-from bsc.eval.evaluate import EvalConfig, evaluate
-from bsc.eval.interp.material import InterpConfig, Materials
+from bsc.eval.config import EvalConfig
+from bsc.eval.evaluate import evaluate
+from bsc.eval.interp.config import InterpConfig
+from bsc.eval.interp.material import Materials
 from bsc.eval.interp.offline import offline_scores
 from bsc.files import canonical_json
 from bsc.records import record_hash, sealed
+from bsc.train.config import TrainConfig
 from bsc.train.run import Run
-from bsc.train.sweep import TrainConfig
-from bsc.train.trainer import train
+from bsc.train.trainer import train_sweep
 
 SECONDS = 60
 """A command that takes longer hangs."""
@@ -155,7 +158,7 @@ def site(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             batch_tokens=256, codec="int8",
         )
     )  # fmt: skip
-    run, _ = train(
+    run, _ = train_sweep(
         TrainConfig(
             store=root / "acts", runs=root / "runs", name="run", batch_rows=64,
             coders=({"code": ["binary", "continuous"], "k": 2, "n_latents": 16,

@@ -13,11 +13,12 @@ import torch
 from bsc.cache.store.store import ActivationStore
 from bsc.devices import pick_device
 from bsc.errors import UserError
+from bsc.train.config import TrainConfig
 from bsc.train.memory import available_bytes, plan_memory
 from bsc.train.metrics import check_targets
 from bsc.train.ranks import divide
 from bsc.train.run import RUN_VERSION, Run
-from bsc.train.sweep import PlannedCoder, TrainConfig, expand, left_out_tokens, plan_coders
+from bsc.train.sweep import PlannedCoder, expand, left_out_tokens, plan_coders
 from bsc.versions import versions
 
 __all__ = ["Job", "make_job"]

@@ -15,8 +15,9 @@ from bsc.progress import format_bytes
 from bsc.train.coders.bank import EXTRA_COLUMNS
 from bsc.train.coders.coder import parameter_shapes
 from bsc.train.coders.config import CoderConfig
+from bsc.train.config import TrainConfig
 from bsc.train.optim import state_bytes
-from bsc.train.sweep import PlannedCoder, TrainConfig
+from bsc.train.sweep import PlannedCoder
 
 __all__ = [
     "EVALUATION_ROWS",

@@ -20,24 +20,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bsc.errors import ConfigError
+from bsc.train.config import Optimiser
 
 __all__ = [
-    "OPTIMISERS",
     "ClassicSignum",
     "CoderOptimiser",
-    "Optimiser",
     "ScheduleFreeSignSGD",
     "state_bytes",
 ]
-
-Optimiser = Literal["adam", "signum", "signum_classic", "muon"]
-OPTIMISERS: tuple[Optimiser, ...] = get_args(Optimiser)
 
 
 class ScheduleFreeSignSGD(torch.optim.Optimizer):

@@ -9,10 +9,11 @@ from bsc.cache.store.store import ActivationStore
 from bsc.config import parse_config
 from bsc.errors import ConfigError, StoreError, UserError, nearest
 from bsc.train.checkpoint import load_checkpoint
+from bsc.train.config import TrainConfig
 from bsc.train.job import Job, make_job
 from bsc.train.ranks import merge_parts
 from bsc.train.run import Run
-from bsc.train.sweep import PlannedCoder, TrainConfig, expand, plan_coders
+from bsc.train.sweep import PlannedCoder, expand, plan_coders
 from bsc.train.trainer import CoderSummary, run_job
 
 __all__ = ["resume"]

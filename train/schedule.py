@@ -5,15 +5,11 @@ Everything here is a function of (step, steps), so a resumed run needs no state 
 
 from __future__ import annotations
 
-from typing import Literal
-
 from bsc.errors import ConfigError
-from bsc.train.optim import Optimiser
+from bsc.train.config import Decay, Optimiser
 
-__all__ = ["Decay", "annealed", "default_decay", "default_lr", "default_warmup", "lr_scale",
+__all__ = ["annealed", "default_decay", "default_lr", "default_warmup", "lr_scale",
            "paper_lr"]  # fmt: skip
-
-Decay = Literal["linear", "none"]
 
 _LR = {
     ("adam", "continuous"): 1e-2,

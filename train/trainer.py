@@ -28,16 +28,17 @@ from bsc.progress import console
 from bsc.records import write_record
 from bsc.train.bank_trainer import BankTrainer, Progress
 from bsc.train.checkpoint import save_checkpoint
+from bsc.train.config import TrainConfig
 from bsc.train.job import Job, make_job
 from bsc.train.live import training_view
 from bsc.train.memory import group_banks
 from bsc.train.metrics import MetricsWriter
 from bsc.train.ranks import merge_parts
 from bsc.train.run import Run, claim
-from bsc.train.sweep import TrainConfig, left_out_tokens
+from bsc.train.sweep import left_out_tokens
 from bsc.versions import versions
 
-__all__ = ["CoderSummary", "run_job", "train"]
+__all__ = ["CoderSummary", "run_job", "train_sweep"]
 
 _CHECKPOINT_SECONDS = 600.0
 _EVALUATIONS = 10
@@ -59,7 +60,7 @@ class CoderSummary(NamedTuple):
     """Step after which it was done, by its `patience`; None: it trained to the end."""
 
 
-def train(
+def train_sweep(
     config: TrainConfig, where: str = "bsc train", *, rank: int = 0, world: int = 1
 ) -> tuple[Run, list[CoderSummary]]:
     """Train a sweep and write its run.

@@ -7,17 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from bsc.cache.capture.capture import CaptureConfig, capture
-from bsc.cache.model.text import TextSource
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
+from bsc.cache.model.text_source import TextSource
 from bsc.cache.store.verify import verify
 from bsc.errors import StoreError
-from bsc.eval.evaluate import EvalConfig, evaluate
-from bsc.eval.interp.material import InterpConfig, Materials
+from bsc.eval.config import EvalConfig
+from bsc.eval.evaluate import evaluate
+from bsc.eval.interp.config import InterpConfig
+from bsc.eval.interp.material import Materials
 from bsc.eval.interp.offline import offline_scores
 from bsc.eval.report.report import write_report
 from bsc.files import check_new_folder
-from bsc.train.sweep import TrainConfig
-from bsc.train.trainer import train
+from bsc.train.config import TrainConfig
+from bsc.train.trainer import train_sweep
 
 __all__ = ["DemoResult", "run_demo"]
 
@@ -84,7 +87,7 @@ def run_demo(out: Path) -> DemoResult:
             {"code": ["binary", "continuous"], "k": list(KS), "n_latents": N_LATENTS},
         ),
     )  # fmt: skip
-    run, _ = timed("train", lambda: train(sweep, "bsc demo"))
+    run, _ = timed("train", lambda: train_sweep(sweep, "bsc demo"))
     evaluation = timed("evaluate", lambda: evaluate(run, EVALUATION))
     scoring = InterpConfig(latents=LATENTS)
     timed("interp", lambda: offline_scores(Materials(run, scoring, store=None, model=None)))

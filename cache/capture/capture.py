@@ -16,26 +16,20 @@ import torch
 from numpy.typing import NDArray
 
 from bsc.cache.capture.commit import advance, check_same, complete, create, split_start
+from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.capture.plan import CapturePlan, check_disk, check_open_files, plan_capture
-from bsc.cache.capture.source import (
-    NO_TEXT,
-    CaptureConfig,
-    Source,
-    channel_scales,
-    check_config,
-    open_source,
-)
+from bsc.cache.capture.source import NO_TEXT, Source, channel_scales, open_source
 from bsc.cache.capture.staging import Staging
 from bsc.cache.capture.writer import SplitWriter
 from bsc.cache.model.text import fingerprint, read_text
 from bsc.cache.model.tokens import ContextBatch, context_batches
 from bsc.cache.store.folder import StoreFolder, open_folder
+from bsc.cache.store.kinds import Split
 from bsc.cache.store.layout import (
     DATA,
     FORMAT_VERSION,
     PROVENANCE,
     README,
-    Split,
     array_key,
     group_keys,
     store_attributes,
@@ -48,7 +42,7 @@ from bsc.prefetch import prefetched
 from bsc.progress import console, format_bytes, stage
 from bsc.versions import versions
 
-__all__ = ["CaptureConfig", "CaptureResult", "capture"]
+__all__ = ["CaptureResult", "capture"]
 
 _READ_AHEAD = 4
 """Batches that are tokenised before the model asks for them."""
@@ -80,7 +74,6 @@ def capture(config: CaptureConfig) -> CaptureResult:
         UserError: the request cannot be carried out, or the text fails on the way. Where nothing
             was committed nothing is left behind; else the store keeps what was.
     """
-    check_config(config)
     folder = open_folder(config.store)
     if not folder.exists(PROVENANCE):
         folder.check_new()

@@ -16,6 +16,7 @@ import numpy as np
 from bsc.cache.capture.overlap import measure_overlap
 from bsc.cache.capture.writer import SplitStart
 from bsc.cache.store.folder import PARTIAL, StoreFolder
+from bsc.cache.store.kinds import Split
 from bsc.cache.store.layout import (
     DATA,
     MANIFEST,
@@ -24,7 +25,6 @@ from bsc.cache.store.layout import (
     README,
     ArraySpec,
     Grid,
-    Split,
     array_key,
     group_json,
     group_keys,

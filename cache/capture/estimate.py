@@ -13,14 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.capture.plan import CapturePlan, plan_capture, what_fits
-from bsc.cache.capture.source import (
-    MAX_DEFAULT_CONTEXT,
-    CaptureConfig,
-    batch_contexts,
-    check_config,
-    open_source,
-)
+from bsc.cache.capture.source import MAX_DEFAULT_CONTEXT, batch_contexts, open_source
 from bsc.cache.model.architectures import default_hookpoints
 from bsc.cache.model.attention import forward_inputs
 from bsc.cache.model.hookpoints import RowTap, match_hookpoints
@@ -175,7 +170,6 @@ def estimate(
     Raises:
         UserError: the model or its hookpoints are not as they are asked for.
     """
-    check_config(config)
     if probe:
         rate = rate or _measure(config)
         disk_rate = disk_rate or _measure_disk(config.store)

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from bsc.cache.capture.staging import SLOTS
-from bsc.cache.store.layout import ROW_SCALE, ArraySpec, Codec, Grid, Hookpoint, Split, array_specs
+from bsc.cache.store.kinds import Codec, Split
+from bsc.cache.store.layout import ROW_SCALE, ArraySpec, Grid, Hookpoint, array_specs
 from bsc.cache.store.shard import piece_bytes
 from bsc.errors import UserError
 from bsc.progress import format_bytes
 
 __all__ = ["CapturePlan", "check_disk", "check_open_files", "plan_capture", "what_fits"]
 
-WINDOW = 64
-"""Shards that the training rows are scattered over at a time."""
 MIN_SHARDS = 16
 """Of the training split: a scatter over fewer shuffles little."""
 MAX_HELD_OUT_ROWS = 1 << 20
@@ -121,7 +120,7 @@ def plan_capture(
     context: int,
     batch_rows: int,
     codec: Codec = "raw",
-    window: int = WINDOW,
+    window: int = 64,
     writers: int = 1,
     ring: int | None = None,
 ) -> CapturePlan:

@@ -8,22 +8,23 @@ of the embedded corpora and a shuffle buffer.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bsc.cache.model.hub import hub_address, hub_answers
+from bsc.cache.model.models import resolve_model
 from bsc.cache.model.sides import held_out_documents, is_text_held_out
+from bsc.cache.model.text_source import TextSource
+from bsc.config import parse_config
 from bsc.embedded.corpus import CORPORA, documents
-from bsc.embedded.held_out import HELD_OUT_FRACTION
 from bsc.errors import UserError
 
 __all__ = [
     "TextDocument",
-    "TextSource",
+    "choose_text",
     "default_text",
     "fingerprint",
     "parse_text",
@@ -58,34 +59,6 @@ class TextDocument(NamedTuple):
     that are taken as they are; None: the text."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextSource:
-    """Where text comes from. Exactly one of corpus, files and dataset is set."""
-
-    corpus: str | None = None
-    """An embedded corpus: ``"stdlib"`` or ``"env"``."""
-    files: tuple[str, ...] = ()
-    """Local files: txt and md (a file is a document), jsonl, json, parquet, arrow."""
-    dataset: str | None = None
-    """Id of a dataset on the hub."""
-    config_name: str | None = None
-    """Configuration of the dataset on the hub."""
-    split: str = "train"
-    """Split of the dataset on the hub."""
-    revision: str | None = None
-    """Revision of the dataset on the hub."""
-    column: str = "text"
-    """Column that has the text, chat messages, or token ids, where there are columns."""
-    held_out: float = HELD_OUT_FRACTION
-    """Share of documents to hold out."""
-    seed: int = 0
-    """Of the order of the documents."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields that are set."""
-        return {k: v for k, v in asdict(self).items() if v not in (None, ())}
-
-
 def default_text(model_source: str, model_name: str) -> dict[str, Any]:
     """Fields of the `TextSource` that goes with a model when none is named.
 
@@ -103,7 +76,35 @@ def default_text(model_source: str, model_name: str) -> dict[str, Any]:
     )
 
 
-def parse_text(values: list[str]) -> dict[str, Any]:
+def choose_text(given: Mapping[str, Any], model: str, *, seed: int) -> TextSource:
+    """The text of a capture from flags.
+
+    Args:
+        given: fields of a `TextSource` by name, of which `files` may be a corpus or folders.
+        model: whose default text is taken where none is named.
+        seed: of the order of the documents.
+
+    Raises:
+        UserError: two texts are named, one is not there, or the model has no default text.
+    """
+    values = dict(given)
+    files, dataset = values.pop("files", ()), values.pop("dataset", None)
+    if files and dataset:
+        raise UserError("--text and --dataset exclude each other: give one.")
+    if dataset:
+        where: dict[str, Any] = {"dataset": dataset}
+    else:
+        where = parse_text(files) if files else default_text(resolve_model(model), model)
+        for name in ("config_name", "split"):  # there is but one of these in what is local
+            values.pop(name, None)
+    if "dataset" in where:
+        where["revision"] = resolve_dataset(where["dataset"], values.pop("revision", None))
+    else:
+        values.pop("revision", None)
+    return parse_config(TextSource, {**where, **values, "seed": seed}, "bsc cache")
+
+
+def parse_text(values: Sequence[str]) -> dict[str, Any]:
     """Fields of a `TextSource` from the values of ``--text``: one corpus, or files and folders.
 
     Raises:

@@ -14,21 +14,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bsc.cache.model.ngrams import token_ngrams
 from bsc.cache.model.text import TextDocument
-from bsc.cache.store.layout import TOKEN_ARRAYS, Split
+from bsc.cache.model.text_source import Packing
+from bsc.cache.store.kinds import Split
+from bsc.cache.store.layout import TOKEN_ARRAYS
 from bsc.cache.store.manifest import TextPoint
 from bsc.errors import UserError
 
-__all__ = ["PACKINGS", "ContextBatch", "Packing", "context_batches", "tokenise"]
-
-Packing = Literal["masked", "joined", "none"]
-PACKINGS: tuple[Packing, ...] = ("masked", "joined", "none")
+__all__ = ["ContextBatch", "context_batches", "tokenise"]
 
 _DOCUMENTS_AT_ONCE = 128
 _MAX_CHARACTERS = 250_000

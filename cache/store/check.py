@@ -14,7 +14,8 @@ import numpy as np
 import xxhash
 
 from bsc.cache.store.folder import StoreFolder
-from bsc.cache.store.layout import PROVENANCE, ArraySpec, Split, shard_key
+from bsc.cache.store.kinds import Split
+from bsc.cache.store.layout import PROVENANCE, ArraySpec, shard_key
 from bsc.cache.store.manifest import read_provenance, read_shard_hashes
 from bsc.cache.store.scatter import owned_shards, window_sizes
 from bsc.errors import StoreError

@@ -15,23 +15,20 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from bsc.cache.store.kinds import SPLITS, Codec, Split
 from bsc.files import canonical_json
 from bsc.records import record_hash
 
 __all__ = [
-    "CODECS",
     "DATA",
     "FORMAT_VERSION",
     "OVERLAP",
     "PROVENANCE",
     "README",
-    "SPLITS",
     "TOKEN_ARRAYS",
     "ArraySpec",
-    "Codec",
     "Grid",
     "Hookpoint",
-    "Split",
     "array_key",
     "array_specs",
     "end_key",
@@ -53,11 +50,6 @@ OVERLAP = "overlap.bin"
 TOKEN_ARRAYS: dict[str, Literal["uint32", "uint64"]] = {
     "token_id": "uint32", "doc_id": "uint32", "position": "uint32", "ngram": "uint64",
 }  # fmt: skip
-
-Split = Literal["train", "held_out"]
-SPLITS: tuple[Split, ...] = ("train", "held_out")
-Codec = Literal["raw", "lz4", "int8"]
-CODECS: tuple[Codec, ...] = ("raw", "lz4", "int8")
 
 MAX_SHARD_ROWS = 262_144
 CHUNK_ROWS = 4_096

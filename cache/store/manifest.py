@@ -16,15 +16,8 @@ from typing import Any
 import xxhash
 
 from bsc.cache.store.folder import StoreFolder
-from bsc.cache.store.layout import (
-    MANIFEST,
-    PROVENANCE,
-    ArraySpec,
-    Split,
-    array_key,
-    end_key,
-    window_key,
-)
+from bsc.cache.store.kinds import Split
+from bsc.cache.store.layout import MANIFEST, PROVENANCE, ArraySpec, array_key, end_key, window_key
 from bsc.cache.store.shard import ShardRecord
 from bsc.errors import StoreError
 from bsc.files import canonical_json

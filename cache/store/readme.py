@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bsc.cache.store.layout import Codec
+from bsc.cache.store.kinds import Codec
 
 __all__ = ["store_readme"]
 

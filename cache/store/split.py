@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 
 from bsc.cache.store.check import ShardChecks
 from bsc.cache.store.folder import StoreFolder
+from bsc.cache.store.kinds import Codec, Split
 from bsc.cache.store.layout import (
     ROW_SCALE,
     ArraySpec,
-    Codec,
     Grid,
     Hookpoint,
-    Split,
     array_key,
     array_specs,
     shard_key,

@@ -15,16 +15,13 @@ import xxhash
 from numpy.typing import NDArray
 
 from bsc.cache.store.folder import open_folder
+from bsc.cache.store.kinds import CODECS, SPLITS, Codec, Split
 from bsc.cache.store.layout import (
-    CODECS,
     DATA,
     FORMAT_VERSION,
     OVERLAP,
     PROVENANCE,
-    SPLITS,
-    Codec,
     Hookpoint,
-    Split,
     store_attributes,
 )
 from bsc.cache.store.manifest import read_json, read_provenance, windows

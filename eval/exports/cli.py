@@ -29,7 +29,8 @@ def export(
     from bsc.errors import UserError, nearest
     from bsc.eval.exports.delphi import write_delphi_cache
     from bsc.eval.exports.neuronpedia import write_neuronpedia
-    from bsc.eval.interp.material import InterpConfig, Materials
+    from bsc.eval.interp.config import InterpConfig
+    from bsc.eval.interp.material import Materials
     from bsc.train.run import Run
 
     formats = ("delphi", "neuronpedia")

@@ -9,12 +9,10 @@ from typing import Any, NamedTuple
 
 from bsc.embedded.corpus import documents
 from bsc.errors import UserError
+from bsc.eval.config import EMBEDDED
 from bsc.records import parse_json
 
-__all__ = ["EMBEDDED", "LabelledTexts", "read_labelled", "read_sets"]
-
-EMBEDDED = "stdlib"
-"""Name of the embedded set: texts of the standard library by the package that they are from."""
+__all__ = ["LabelledTexts", "read_labelled", "read_sets"]
 
 _PACKAGES = (
     "asyncio", "builtins", "email", "importlib", "multiprocessing", "topics", "unittest", "xml",

@@ -15,6 +15,7 @@ import numpy as np
 
 from bsc.errors import UserError, nearest
 from bsc.eval.figures.scores import read_table
+from bsc.eval.interp.config import TestKind
 from bsc.eval.interp.cost import Estimate, Meter, estimate_requests
 from bsc.eval.interp.evidence import Evidence
 from bsc.eval.interp.judges.judge import Judge
@@ -23,7 +24,7 @@ from bsc.eval.interp.judges.reply import Reply
 from bsc.eval.interp.judges.wire import whole
 from bsc.eval.interp.ledger import Ledger, key_of
 from bsc.eval.interp.material import Material, Materials
-from bsc.eval.interp.questions import Question, TestKind, explain_question, test_questions
+from bsc.eval.interp.questions import Question, explain_question, test_questions
 from bsc.progress import console, stage
 
 __all__ = ["Interpretation"]

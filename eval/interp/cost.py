@@ -5,42 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from pydantic import Field, model_validator
-
 from bsc.config import Config
+from bsc.eval.interp.config import Prices
 from bsc.eval.interp.judges.prompts import Request
 from bsc.eval.interp.judges.reply import Reply
 
-__all__ = ["Estimate", "Meter", "Prices", "estimate_requests"]
+__all__ = ["Estimate", "Meter", "estimate_requests"]
 
 CHARACTERS_PER_TOKEN = 4.0
 _ANSWER_TOKENS = {"explain": 40, "detection": 6, "fuzzing": 6, "intruder": 8}
 """Tokens of a reply; those of detection and fuzzing for each excerpt."""
-
-
-class Prices(Config):
-    """What a judge charges, in any currency, per million tokens."""
-
-    price_in: float = Field(default=0.0, ge=0)
-    price_out: float = Field(default=0.0, ge=0)
-    price_cached: float | None = Field(default=None, ge=0)
-    """Of tokens of a prefix that the judge has kept. None: as any others."""
-
-    budget: float | None = Field(default=None, gt=0)
-    """No request is sent that could take what was spent on this judge, ever, above this."""
-
-    @model_validator(mode="after")
-    def _budget_of_something(self) -> Prices:
-        if self.budget is not None and not (self.price_in or self.price_out):
-            raise ValueError("--budget needs the prices, --price-in and --price-out")
-        return self
-
-    def cost(self, prompt: float, cached: float, completion: float) -> float:
-        """Of so many tokens, the cached ones among those of the prompt."""
-        kept = self.price_in if self.price_cached is None else self.price_cached
-        return (
-            (prompt - cached) * self.price_in + cached * kept + completion * self.price_out
-        ) / 1e6
 
 
 def prompt_tokens(request: Request) -> float:

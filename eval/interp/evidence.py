@@ -25,16 +25,16 @@ from numpy.typing import NDArray
 
 from bsc.eval.figures.division import EXPLAIN, NEITHER, TEST
 from bsc.eval.figures.examples import STRATA, Windows
+from bsc.eval.interp.config import Marking
 from bsc.hashing import hash64
 
-__all__ = ["MIN_WINDOWS", "Evidence", "Marking", "Texts", "Window", "gather"]
+__all__ = ["MIN_WINDOWS", "Evidence", "Texts", "Window", "gather"]
 
 MIN_WINDOWS = 5
 """With fewer windows of a kind a latent is unscorable."""
 _TRIES = 4_096
 """Places that are looked at for windows without firings, drawn uniformly."""
 
-Marking = Literal["all", "strong"]
 """Which firing tokens are marked: all, or those of at least 0.3 of the largest value in the window
 (binary firings are all equal, so all of them)."""
 STRONG = 0.3

@@ -20,10 +20,11 @@ from typing import Any
 from bsc.errors import UserError
 from bsc.eval.interp.asking import Interpretation
 from bsc.eval.interp.batch_files import read_replies, write_requests
-from bsc.eval.interp.cost import Estimate, Meter, Prices
+from bsc.eval.interp.config import InterpConfig, Prices
+from bsc.eval.interp.cost import Estimate, Meter
 from bsc.eval.interp.judges.judge import Judge, NamedJudge
 from bsc.eval.interp.ledger import Ledger
-from bsc.eval.interp.material import InterpConfig, Materials
+from bsc.eval.interp.material import Materials
 from bsc.eval.interp.results import write_results
 from bsc.progress import console
 from bsc.records import parse_json

@@ -6,19 +6,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
 
 from bsc.cache.model.models import load_tokenizer
-from bsc.config import Config, parse_config
+from bsc.config import parse_config
 from bsc.errors import StoreError, UserError
 from bsc.eval.figures.examples import Windows
 from bsc.eval.figures.firing import firing_counts
-from bsc.eval.interp.evidence import Evidence, Marking, Texts, gather
-from bsc.eval.interp.questions import TESTS, TestKind
+from bsc.eval.interp.config import InterpConfig
+from bsc.eval.interp.evidence import Evidence, Texts, gather
 from bsc.eval.interp.sampling import Chosen, Design, choose
 from bsc.eval.passes.batches import rows_read
 from bsc.eval.passes.codes import Codes, LatentCode
@@ -27,62 +26,7 @@ from bsc.eval.passes.setting import open_store
 from bsc.train.coders.config import CoderConfig
 from bsc.train.run import Run
 
-__all__ = ["InterpConfig", "Material", "Materials"]
-
-
-class InterpConfig(Config):
-    """Which latents are scored, and what is shown of them."""
-
-    coders: tuple[str, ...] = ()
-    """Names, or parts of names that no other coder has. None: all coders of the run."""
-
-    latents: int = Field(default=50, ge=1)
-    """Latents of each of the two samples of a coder."""
-
-    only: tuple[int, ...] = ()
-    """Just these latents, by number, in the place of the samples."""
-
-    census_rate: float = Field(default=0.1, gt=0, le=1)
-    """Latents with at least this firing rate are all in the sample of the weighted mean."""
-
-    min_firings: int = Field(default=30, ge=4)
-    """Latents with fewer firings are not drawn; their share is counted."""
-
-    tests: tuple[TestKind, ...] = TESTS
-    """Which tests a judge is asked."""
-
-    explain_windows: int = Field(default=20, ge=5)
-    """Windows that an explanation is written from."""
-
-    test_windows: int = Field(default=20, ge=5)
-    """Windows with firings that it is tested on, and as many without."""
-
-    window: int = Field(default=32, ge=2)
-    """Tokens of a window."""
-
-    items: int = Field(default=5, ge=1, le=50)
-    """Windows in one request."""
-
-    marks: Marking = "all"
-    """Which firing tokens are marked: all, or those of at least 0.3 of the window's largest."""
-
-    negatives: Literal["auto", "silent", "active"] = "auto"
-    """Fuzzing against silent windows, against silent tokens of active windows, or against the
-    latter where the former hardly exist."""
-
-    explanations: str = "own"
-    """``"own"``: the judge writes them. As controls ``"shuffled"``, those of other latents, and
-    ``"blank"``. Or a CSV or JSONL file with the fields coder, latent and explanation."""
-
-    seed: int = Field(default=0, ge=0)
-    """Of every draw."""
-
-    @field_validator("tests")
-    @classmethod
-    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value:
-            raise ValueError(f"name at least one of {', '.join(TESTS)}")
-        return value
+__all__ = ["Material", "Materials"]
 
 
 @dataclass(frozen=True)

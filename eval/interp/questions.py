@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
+from bsc.eval.interp.config import TestKind
 from bsc.eval.interp.evidence import MIN_WINDOWS, Evidence, Texts, Window
 from bsc.eval.interp.judges.prompts import (
     Request,
@@ -29,10 +30,8 @@ from bsc.eval.interp.judges.reply import Reply
 
 __all__ = [
     "INTRUDER_EXCERPTS",
-    "TESTS",
     "Answered",
     "Question",
-    "TestKind",
     "explain_question",
     "intruder_groups",
     "question_rng",
@@ -41,8 +40,6 @@ __all__ = [
     "test_questions",
 ]
 
-TestKind = Literal["detection", "fuzzing", "intruder"]
-TESTS: tuple[TestKind, ...] = ("detection", "fuzzing", "intruder")
 INTRUDER_EXCERPTS = 5
 CHANCE = {"detection": 0.5, "fuzzing": 0.5, "intruder": 1 / INTRUDER_EXCERPTS}
 _SALT: dict[TestKind, int] = {"detection": 1, "fuzzing": 2, "intruder": 3}

@@ -18,7 +18,8 @@ import numpy as np
 
 from bsc.eval.interp.aggregate import MISSING, POWER, summary
 from bsc.eval.interp.asking import Interpretation
-from bsc.eval.interp.cost import Meter, Prices
+from bsc.eval.interp.config import Prices
+from bsc.eval.interp.cost import Meter
 from bsc.eval.interp.judges.prompts import PROMPTS_VERSION
 from bsc.eval.interp.material import Material
 from bsc.eval.interp.offline import scores_csv

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bsc.eval.interp.cost import Estimate, Prices
+from bsc.eval.interp.config import Prices
+from bsc.eval.interp.cost import Estimate
 from bsc.files import canonical_json
 from bsc.formats import percent
 

@@ -15,8 +15,8 @@ from bsc.cache.capture.commit import advance, complete, create, split_start
 from bsc.cache.capture.staging import Staging
 from bsc.cache.capture.writer import SplitWriter
 from bsc.cache.store.folder import open_folder
+from bsc.cache.store.kinds import Codec
 from bsc.cache.store.layout import (
-    Codec,
     Grid,
     Hookpoint,
     array_specs,

@@ -14,11 +14,13 @@ import zarr
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import bsc.cache.capture.capture as capture_module
-from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.capture.source import Source
 from bsc.cache.model.hookpoints import RowTap, expand_braces, match_hookpoints
 from bsc.cache.model.models import load_model
-from bsc.cache.model.text import TextSource, read_text
+from bsc.cache.model.text import read_text
+from bsc.cache.model.text_source import TextSource
 from bsc.cache.model.tokens import context_batches
 from bsc.cache.store.store import ActivationStore
 from bsc.cache.store.verify import verify

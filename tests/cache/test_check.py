@@ -10,7 +10,8 @@ import torch
 import xxhash
 
 from bsc.cache.store.folder import open_folder
-from bsc.cache.store.layout import Codec, Grid
+from bsc.cache.store.kinds import Codec
+from bsc.cache.store.layout import Grid
 from bsc.cache.store.loader import Loader
 from bsc.cache.store.manifest import read_shard_hashes, read_window
 from bsc.cache.store.store import ActivationStore

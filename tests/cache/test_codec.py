@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bsc.cache.store.codec import compress, decompress, dequantised, quantise
-from bsc.cache.store.layout import CODECS
+from bsc.cache.store.kinds import CODECS
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import StoreError
 from tests.cache.synthetic import make_store

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bsc.cache.store.layout import Codec, Grid
+from bsc.cache.store.kinds import Codec
+from bsc.cache.store.layout import Grid
 from bsc.cache.store.verify import verify
 from tests.cache.synthetic import make_store
 

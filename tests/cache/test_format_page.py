@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from bsc.cache.store.layout import CODECS, Codec, Grid
+from bsc.cache.store.kinds import CODECS, Codec
+from bsc.cache.store.layout import Grid
 from bsc.cache.store.store import ActivationStore
 from tests.cache.synthetic import make_store
 

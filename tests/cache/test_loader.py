@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bsc.cache.store.kept import kept_moments
-from bsc.cache.store.layout import Codec, Grid
+from bsc.cache.store.kinds import Codec
+from bsc.cache.store.layout import Grid
 from bsc.cache.store.loader import Cursor, Loader
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import ConfigError

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.capture.overlap import LONG_RUN, measure_overlap
 from bsc.cache.model.ngrams import NGRAM, token_ngrams
 from bsc.cache.model.sides import is_text_held_out
-from bsc.cache.model.text import TextSource, parse_text
+from bsc.cache.model.text import parse_text
+from bsc.cache.model.text_source import TextSource
 from bsc.cache.store.store import ActivationStore
 from bsc.cache.store.verify import verify
 from bsc.describe import describe

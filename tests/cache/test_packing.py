@@ -13,12 +13,14 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2Model
 
-from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.model.attention import document_separation, forward_inputs
 from bsc.cache.model.hookpoints import RowTap, match_hookpoints
 from bsc.cache.model.models import load_model
-from bsc.cache.model.text import TextDocument, TextSource, read_text
-from bsc.cache.model.tokens import PACKINGS, Packing, context_batches
+from bsc.cache.model.text import TextDocument, read_text
+from bsc.cache.model.text_source import PACKINGS, Packing, TextSource
+from bsc.cache.model.tokens import context_batches
 from bsc.cache.store.store import ActivationStore
 from bsc.cache.store.verify import verify
 from bsc.errors import UserError

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
 
-from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.capture.estimate import estimate
-from bsc.cache.model.text import TextSource
-from bsc.cache.store.layout import CODECS, Codec
+from bsc.cache.model.text_source import TextSource
+from bsc.cache.store.kinds import CODECS, Codec
 from bsc.cli import main
 from bsc.errors import UserError
 from tests.cache.test_resume import config_of
@@ -41,7 +41,7 @@ def test_a_store_is_as_large_as_its_plan(
 ) -> None:
     config = config_of(str(tiny_model), tmp_path / "acts", codec=codec, world=world)
     plan = estimate(config).plan
-    results = [capture(replace(config, rank=rank)) for rank in range(world)]
+    results = [capture(config.but(rank=rank)) for rank in range(world)]
     size = bytes_of(tmp_path / "acts")
     assert results[-1].complete and results[-1].rows == plan.grids["train"].rows
     assert size == sum(r.bytes for r in results)
@@ -78,10 +78,10 @@ def test_every_way_out_that_a_plan_names_fits(smollm2: str) -> None:
     assert "--codec int8" in ways
     names = tuple(f"layers.{i}.mlp" for i in range(hooks))
     for other in (
-        replace(config, tokens=tokens),
-        replace(config, ring=ring),
-        replace(config, codec="int8"),
-        replace(config, hookpoints=names),
+        config.but(tokens=tokens),
+        config.but(ring=ring),
+        config.but(codec="int8"),
+        config.but(hookpoints=names),
     ):
         fitting = estimate(other, free=free)
         assert fitting.fits and fitting.plan.bytes > 0.4 * free, other
@@ -97,7 +97,7 @@ def test_memory_is_that_of_the_buffers(smollm2: str) -> None:
     buffers = 64 * 8 * 128 * 1152 + 64 * 3 * 4096 * 4 + 64 * 4096 * 8
     blocks = 3 * 8192 * 8 * 1152
     assert plan.memory() == buffers + blocks
-    ten = estimate(replace(config, tokens=10**11), free=10**16).plan
+    ten = estimate(config.but(tokens=10**11), free=10**16).plan
     assert ten.memory() == plan.memory()
 
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 
-from bsc.cache.capture.capture import CaptureConfig, capture
-from bsc.cache.model.text import TextSource
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
+from bsc.cache.model.text_source import TextSource
 from bsc.cache.store.folder import open_folder
 from bsc.cache.store.layout import Grid
 from bsc.cache.store.loader import Loader
@@ -26,9 +27,10 @@ from bsc.cache.store.store import ActivationStore
 from bsc.cache.store.verify import verify
 from bsc.describe import describe
 from bsc.errors import StoreError, UserError
-from bsc.eval.evaluate import EvalConfig, evaluate
-from bsc.train.sweep import TrainConfig
-from bsc.train.trainer import train
+from bsc.eval.config import EvalConfig
+from bsc.eval.evaluate import evaluate
+from bsc.train.config import TrainConfig
+from bsc.train.trainer import train_sweep
 from tests.cache.synthetic import files_of, make_store, numbers
 
 GRID = Grid(96, 24, 10)
@@ -192,7 +194,7 @@ def test_training_and_evaluation_read_from_object_storage(
         )
         for name, where in (("remote", url), ("local", store_path))
     ]  # fmt: skip
-    (remote, _), (local, _) = (train(s) for s in sweeps)
+    (remote, _), (local, _) = (train_sweep(s) for s in sweeps)
     assert remote.config()["store"] == url
     name = remote.coder_names()[0]
     a, b = ((r.coder_folder(name) / "coder.safetensors").read_bytes() for r in (remote, local))

@@ -11,8 +11,9 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from bsc.cache.capture.capture import CaptureConfig, capture
-from bsc.cache.model.text import TextSource
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
+from bsc.cache.model.text_source import TextSource
 from bsc.cache.store import remote
 from bsc.cache.store.folder import open_folder
 from bsc.cache.store.store import ActivationStore

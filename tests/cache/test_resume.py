@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from bsc.cache.capture.capture import CaptureConfig, CaptureResult, capture
+from bsc.cache.capture.capture import CaptureResult, capture
+from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.capture.source import Source
-from bsc.cache.model.text import TextSource
+from bsc.cache.model.text_source import TextSource
 from bsc.cache.store.folder import LocalFolder
 from bsc.cache.store.store import ActivationStore
 from bsc.cache.store.verify import verify

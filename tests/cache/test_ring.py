@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bsc.cache.capture.capture import CaptureConfig, capture
-from bsc.cache.model.text import TextSource
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
+from bsc.cache.model.text_source import TextSource
 from bsc.cache.store.folder import open_folder
 from bsc.cache.store.layout import Grid, array_specs
 from bsc.cache.store.loader import Loader
@@ -23,8 +24,8 @@ from bsc.cache.store.ring import RingReader, RingWriter, readers, reading
 from bsc.cache.store.store import ActivationStore
 from bsc.cache.store.verify import verify
 from bsc.errors import StoreError, UserError
-from bsc.train.sweep import TrainConfig
-from bsc.train.trainer import train
+from bsc.train.config import TrainConfig
+from bsc.train.trainer import train_sweep
 from tests.cache.synthetic import HOOKS, make_store
 
 SLOTS, WINDOW = 8, 4
@@ -196,7 +197,7 @@ def test_a_capture_and_a_training_run_at_the_same_time(tiny_model: Path, tmp_pat
         store=root, runs=tmp_path / "runs", name="live", batch_rows=250, log_every=1,
         coders=({"k": [4], "n_latents": 64},),
     )  # fmt: skip
-    run, summaries = train(sweep)
+    run, summaries = train_sweep(sweep)
     thread.join()
     store = ActivationStore(root)
     assert store.complete and store.train.rows == 40_000
@@ -204,7 +205,7 @@ def test_a_capture_and_a_training_run_at_the_same_time(tiny_model: Path, tmp_pat
     assert len(summaries) == 1 and (summaries[0].fvu or 9) < 1
     assert shards_on_disk(root) < 6 and list(verify(root)) == []
     with pytest.raises(UserError, match="a ring, through which 40,000 rows pass once"):
-        train(sweep.model_copy(update={"tokens": 50_000, "name": "more"}))
+        train_sweep(sweep.model_copy(update={"tokens": 50_000, "name": "more"}))
 
 
 @pytest.mark.parametrize("ahead", [0, 2])

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from transformers import AutoTokenizer
 
-from bsc.cache.model.text import TextSource, parse_text, read_text
+from bsc.cache.model.text import parse_text, read_text
+from bsc.cache.model.text_source import TextSource
 from bsc.cache.model.tokens import context_batches
 from bsc.errors import UserError
 from tests.conftest import EMBEDDED

@@ -19,7 +19,8 @@ import zarr
 from bsc.cache.capture.commit import advance
 from bsc.cache.capture.staging import Staging
 from bsc.cache.store.folder import LocalFolder, open_folder
-from bsc.cache.store.layout import CODECS, Codec, Grid, array_specs
+from bsc.cache.store.kinds import CODECS, Codec
+from bsc.cache.store.layout import Grid, array_specs
 from bsc.cache.store.manifest import read_array_json, windows
 from bsc.cache.store.shard import ShardWriter
 from bsc.cache.store.store import ActivationStore

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from bsc.cache.capture.capture import CaptureConfig, capture
-from bsc.cache.model.text import TextSource
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
+from bsc.cache.model.text_source import TextSource
 from bsc.cache.store.store import ActivationStore
 from bsc.embedded.corpus import documents
-from bsc.eval.evaluate import EvalConfig, evaluate
+from bsc.eval.config import EvalConfig
+from bsc.eval.evaluate import evaluate
 from bsc.train.run import Run
 from tests.conftest import train_small
 

@@ -9,10 +9,11 @@ import pytest
 from bsc.cli import main
 from bsc.errors import StoreError, UserError
 from bsc.eval.compare import compare_runs
-from bsc.eval.evaluate import EvalConfig, evaluate
+from bsc.eval.config import EvalConfig
+from bsc.eval.evaluate import evaluate
+from bsc.train.config import TrainConfig
 from bsc.train.run import Run
-from bsc.train.sweep import TrainConfig
-from bsc.train.trainer import train
+from bsc.train.trainer import train_sweep
 
 CODER = {"hookpoint": "layers.2.mlp", "k": 4, "n_latents": 32}
 FAST = EvalConfig(ce_tokens=512, ablation_bins=0, ultra_ablations=0, probes=())
@@ -20,7 +21,7 @@ FAST = EvalConfig(ce_tokens=512, ablation_bins=0, ultra_ablations=0, probes=())
 
 @pytest.fixture(scope="module")
 def seeds(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run, _ = train(
+    run, _ = train_sweep(
         TrainConfig(
             store=store_path, runs=tmp_path_factory.mktemp("seeds"), tokens=6_000, batch_rows=256,
             coders=(CODER | {"code": ["binary", "continuous"], "seed": [0, 1]},),

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from bsc.cache.capture.capture import CaptureConfig, capture
-from bsc.cache.model.text import TextSource
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
+from bsc.cache.model.text_source import TextSource
 from bsc.cli import main
 from bsc.errors import UserError
+from bsc.eval.config import EvalConfig
 from bsc.eval.elsewhere import run_on
-from bsc.eval.evaluate import EvalConfig, evaluate
+from bsc.eval.evaluate import evaluate
 from bsc.eval.report.report import render_report
 from bsc.train.run import Run
 from tests.conftest import make_model

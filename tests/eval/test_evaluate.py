@@ -18,16 +18,17 @@ from bsc.cache.store.store import ActivationStore
 from bsc.cli import main
 from bsc.errors import StoreError, UserError
 from bsc.eval.compare import compare_runs
-from bsc.eval.evaluate import EvalConfig, evaluate
+from bsc.eval.config import EvalConfig
+from bsc.eval.evaluate import evaluate
 from bsc.eval.passes.context_pass import CLEAN, joined, pass_over_contexts
 from bsc.eval.passes.contexts import contexts_of
 from bsc.eval.passes.setting import matching_model, open_setting
 from bsc.eval.report.report import render_report
 from bsc.eval.show import latent_examples, load_sample
 from bsc.records import write_record
+from bsc.train.config import TrainConfig
 from bsc.train.run import Run, claim
-from bsc.train.sweep import TrainConfig
-from bsc.train.trainer import train
+from bsc.train.trainer import train_sweep
 from tests.cache.synthetic import change_capture
 
 
@@ -104,7 +105,7 @@ def test_an_interrupted_evaluation_leaves_the_figures_before_it(
 def test_coders_of_several_hookpoints_are_spliced_together(
     store_path: Path, tmp_path: Path
 ) -> None:
-    run, _ = train(
+    run, _ = train_sweep(
         TrainConfig(
             store=store_path, runs=tmp_path, tokens=3_000, batch_rows=256,
             coders=({"hookpoint": ["layers.0.mlp", "layers.2.mlp"], "k": 4, "n_latents": 32},),
@@ -297,7 +298,7 @@ def test_rows_of_special_tokens_stay_as_they_are_in_a_splice(
 ) -> None:
     """Of coders that were not trained on them, in the rows and in the losses alike."""
     base = {"hookpoint": "layers.2.mlp", "k": 4, "n_latents": 64}
-    run, _ = train(
+    run, _ = train_sweep(
         TrainConfig(
             store=store_path, runs=tmp_path, tokens=6_000, batch_rows=256, coders=(base,),
             without_special_tokens=True,

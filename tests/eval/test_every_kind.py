@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bsc.eval.evaluate import EvalConfig, evaluate
+from bsc.eval.config import EvalConfig
+from bsc.eval.evaluate import evaluate
 from bsc.eval.report.report import render_report
+from bsc.train.config import TrainConfig
 from bsc.train.run import Run
-from bsc.train.sweep import TrainConfig
-from bsc.train.trainer import train
+from bsc.train.trainer import train_sweep
 
 BASE = {"hookpoint": "layers.2.mlp", "k": 4, "n_latents": 64}
 TABLES = (
@@ -26,7 +27,7 @@ TABLES = (
 def test_every_kind_of_coder_is_evaluated_and_reported(
     store_path: Path, tmp_path: Path, small: EvalConfig
 ) -> None:
-    run, summaries = train(
+    run, summaries = train_sweep(
         TrainConfig(
             store=store_path, runs=tmp_path, tokens=12_000, batch_rows=256, eval_rows=2_000,
             coders=tuple(BASE | t for t in TABLES),
@@ -55,7 +56,7 @@ def test_every_kind_of_coder_is_evaluated_and_reported(
 def test_a_saved_coder_of_batch_topk_does_not_look_at_its_company(
     store_path: Path, tmp_path: Path
 ) -> None:
-    run, _ = train(
+    run, _ = train_sweep(
         TrainConfig(
             store=store_path, runs=tmp_path, tokens=12_000, batch_rows=256,
             coders=(BASE | {"code": "hybrid", "select": "batch_topk"},),

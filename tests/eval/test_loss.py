@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import bsc.eval.passes.context_pass
-from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.model.models import LanguageModel, load_model
-from bsc.cache.model.text import TextSource
-from bsc.cache.model.tokens import PACKINGS
+from bsc.cache.model.text_source import PACKINGS, TextSource
 from bsc.cache.store.store import ActivationStore
 from bsc.eval.figures.loss import added_loss
 from bsc.eval.passes.context_pass import (

@@ -10,7 +10,8 @@ from scipy import sparse
 
 from bsc.cache.model.models import load_model
 from bsc.errors import UserError
-from bsc.eval.figures.labelled import EMBEDDED, LabelledTexts, read_labelled, read_sets
+from bsc.eval.config import EMBEDDED
+from bsc.eval.figures.labelled import LabelledTexts, read_labelled, read_sets
 from bsc.eval.figures.probing import (
     POOLINGS,
     Features,

@@ -10,7 +10,8 @@ from safetensors.numpy import load_file
 import bsc.eval.evaluate
 from bsc.cli import main
 from bsc.errors import StoreError, UserError
-from bsc.eval.evaluate import EvalConfig, evaluate
+from bsc.eval.config import EvalConfig
+from bsc.eval.evaluate import evaluate
 from bsc.eval.show import latent_examples
 from bsc.train.run import Run
 

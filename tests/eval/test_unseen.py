@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from bsc.cache.capture.capture import CaptureConfig, capture
-from bsc.cache.model.text import TextSource, parse_text
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
+from bsc.cache.model.text import parse_text
+from bsc.cache.model.text_source import TextSource
 from bsc.cache.store.store import ActivationStore
-from bsc.eval.evaluate import EvalConfig, evaluate
+from bsc.eval.config import EvalConfig
+from bsc.eval.evaluate import evaluate
 from bsc.eval.passes.context_pass import CLEAN, joined, pass_over_contexts
 from bsc.eval.passes.contexts import contexts_of
 from bsc.eval.passes.setting import matching_model
 from bsc.eval.passes.splice import coder_replacement
+from bsc.train.config import TrainConfig
 from bsc.train.run import Run
-from bsc.train.sweep import TrainConfig
-from bsc.train.trainer import train
+from bsc.train.trainer import train_sweep
 
 HOOK = "layers.2.mlp"
 
@@ -43,7 +46,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]
         held_out_tokens=4_096,
         text=TextSource(held_out=0.2, **parse_text([str(folder / "t.jsonl")])),
     ))  # fmt: skip
-    run, _ = train(TrainConfig(
+    run, _ = train_sweep(TrainConfig(
         store=folder / "acts", runs=folder / "runs", batch_rows=512,
         coders=({"code": ["binary", "continuous"], "k": 8, "n_latents": 256},),
     ))  # fmt: skip

@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from bsc.cache.capture.capture import CaptureConfig, capture
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.model.models import load_model
-from bsc.cache.model.text import TextSource
+from bsc.cache.model.text_source import TextSource
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import StoreError
-from bsc.eval.evaluate import EvalConfig, evaluate
+from bsc.eval.config import EvalConfig
+from bsc.eval.evaluate import evaluate
 from bsc.eval.passes.setting import matching_model
 from bsc.eval.report.report import render_report
+from bsc.train.config import TrainConfig
 from bsc.train.run import Run
-from bsc.train.sweep import TrainConfig
-from bsc.train.trainer import train
+from bsc.train.trainer import train_sweep
 
 FAST = EvalConfig(ce_tokens=512, ablation_bins=0, ultra_ablations=0, probes=())
 
@@ -47,7 +49,7 @@ def test_the_control_goes_through_every_stage(
     capture(config)
     store = ActivationStore(tmp_path / "acts")
     assert store.attributes["model"]["random_weights"] == 1
-    run, _ = train(
+    run, _ = train_sweep(
         TrainConfig(
             store=tmp_path / "acts", runs=tmp_path, name="control", tokens=3_000, batch_rows=256,
             coders=({"k": 4, "n_latents": 64},),

@@ -14,7 +14,8 @@ from bsc.train.bank_trainer import compiled_dot
 from bsc.train.coders import kernels
 from bsc.train.coders.bank import Bank
 from bsc.train.coders.config import CoderConfig
-from bsc.train.optim import CoderOptimiser, Optimiser
+from bsc.train.config import Optimiser
+from bsc.train.optim import CoderOptimiser
 
 D, F = 32, 512
 

@@ -11,15 +11,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from bsc.cache.capture.capture import CaptureConfig, capture
-from bsc.cache.model.text import TextSource
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
+from bsc.cache.model.text_source import TextSource
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import UserError
 from bsc.train import live
 from bsc.train.bank_trainer import BankTrainer
+from bsc.train.config import TrainConfig
 from bsc.train.metrics import MetricsWriter
-from bsc.train.sweep import TrainConfig
-from bsc.train.trainer import train
+from bsc.train.trainer import train_sweep
 
 
 def config(store_path: Path, runs: Path, **fields: Any) -> TrainConfig:
@@ -32,7 +33,7 @@ def config(store_path: Path, runs: Path, **fields: Any) -> TrainConfig:
 
 
 def test_held_out_rows_are_evaluated_every_so_often(store_path: Path, tmp_path: Path) -> None:
-    run, summaries = train(config(store_path, tmp_path, eval_every=5, eval_rows=700))
+    run, summaries = train_sweep(config(store_path, tmp_path, eval_every=5, eval_rows=700))
     name = run.coder_names()[0]
     at = {m["step"]: m["held_out_fvu"] for m in run.metrics()
           if m["coder"] == name and "held_out_fvu" in m}  # fmt: skip
@@ -61,7 +62,7 @@ def test_a_coder_that_no_longer_improves_is_done_and_named(
         {"hookpoint": "layers.2.mlp", "k": 4, "n_latents": 64, "lr": 1e-9, "patience": 2},
         {"hookpoint": "layers.2.mlp", "k": 4, "n_latents": 64, "lr": 1e-2, "patience": 2},
     )
-    run, summaries = train(config(store_path, tmp_path, eval_every=2, coders=tables))
+    run, summaries = train_sweep(config(store_path, tmp_path, eval_every=2, coders=tables))
     assert [s.stopped_at for s in summaries] == [6, None]  # best at 2, then two without a gain
     assert "done at step 6" in capsys.readouterr().err
     rows = [run.coder(n).about["rows"] for n in run.coder_names()]
@@ -71,7 +72,7 @@ def test_a_coder_that_no_longer_improves_is_done_and_named(
 
 def test_a_run_ends_when_all_its_coders_are_done(store_path: Path, tmp_path: Path) -> None:
     table = {"hookpoint": "layers.2.mlp", "k": 4, "n_latents": 64, "lr": 1e-9, "patience": 1}
-    run, _ = train(config(store_path, tmp_path, eval_every=2, coders=(table,)))
+    run, _ = train_sweep(config(store_path, tmp_path, eval_every=2, coders=(table,)))
     assert run.config()["completed"]["rows"] == 4 * 256
 
 
@@ -88,7 +89,7 @@ def test_k_and_temperature_follow_their_schedule(
         seen.append((self.bank.k[0], self.bank.temperature[0]))
 
     monkeypatch.setattr(BankTrainer, "_schedule", look)
-    run, _ = train(config(store_path, tmp_path, coders=(table,)))
+    run, _ = train_sweep(config(store_path, tmp_path, coders=(table,)))
     assert seen[0] == (12, 4.0) and seen[5] == (8, 3.0) and set(seen[10:]) == {(4, 2.0)}
     coder = run.coder(run.coder_names()[0])
     assert coder.config.k == 4
@@ -109,7 +110,7 @@ def test_auxk_sees_latents_that_did_not_fire_for_dead_after_rows(
         masks.append((self.bank.dead.clone(), self.last_fired.clone(), self.progress[0].rows))
 
     monkeypatch.setattr(BankTrainer, "_schedule", look)
-    train(config(store_path, tmp_path, coders=(table,), dead_after=1024))
+    train_sweep(config(store_path, tmp_path, coders=(table,), dead_after=1024))
     assert not any(m.any() for m, _, _ in masks[:4]) and masks[-1][0].any()
     for dead, fired, rows in masks:
         assert torch.equal(dead, rows - fired >= 1024)
@@ -117,8 +118,9 @@ def test_auxk_sees_latents_that_did_not_fire_for_dead_after_rows(
 
 def test_fp32_is_near_bf16(store_path: Path, tmp_path: Path) -> None:
     figures = {
-        p: [s.held_out_fvu for s in train(config(store_path, tmp_path, name=p, precision=p))[1]]
-        for p in ("bf16", "fp32")
+        one.precision: [s.held_out_fvu for s in train_sweep(one)[1]]
+        for precision in ("bf16", "fp32")
+        for one in [config(store_path, tmp_path, name=precision, precision=precision)]
     }
     for a, b in zip(figures["bf16"], figures["fp32"], strict=True):
         assert a is not None and b is not None and abs(a / b - 1) < 0.02, figures
@@ -189,7 +191,7 @@ def test_tensorboard_gets_the_figures(
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = Writer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    run, _ = train(config(store_path, tmp_path, tensorboard=True))
+    run, _ = train_sweep(config(store_path, tmp_path, tensorboard=True))
     name = run.coder_names()[0]
     fvu = [(v, s) for k, v, s in written if k == f"{name}/fvu"]
     assert fvu == [(m["fvu"], m["step"]) for m in run.metrics() if m["coder"] == name]
@@ -207,15 +209,15 @@ def test_a_store_without_held_out_rows_is_trained_on_without_evaluation(
         )
     )  # fmt: skip
     assert "held_out" not in ActivationStore(store).splits
-    run, summaries = train(config(store, tmp_path))
+    run, summaries = train_sweep(config(store, tmp_path))
     assert [s.held_out_fvu for s in summaries] == [None, None]
     assert not any("held_out_fvu" in m for m in run.metrics())
     table = {"hookpoint": "layers.2.mlp", "k": 4, "n_latents": 64, "patience": 2}
     for fields in ({"eval_every": 5}, {"coders": (table,)}):
         with pytest.raises(UserError, match="has no held-out rows, which eval_every and patience"):
-            train(config(store, tmp_path, name="other", **fields))
+            train_sweep(config(store, tmp_path, name="other", **fields))
     with pytest.raises(UserError, match="patience needs held-out evaluations"):
-        train(config(store, tmp_path, name="other", eval_every=0, coders=(table,)))
+        train_sweep(config(store, tmp_path, name="other", eval_every=0, coders=(table,)))
     assert not (tmp_path / "other").exists()
 
 
@@ -224,12 +226,12 @@ def test_weights_that_overflow_leave_the_other_coders_alone(
 ) -> None:
     base = {"hookpoint": "layers.2.mlp", "k": 4, "n_latents": 64}
     tables = (base | {"lr": 1e38, "group": "a"}, base | {"group": "b"})
-    run, summaries = train(config(store_path, tmp_path, coders=tables, eval_every=2))
+    run, summaries = train_sweep(config(store_path, tmp_path, coders=tables, eval_every=2))
     assert summaries[0].frozen_at is not None and summaries[1].frozen_at is None
     assert summaries[1].held_out_fvu is not None and summaries[1].held_out_fvu < 1
     assert run.coder(run.coder_names()[0]).about["frozen_at_step"] is not None
     # One row has no variance to explain: no figure, and no mistake.
-    _, (one,) = train(config(store_path, tmp_path, name="one", coders=(base,), eval_rows=1))
+    _, (one,) = train_sweep(config(store_path, tmp_path, name="one", coders=(base,), eval_rows=1))
     assert one.held_out_fvu is None
 
 
@@ -240,5 +242,5 @@ def test_what_is_not_installed_is_said_before_anything_is_written(
 
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="--wandb: not installed"):
-        train(config(store_path, tmp_path, wandb="project"))
+        train_sweep(config(store_path, tmp_path, wandb="project"))
     assert not (tmp_path / "run").exists()

@@ -5,14 +5,8 @@ import schedulefree
 import torch
 
 from bsc.errors import ConfigError
-from bsc.train.optim import (
-    OPTIMISERS,
-    ClassicSignum,
-    CoderOptimiser,
-    Optimiser,
-    ScheduleFreeSignSGD,
-    state_bytes,
-)
+from bsc.train.config import OPTIMISERS, Optimiser
+from bsc.train.optim import ClassicSignum, CoderOptimiser, ScheduleFreeSignSGD, state_bytes
 from bsc.train.schedule import annealed, default_lr, lr_scale, paper_lr
 
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from bsc.errors import UserError
+from bsc.train.config import SweepPoint, TrainConfig
 from bsc.train.job import make_job
 from bsc.train.memory import group_banks, plan_memory
 from bsc.train.plan import plan_sweep
-from bsc.train.sweep import SweepPoint, TrainConfig, plan_coders
+from bsc.train.sweep import plan_coders
 
 CPU = torch.device("cpu")
 
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 from bsc.train.bank_trainer import BankTrainer
 from bsc.train.memory import group_banks
-from bsc.train.sweep import TrainConfig
+from bsc.train.config import TrainConfig
 from bsc.train.job import make_job
 from bsc.train.plan import plan_sweep
 import numpy

@@ -9,9 +9,10 @@ import torch
 
 from bsc.cache.store.layout import Hookpoint
 from bsc.train.coders.bank import Bank
+from bsc.train.config import SweepPoint
 from bsc.train.optim import CoderOptimiser
 from bsc.train.schedule import lr_scale
-from bsc.train.sweep import SweepPoint
+from bsc.train.sweep import plan_coder
 
 D, TRUE, K, F = 32, 96, 4, 192
 """More directions than dimensions, few of them at a time."""
@@ -79,7 +80,7 @@ class Planted:
 def train(planted: Planted, steps: int, **fields: Any) -> Bank:
     """A coder of the sweep's defaults, trained on fresh rows as the trainer does it."""
     point = SweepPoint(**{"k": K, "n_latents": F} | fields)
-    plan = point.planned(Hookpoint("planted", D, D))
+    plan = plan_coder(point, Hookpoint("planted", D, D))
     bank = Bank([plan.coder], total_variance=planted.variance)
     bank.initialise([plan.seed], *planted.means)
     optimiser = CoderOptimiser(plan.optimiser, bank.trained(0), plan.lr)

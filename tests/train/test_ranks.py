@@ -11,11 +11,12 @@ import pytest
 
 from bsc.errors import StoreError, UserError
 from bsc.train import trainer
+from bsc.train.config import SweepPoint, TrainConfig
 from bsc.train.ranks import divide
 from bsc.train.resume import resume
 from bsc.train.run import Run
-from bsc.train.sweep import SweepPoint, TrainConfig, plan_coders
-from bsc.train.trainer import train
+from bsc.train.sweep import plan_coders
+from bsc.train.trainer import train_sweep
 
 CODERS = ({"code": ["binary", "continuous"], "k": [2, 4], "n_latents": [48, 96]},)
 
@@ -42,15 +43,15 @@ def test_coders_are_divided_by_their_cost(store: Any) -> None:
 
 
 def test_ranks_of_a_job_array_make_one_run_in_any_order(store_path: Path, tmp_path: Path) -> None:
-    alone, _ = train(sweep(store_path, tmp_path, name="alone"))
+    alone, _ = train_sweep(sweep(store_path, tmp_path, name="alone"))
     config = sweep(store_path, tmp_path, name="array")
     for rank in (2, 0):
-        train(config, rank=rank, world=3)
+        train_sweep(config, rank=rank, world=3)
         with pytest.raises(StoreError, match="has not ended"):
             Run.open(config.folder)
     with pytest.raises(UserError, match="not empty"):
-        train(config, rank=2, world=3)
-    run, _ = train(config, rank=1, world=3)
+        train_sweep(config, rank=2, world=3)
+    run, _ = train_sweep(config, rank=1, world=3)
     merged = Run.open(run.folder)
     assert merged.coder_names() == alone.coder_names()
     for name in alone.coder_names():
@@ -62,21 +63,21 @@ def test_ranks_of_a_job_array_make_one_run_in_any_order(store_path: Path, tmp_pa
     order = {n: i for i, n in enumerate(alone.coder_names())}
     assert sorted(lines[0], key=lambda m: (m[0], order[m[1]])) == lines[1]
     with pytest.raises(UserError, match="complete run is here"):
-        train(config, rank=0, world=2)
+        train_sweep(config, rank=0, world=2)
 
 
 def test_parts_of_different_runs_are_not_put_together(store_path: Path, tmp_path: Path) -> None:
-    train(sweep(store_path, tmp_path), rank=0, world=2)
+    train_sweep(sweep(store_path, tmp_path), rank=0, world=2)
     with pytest.raises(StoreError, match="rank 1 was trained with another batch_rows"):
-        train(sweep(store_path, tmp_path, batch_rows=128), rank=1, world=2)
+        train_sweep(sweep(store_path, tmp_path, batch_rows=128), rank=1, world=2)
 
 
 def test_ranks_that_differ_in_their_device_or_paths_are_one_run(
     store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    train(sweep(store_path, Path(), name="x", device="cpu"), rank=0, world=2)
-    run, _ = train(sweep(store_path, tmp_path, name="x", tensorboard=False), rank=1, world=2)
+    train_sweep(sweep(store_path, Path(), name="x", device="cpu"), rank=0, world=2)
+    run, _ = train_sweep(sweep(store_path, tmp_path, name="x", tensorboard=False), rank=1, world=2)
     assert len(Run.open(run.folder).coder_names()) == 16
 
 
@@ -84,7 +85,7 @@ def test_a_rank_is_resumed_as_it_was_started(
     store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = sweep(store_path, tmp_path, checkpoint_every=2)
-    reference, _ = train(config.model_copy(update={"name": "reference"}))
+    reference, _ = train_sweep(config.model_copy(update={"name": "reference"}))
     real = trainer._Loop._step
 
     def stop(self: trainer._Loop, batch: Any) -> None:
@@ -95,7 +96,7 @@ def test_a_rank_is_resumed_as_it_was_started(
     monkeypatch.setattr(trainer._Loop, "_step", stop)
     for rank in (0, 1):
         with pytest.raises(RuntimeError):
-            train(config, rank=rank, world=2)
+            train_sweep(config, rank=rank, world=2)
     monkeypatch.setattr(trainer._Loop, "_step", real)
     for rank, world in ((0, 1), (0, 3), (2, 3)):
         with pytest.raises(StoreError, match=r"trained by 2 process\(es\)"):
@@ -115,7 +116,7 @@ def test_ranks_train_on_longer_and_take_more_coders_each_keeping_its_own(
 ) -> None:
     config = sweep(store_path, tmp_path)
     for rank in (0, 1):
-        train(config, rank=rank, world=2)
+        train_sweep(config, rank=rank, world=2)
     before = Run.open(config.folder).config()["assigned"]
     new = {"hookpoint": "layers.0.mlp", "k": 4, "n_latents": 640, "code": "hybrid"}
     changes = {"tokens": 5_120, "coders": (new,)}
@@ -136,10 +137,10 @@ def test_parts_that_ended_without_being_put_together_are(
 ) -> None:
     """A kill between the last part's end and the merge."""
     config = sweep(store_path, tmp_path)
-    train(config, rank=0, world=2)
+    train_sweep(config, rank=0, world=2)
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "merge_parts", lambda *_: False)
-        train(config, rank=1, world=2)
+        train_sweep(config, rank=1, world=2)
     with pytest.raises(StoreError, match="has not ended"):
         Run.open(config.folder)
     resume(config.folder, rank=1, world=2)

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 
 from bsc.errors import ConfigError, StoreError, UserError
-from bsc.eval.evaluate import EvalConfig, evaluate
+from bsc.eval.config import EvalConfig
+from bsc.eval.evaluate import evaluate
 from bsc.train import checkpoint, trainer
 from bsc.train.coders.coder import SparseCoder
+from bsc.train.config import TrainConfig
 from bsc.train.metrics import MetricsWriter
 from bsc.train.resume import resume
 from bsc.train.run import Run
-from bsc.train.sweep import TrainConfig
-from bsc.train.trainer import train
+from bsc.train.trainer import train_sweep
 
 CODERS = (
     {"hookpoint": "layers.2.mlp", "code": ["binary", "continuous"], "k": 4, "n_latents": 64,
@@ -45,7 +46,7 @@ def config(store_path: Path, runs: Path, **fields: Any) -> TrainConfig:
 @pytest.fixture(scope="module")
 def whole(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run that is never interrupted."""
-    run, _ = train(config(store_path, tmp_path_factory.mktemp("whole")))
+    run, _ = train_sweep(config(store_path, tmp_path_factory.mktemp("whole")))
     return run
 
 
@@ -69,7 +70,7 @@ def _train(sweep: TrainConfig) -> None:
     if (sweep.folder / "config.json").exists():
         resume(sweep.folder)
     else:
-        train(sweep)
+        train_sweep(sweep)
 
 
 @pytest.mark.slow
@@ -137,12 +138,12 @@ def test_stopped_between_any_two_writes_of_a_checkpoint_it_ends_with_the_same_by
         monkeypatch.setattr(checkpoint, name, counted(name))
     per_checkpoint = 12  # folder, state, seven coders, two folders, latest
     sweep = config(store_path, tmp_path, tokens=2_000)
-    reference, _ = train(sweep.model_copy(update={"name": "reference"}))
+    reference, _ = train_sweep(sweep.model_copy(update={"name": "reference"}))
     for at in range(per_checkpoint):
         calls[0], limit[0] = 0, 2 * per_checkpoint + at + 1
         mine = sweep.model_copy(update={"name": f"killed-{at}"})
         with pytest.raises(Killed):
-            train(mine)
+            train_sweep(mine)
         assert calls[0] == limit[0]
         limit[0] = 0
         run, _ = resume(mine.folder)
@@ -153,7 +154,7 @@ def test_the_checkpoint_of_the_last_step_is_not_written_over_itself(
     store_path: Path, tmp_path: Path
 ) -> None:
     """A kill in the middle of that would leave none. Step 10 is due, and it is the end."""
-    run, _ = train(config(store_path, tmp_path, tokens=2_560, coders=CODERS[:1]))
+    run, _ = train_sweep(config(store_path, tmp_path, tokens=2_560, coders=CODERS[:1]))
     folder = run.folder / "checkpoint"
     assert [p.name for p in folder.iterdir() if p.is_dir()] == ["000000010"]
     with pytest.raises(AssertionError, match="never written over"):
@@ -175,7 +176,7 @@ def test_it_goes_on_from_a_checkpoint_and_not_from_the_beginning(
 
     monkeypatch.setattr(trainer._Loop, "_step", stop_at_7)
     with pytest.raises(RuntimeError):
-        train(sweep)
+        train_sweep(sweep)
     resume(sweep.folder)
     assert taken == [*range(8), *range(6, 10)]
 
@@ -193,13 +194,13 @@ def test_ctrl_c_finishes_the_step_and_writes_a_checkpoint(
 
     monkeypatch.setattr(trainer._Loop, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(sweep)
+        train_sweep(sweep)
     monkeypatch.setattr(trainer._Loop, "_step", real)
     assert _step(sweep.folder) == 5
     assert "--resume" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"has not ended.*--resume"):
-        train(sweep)
-    reference, _ = train(sweep.model_copy(update={"name": "reference"}))
+        train_sweep(sweep)
+    reference, _ = train_sweep(sweep.model_copy(update={"name": "reference"}))
     run, _ = resume(sweep.folder)
     same_bytes(run, reference)
 
@@ -208,7 +209,7 @@ def test_more_tokens_may_be_added_and_nothing_else_changed(
     store_path: Path, tmp_path: Path
 ) -> None:
     sweep = config(store_path, tmp_path, tokens=2_560, coders=CODERS[:1])
-    run, first = train(sweep)
+    run, first = train_sweep(sweep)
     before = run.coder(run.coder_names()[0]).W_enc
     for changes, message in (
         ({"tokens": 2_000}, "tokens may only grow"),
@@ -230,7 +231,7 @@ def test_more_tokens_may_be_added_and_nothing_else_changed(
 
 def test_coders_may_be_added_and_begin_where_the_run_is(store_path: Path, tmp_path: Path) -> None:
     sweep = config(store_path, tmp_path, tokens=2_560, coders=CODERS[:1])
-    run, _ = train(sweep)
+    run, _ = train_sweep(sweep)
     new = {"hookpoint": "layers.2.mlp", "k": 9, "n_latents": 64, "code": "hybrid"}
     with pytest.raises(ConfigError, match="has all of these coders already"):
         resume(run.folder, {"tokens": 5_120, "coders": CODERS[:1]}, add_coders=True)
@@ -244,7 +245,7 @@ def test_coders_may_be_added_and_begin_where_the_run_is(store_path: Path, tmp_pa
 def test_a_damaged_checkpoint_or_one_of_a_newer_version_is_refused(
     store_path: Path, tmp_path: Path
 ) -> None:
-    run, _ = train(config(store_path, tmp_path, tokens=2_560, coders=CODERS[:1]))
+    run, _ = train_sweep(config(store_path, tmp_path, tokens=2_560, coders=CODERS[:1]))
     folder = run.folder / "checkpoint"
     latest = (folder / "latest.json").read_text()
     file = next(folder.glob("*/0.safetensors"))
@@ -270,7 +271,7 @@ def test_a_damaged_checkpoint_or_one_of_a_newer_version_is_refused(
 def test_without_its_checkpoint_a_complete_run_cannot_go_on(
     store_path: Path, tmp_path: Path
 ) -> None:
-    run, _ = train(
+    run, _ = train_sweep(
         config(store_path, tmp_path, tokens=2_560, coders=CODERS[:1], keep_checkpoint=False)
     )
     assert not (run.folder / "checkpoint").exists()
@@ -295,13 +296,13 @@ def test_metrics_that_were_cut_off_are_counted_from_where_they_were_cut(
 
     stop_at(11, RuntimeError)  # lines of step 9 stand after the checkpoint of step 8
     with pytest.raises(RuntimeError):
-        train(sweep)
+        train_sweep(sweep)
     monkeypatch.setattr(trainer._Loop, "_step", real)
     stop_at(8, RuntimeError)
     with pytest.raises(RuntimeError):
         resume(sweep.folder)
     monkeypatch.setattr(trainer._Loop, "_step", real)
-    reference, _ = train(sweep.model_copy(update={"name": "reference"}))
+    reference, _ = train_sweep(sweep.model_copy(update={"name": "reference"}))
     other = tmp_path / "metrics.jsonl"
     other.write_bytes(b"x" * 100)
     with MetricsWriter(other, keep_bytes=60) as writer:
@@ -318,7 +319,7 @@ def test_a_run_is_resumed_from_anywhere_and_with_its_store_elsewhere(
     (tmp_path / "a").mkdir()
     monkeypatch.chdir(store_copy.parent)
     sweep = config(Path(store_copy.name), tmp_path / "a", tokens=2_560, coders=CODERS[:1])
-    run, _ = train(sweep)
+    run, _ = train_sweep(sweep)
     monkeypatch.chdir(run.folder)
     resume(".", {"tokens": 3_840})
     moved = run.folder.rename(tmp_path / "a run [1]")
@@ -334,7 +335,7 @@ def test_fewer_tokens_are_refused_also_where_the_run_had_none(
     store_path: Path, tmp_path: Path
 ) -> None:
     sweep = config(store_path, tmp_path, tokens=None, coders=CODERS[:1])
-    run, _ = train(sweep)
+    run, _ = train_sweep(sweep)
     before = run.config()
     with pytest.raises(ConfigError, match="tokens may only grow"):
         resume(run.folder, {"tokens": 1_024})
@@ -343,7 +344,7 @@ def test_fewer_tokens_are_refused_also_where_the_run_had_none(
 
 def test_a_run_whose_coders_are_all_done_is_complete(store_path: Path, tmp_path: Path) -> None:
     table = {"hookpoint": "layers.2.mlp", "k": 4, "n_latents": 64, "lr": 1e-9, "patience": 1}
-    run, _ = train(config(store_path, tmp_path, eval_every=3, coders=(table,)))
+    run, _ = train_sweep(config(store_path, tmp_path, eval_every=3, coders=(table,)))
     before = run.config()
     assert before["completed"]["rows"] < 24_000
     with pytest.raises(UserError, match="coders that were done or not finite stay so"):
@@ -362,9 +363,9 @@ def test_the_checkpoint_stands_until_the_coders_are_saved(
 
     monkeypatch.setattr(SparseCoder, "save", full)
     with pytest.raises(OSError, match="No space"):
-        train(sweep)
+        train_sweep(sweep)
     monkeypatch.setattr(SparseCoder, "save", real)
-    reference, _ = train(sweep.model_copy(update={"name": "reference"}))
+    reference, _ = train_sweep(sweep.model_copy(update={"name": "reference"}))
     run, _ = resume(sweep.folder)
     same_bytes(run, reference)
     assert not (run.folder / "checkpoint").exists()
@@ -373,7 +374,7 @@ def test_the_checkpoint_stands_until_the_coders_are_saved(
 def test_figures_of_an_evaluation_do_not_outlive_more_training(
     store_path: Path, tmp_path: Path
 ) -> None:
-    run, _ = train(config(store_path, tmp_path, tokens=2_560, coders=CODERS[:1]))
+    run, _ = train_sweep(config(store_path, tmp_path, tokens=2_560, coders=CODERS[:1]))
     evaluate(run, EvalConfig(ce_tokens=128, ablation_bins=0, ultra_ablations=0, probes=()))
     assert run.evaluation()["coders"]
     resume(run.folder, {"tokens": 5_120})

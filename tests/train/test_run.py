@@ -13,12 +13,12 @@ from bsc.errors import UserError
 from bsc.records import write_record
 from bsc.train.resume import resume
 from bsc.train.run import Run, claim
-from bsc.train.trainer import train
+from bsc.train.trainer import train_sweep
 from tests.train.test_resume import CODERS, config
 
 
 def test_a_run_in_use_is_refused(store_path: Path, tmp_path: Path) -> None:
-    run, _ = train(config(store_path, tmp_path, tokens=2_560, coders=CODERS[:1]))
+    run, _ = train_sweep(config(store_path, tmp_path, tokens=2_560, coders=CODERS[:1]))
     with claim(run.folder), pytest.raises(UserError, match="in use"):
         resume(run.folder, {"tokens": 5_120})
     resume(run.folder, {"tokens": 5_120})
@@ -32,9 +32,9 @@ def test_a_run_that_was_killed_before_its_config_was_written_can_begin_again(
     (sweep.folder / ".lock").write_text("process 1 on elsewhere")
     (sweep.folder / "config.json.123.partial").write_text("{")
     with claim(sweep.folder), pytest.raises(UserError, match="is being trained now"):
-        train(sweep)
+        train_sweep(sweep)
     (sweep.folder / ".lock").touch()
-    run, _ = train(sweep)
+    run, _ = train_sweep(sweep)
     assert {p.name for p in run.folder.iterdir()} == {
         "config.json", "metrics.jsonl", "checkpoint", "coders",
     }  # fmt: skip

@@ -11,9 +11,9 @@ from bsc.errors import StoreError, UserError
 from bsc.records import write_record
 from bsc.train.bank_trainer import BankTrainer
 from bsc.train.coders.bank import Bank
+from bsc.train.config import TrainConfig
 from bsc.train.run import Run
-from bsc.train.sweep import TrainConfig
-from bsc.train.trainer import train
+from bsc.train.trainer import train_sweep
 
 
 def config(store_path: Path, runs: Path, **fields: object) -> TrainConfig:
@@ -58,7 +58,7 @@ def test_saved_coders_have_the_fvu_that_training_says(run: Run, store: Activatio
 
 
 def test_the_same_config_gives_the_same_bytes_on_a_cpu(store_path: Path, tmp_path: Path) -> None:
-    runs = [train(config(store_path, tmp_path, name=n))[0] for n in ("a", "b")]
+    runs = [train_sweep(config(store_path, tmp_path, name=n))[0] for n in ("a", "b")]
     for name in runs[0].coder_names():
         a, b = ((r.coder_folder(name) / "coder.safetensors").read_bytes() for r in runs)
         assert a == b
@@ -72,8 +72,8 @@ def _curves(run: Run) -> list[tuple[str, float, float]]:
 def test_a_coder_does_not_depend_on_the_company_it_trains_in(
     store_path: Path, tmp_path: Path
 ) -> None:
-    together, _ = train(config(store_path, tmp_path, name="together"))
-    alone, _ = train(
+    together, _ = train_sweep(config(store_path, tmp_path, name="together"))
+    alone, _ = train_sweep(
         config(store_path, tmp_path, name="alone",
                coders=({"hookpoint": "layers.2.mlp", "code": "binary", "k": 4, "n_latents": 64},))
     )  # fmt: skip
@@ -89,7 +89,7 @@ def test_unit_decoders_have_rows_of_one_length_unless_they_have_amplitudes(
 ) -> None:
     table = {"hookpoint": "layers.2.mlp", "site": "sae", "k": 8, "n_latents": 64}
     kinds = {"code": ["binary", "continuous"], "amplitude": ["none", "learned"]}
-    run, _ = train(config(store_path, tmp_path, coders=(table | kinds,)))
+    run, _ = train_sweep(config(store_path, tmp_path, coders=(table | kinds,)))
     moments = ActivationStore(store_path).train.moments("layers.2.mlp/output")
     scale = (moments.total_variance / 32) ** 0.5
     found = set()
@@ -117,7 +117,7 @@ def test_unit_rows_stay_of_length_1_in_training_whatever_the_optimiser(
     monkeypatch.setattr(BankTrainer, "step", look)
     table = {"hookpoint": "layers.2.mlp", "site": "sae", "k": 8, "n_latents": 64, "lr": 0.01,
              "optimiser": optimiser, "code": ["binary", "continuous"]}  # fmt: skip
-    train(config(store_path, tmp_path, coders=(table,)))
+    train_sweep(config(store_path, tmp_path, coders=(table,)))
     assert len(lengths) > 5
     for norms in lengths:
         torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-5, atol=0)
@@ -125,7 +125,7 @@ def test_unit_rows_stay_of_length_1_in_training_whatever_the_optimiser(
 
 def test_signum_with_unit_rows_evaluates_what_it_trained(store_path: Path, tmp_path: Path) -> None:
     """The mean of unit vectors is shorter than one: exported rows must be renormalised."""
-    run, summaries = train(
+    run, summaries = train_sweep(
         config(store_path, tmp_path, coders=({
             "hookpoint": "layers.2.mlp", "site": "sae", "optimiser": "signum", "k": 8,
             "n_latents": 64, "lr": 0.01,
@@ -156,7 +156,7 @@ def test_a_coder_that_turns_non_finite_is_named_and_the_others_go_on(
         return result
 
     monkeypatch.setattr(Bank, "step", poison)
-    run, summaries = train(config(store_path, tmp_path))
+    run, summaries = train_sweep(config(store_path, tmp_path))
     assert [s.frozen_at for s in summaries] == [9, None]
     frozen, other = (run.coder(n) for n in run.coder_names())
     assert frozen.about["frozen_at_step"] == 9
@@ -173,7 +173,7 @@ def test_impossible_runs_are_refused_and_leave_nothing(
     store_path: Path, tmp_path: Path, fields: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        train(config(store_path, tmp_path / "runs", **fields))
+        train_sweep(config(store_path, tmp_path / "runs", **fields))
     assert not (tmp_path / "runs").exists()
 
 

@@ -7,8 +7,9 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from bsc.config import Config
+from bsc.options import CODERS, option
 
-__all__ = ["BINARY_ONLY", "CoderConfig", "Part"]
+__all__ = ["BINARY_ONLY", "CoderChoices", "CoderConfig", "Part"]
 
 DEFAULT_TEMPERATURE = {"sigmoid": 2.0, "identity": 2.0, "rectangle": 2.0, "re": 2.0, "gumbel": 0.5}
 
@@ -33,27 +34,35 @@ class Part(NamedTuple):
     k: int
 
 
-class CoderConfig(Config):
-    """The maths of one coder. Frozen, so a config that was saved is the config that ran."""
+class CoderChoices(Config):
+    """What can be chosen of a coder. None: by what else is chosen (bsc.train.sweep)."""
 
-    site: Literal["sae", "transcoder", "skip_transcoder"] = "skip_transcoder"
+    site: Literal["sae", "transcoder", "skip_transcoder"] = option(
+        "skip_transcoder", "sae, transcoder, skip_transcoder.", CODERS
+    )
     """What it maps: an SAE a module's output to itself, a transcoder the module's input to its
     output, a skip transcoder the same with a linear path beside the latents."""
 
-    select: Literal["topk", "groupmax", "batch_topk"] = "topk"
+    select: Literal["topk", "groupmax", "batch_topk"] = option(
+        "topk", "topk, groupmax, batch_topk.", CODERS
+    )
     """Which latents may be active: the k largest of a row, the largest of each of k groups, or the
     k N largest of a batch of N rows (then rows differ in number, and the saved coder has one
     threshold for all)."""
 
-    code: Literal["continuous", "binary", "hybrid"] = "continuous"
+    code: Literal["continuous", "binary", "hybrid"] = option(
+        "continuous", "binary, continuous, hybrid.", CODERS, shown="binary and continuous"
+    )
     """Value of a selected latent: relu(pre), or 1 where its margin is above 0. Hybrid: the first
     latents are continuous, the last `n_binary` binary, each part with selected latents of its
     own."""
 
-    surrogate: Literal["sigmoid", "identity", "rectangle", "re", "gumbel"] = "sigmoid"
+    surrogate: Literal["sigmoid", "identity", "rectangle", "re", "gumbel"] = option(
+        "sigmoid", "sigmoid, identity, rectangle, re, gumbel.", CODERS
+    )
     """Gradient of a binary latent's step. Binary coders alone read it."""
 
-    temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Temperature of the surrogate, in units of the pre-activation. None: 2, and 0.5 for gumbel.
     Binary coders alone read it."""
 
@@ -61,7 +70,9 @@ class CoderConfig(Config):
     """Latents of a group that the softmax of `gumbel` is over, and that get a gradient: the 4
     largest, or all of them, which costs two dense products more. `gumbel` alone reads it."""
 
-    threshold: Literal["learned", "fixed", "newton"] = "learned"
+    threshold: Literal["learned", "fixed", "newton"] = option(
+        "learned", "learned, fixed, newton.", CODERS
+    )
     """Threshold of the binary latents: one trained number per latent, the same number untrained,
     or none per latent but for every row the one at which the sigmoids of its pre-activations add
     up to k. With `newton` every selected latent is 1. Binary coders alone read it."""
@@ -72,32 +83,32 @@ class CoderConfig(Config):
     exact_k: bool = False
     """Every selected binary latent is 1, whatever its margin, so that L0 is k and not at most k."""
 
-    k: int = Field(ge=1)
+    k: int = option(32, "Selected latents.", CODERS, ge=1)
     """Latents selected per row (batch_topk: on average): L0 is at most k."""
 
     k_binary: int | None = Field(default=None, ge=1)
     """Hybrid: how many of the k are binary. None: half of k."""
 
-    n_latents: int = Field(ge=1)
-    """Number of latents, F."""
+    n_latents: int | None = option(
+        None, "Latents.", CODERS, ge=1, shown="32 times the output's width"
+    )
+    """Number of latents, F; None: `expansion` times the width of the output."""
 
     n_binary: int | None = Field(default=None, ge=1)
     """Hybrid: how many of the latents are binary. None: half of them."""
 
-    d_in: int = Field(ge=1)
-    """Width of the rows that are encoded."""
+    decoder_norm: Literal["unit", "free"] | None = option(
+        None, "unit, free.", CODERS, shown="unit for SAEs, else free"
+    )
+    """Whether the rows of the decoder have length 1. None: unit for SAEs, free for transcoders."""
 
-    d_out: int = Field(ge=1)
-    """Width of the rows that are reconstructed."""
-
-    decoder_norm: Literal["unit", "free"] = "free"
-    """Whether the rows of the decoder have length 1."""
-
-    amplitude: Literal["none", "learned"] = "none"
+    amplitude: Literal["none", "learned"] | None = None
     """learned: unit decoder rows times one trained number per latent, so that binary latents of
-    unit rows can express a magnitude. Multiplied into the decoder of the saved coder."""
+    unit rows can express a magnitude. Multiplied into the decoder of the saved coder. None: learned
+    for binary and hybrid coders with unit rows, which cannot express how much a latent counts
+    without it; else none."""
 
-    auxk_alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    auxk_alpha: float = option(0.0, "Weight of the AuxK loss.", CODERS, ge=0, allow_inf_nan=False)
     """Weight of the AuxK loss: dead latents reconstruct what the others leave over."""
 
     auxk_k: int | None = Field(default=None, ge=1)
@@ -105,6 +116,21 @@ class CoderConfig(Config):
 
     multi_topk: bool = False
     """Adds an eighth of the loss that the coder has with 4 k selected latents."""
+
+
+class CoderConfig(CoderChoices):
+    """The maths of one coder, with nothing left open. Frozen, so a config that was saved is the
+    config that ran."""
+
+    temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    k: int = Field(ge=1)
+    n_latents: int = Field(ge=1)
+    d_in: int = Field(ge=1)
+    """Width of the rows that are encoded."""
+    d_out: int = Field(ge=1)
+    """Width of the rows that are reconstructed."""
+    decoder_norm: Literal["unit", "free"] = "free"
+    amplitude: Literal["none", "learned"] = "none"
 
     @model_validator(mode="before")
     @classmethod

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bsc.errors import UserError, nearest
+from bsc.eval.interp.config import JudgeConfig
 from bsc.eval.interp.judges.prompts import Request
 from bsc.eval.interp.judges.reply import Reply
 
@@ -51,19 +52,8 @@ class NamedJudge:
         self.connect()
 
 
-def open_judge(
-    judge: str, model: str | None, *, key_variable: str | None, concurrency: int, timeout: float,
-    device: str | None,
-) -> Judge:  # fmt: skip
+def open_judge(config: JudgeConfig) -> Judge:
     """A judge by what a user calls it. An endpoint is asked for its model, and nothing else.
-
-    Args:
-        judge: URL or preset of an endpoint, or a model to run here.
-        model: of the endpoint; None: the only one that it lists.
-        key_variable: environment variable of its key.
-        concurrency: requests under way at most.
-        timeout: seconds for an answer.
-        device: of a local model.
 
     Raises:
         UserError: there is no such endpoint or model.
@@ -71,16 +61,25 @@ def open_judge(
     from bsc.eval.interp.judges.connection import PRESETS, EndpointConfig, is_endpoint
     from bsc.eval.interp.judges.endpoint import Endpoint
 
+    judge, model = config.judge, config.judge_model
+    assert judge is not None
     if is_endpoint(judge):
-        config = EndpointConfig.of(
-            judge, model, key_variable=key_variable, concurrency=concurrency, timeout=timeout
+        endpoint = Endpoint(
+            EndpointConfig.of(
+                judge,
+                model,
+                key_variable=config.judge_key_variable,
+                concurrency=config.concurrency,
+                timeout=config.timeout,
+            )
         )
-        endpoint = Endpoint(config)
         endpoint.find_model()
         return endpoint
     if model is not None:
-        raise UserError(f"--judge-model {model}: only an endpoint has several; --judge {judge} is "
-                        f"a model itself.")  # fmt: skip
+        raise UserError(
+            f"--judge-model {model}: only an endpoint has several; --judge {judge} is a model "
+            f"itself."
+        )
     there = Path(judge).expanduser().exists()
     if not there and (re.search(r":\d|/v\d|^localhost", judge) or nearest(judge, PRESETS)):
         raise UserError(
@@ -90,6 +89,6 @@ def open_judge(
     from bsc.eval.interp.judges.local import LocalJudge
 
     try:
-        return LocalJudge(judge, device=device)
+        return LocalJudge(judge, device=config.device)
     except UserError as error:
         raise UserError(str(error).replace("--model ", "--judge ")) from None

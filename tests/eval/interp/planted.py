@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from bsc.cache.model.ngrams import token_ngrams
 from bsc.eval.figures.examples import Windows
+from bsc.eval.interp.config import InterpConfig
 from bsc.eval.interp.evidence import Texts
-from bsc.eval.interp.material import InterpConfig, Material, Materials
+from bsc.eval.interp.material import Material, Materials
 from bsc.eval.interp.sampling import choose
 from bsc.eval.passes.codes import LatentCode
 

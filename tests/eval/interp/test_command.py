@@ -17,10 +17,11 @@ from safetensors.numpy import load_file
 
 from bsc.cache.store.store import ActivationStore
 from bsc.cli import main
+from bsc.eval.interp.config import InterpConfig
 from bsc.eval.interp.evidence import gather
 from bsc.eval.interp.judges.local import LocalJudge
 from bsc.eval.interp.judges.prompts import test_request as ask_test
-from bsc.eval.interp.material import InterpConfig, Materials
+from bsc.eval.interp.material import Materials
 from bsc.eval.report.export import write_figures
 from bsc.eval.report.report import render_report
 from bsc.records import write_record

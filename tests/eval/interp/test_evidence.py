@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
 
 from bsc.eval.figures.division import NEITHER
+from bsc.eval.interp.config import TESTS, TestKind
 from bsc.eval.interp.evidence import MIN_WINDOWS, Evidence, Texts, Window, gather
-from bsc.eval.interp.questions import TESTS, Question, TestKind, intruder_groups
+from bsc.eval.interp.questions import Question, intruder_groups
 from bsc.eval.interp.questions import test_questions as questions_of
 from tests.eval.interp import planted
 

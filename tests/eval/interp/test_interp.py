@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from bsc.errors import UserError
-from bsc.eval.interp.cost import Meter, Prices
+from bsc.eval.interp.config import InterpConfig, Prices
+from bsc.eval.interp.cost import Meter
 from bsc.eval.interp.evidence import Texts
 from bsc.eval.interp.interp import (
     cost_of,
@@ -22,7 +23,7 @@ from bsc.eval.interp.interp import (
 )
 from bsc.eval.interp.judges.judge import NamedJudge
 from bsc.eval.interp.judges.prompts import Request
-from bsc.eval.interp.material import InterpConfig, Material, Materials
+from bsc.eval.interp.material import Material, Materials
 from tests.eval.interp import planted
 from tests.eval.interp.scripted import (
     Answer,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from bsc.eval.interp.config import InterpConfig
 from bsc.eval.interp.evidence import Texts
 from bsc.eval.interp.judges.connection import EndpointConfig
 from bsc.eval.interp.judges.endpoint import Endpoint
 from bsc.eval.interp.judges.prompts import Request
 from bsc.eval.interp.judges.prompts import test_request as ask_test
-from bsc.eval.interp.material import InterpConfig, Material
+from bsc.eval.interp.material import Material
 from tests.eval.interp import planted
 from tests.eval.interp.scripted import Scripted
 
