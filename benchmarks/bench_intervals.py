@@ -42,7 +42,7 @@ def documents(run: Run) -> dict[str, dict[str, Array]]:
     arrays = read_arrays(run.eval_folder / "documents.safetensors", "Evaluate the run first.")
     predicted = arrays["predicted"].astype(np.float64)
     found = {}
-    for name in sorted(run.evaluation()["coders"]):
+    for name in sorted(raw(run.eval_path)["coders"]):
         deviation = arrays[f"{name}/squared_deviation"]
         used, spliced = deviation > 0, predicted > 0
         found[name] = {

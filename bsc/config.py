@@ -20,7 +20,8 @@ C = TypeVar("C", bound="Config")
 class Config(BaseModel):
     """A config is checked once, when it is made, and never changes after."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    # Built at the first use, so that a command that only says what its flags are need not wait.
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, defer_build=True)
 
     @model_validator(mode="before")
     @classmethod

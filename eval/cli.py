@@ -56,7 +56,7 @@ def evaluate(
         opened = run_on(opened, on)
     result = evaluate_run(opened, config, store=store, model=model, device=device, check=check)
     if as_json:
-        typer.echo(canonical_json(result), nl=False)
+        typer.echo(canonical_json(result.to_json()), nl=False)
     else:
         figures_table(result)
 
@@ -105,7 +105,7 @@ def compare(
 
     result = compare_runs(Run.open(first), Run.open(second))
     if as_json:
-        typer.echo(canonical_json(result), nl=False)
+        typer.echo(canonical_json(result.to_json()), nl=False)
     else:
         comparison_table(result)
 

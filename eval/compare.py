@@ -9,51 +9,43 @@ only where there are enough seeds for one.
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bsc.array_file import read_arrays
 from bsc.errors import UserError
+from bsc.eval.evaluation import Evaluation, EvaluationFolder, Interval, Likeness
 from bsc.eval.figures.firing import firing_counts
 from bsc.eval.figures.intervals import ratio_intervals, value_interval
 from bsc.eval.figures.stability import stability_figures
-from bsc.files import canonical_json
 from bsc.records import expected_form
-from bsc.train.run import Run
+from bsc.train.run import PlannedCoder, Run
+from bsc.typed import Record
 
-__all__ = ["compare_runs"]
+__all__ = ["ComparedCoders", "Comparison", "compare_runs"]
 
 SINGLE = ("l0", "bits", "delta_top1", "kl", "dead")
 """Figures whose plain difference is shown."""
 
 
 def _documents(run: Run) -> dict[str, NDArray[Any]]:
-    path = run.eval_folder / "documents.safetensors"
-    return read_arrays(path, f"`bsc eval {run.folder}` writes it.")
-
-
-def _planned(run: Run) -> dict[str, dict[str, Any]]:
-    return {str(c["name"]): c for c in run.config()["coders"]}
-
-
-def _without_seed(planned: dict[str, Any]) -> str:
-    """What coders share that differ in their seed alone."""
-    return canonical_json({k: v for k, v in planned.items() if k not in ("name", "seed")})
+    folder = EvaluationFolder(run)
+    return read_arrays(folder.documents, folder.remedy)
 
 
 def _pairs(first: Run, second: Run) -> list[tuple[str, str]]:
     """Names of the coders that are compared."""
-    a, b = _planned(first), _planned(second)
+    a, b = first.config().coders, second.config().coders
     if first.folder.resolve() != second.folder.resolve():
-        same = [(n, n) for n in a if n in b]
-        if same:
+        there = {c.name for c in b}
+        if same := [(c.name, c.name) for c in a if c.name in there]:
             return same
-    groups: list[dict[str, list[str]]] = [{}, {}]
-    for planned, found in zip((a, b), groups, strict=True):
-        for name, one in sorted(planned.items(), key=lambda item: int(item[1]["seed"])):
-            found.setdefault(_without_seed(one), []).append(name)
+    groups: list[dict[PlannedCoder, list[str]]] = [{}, {}]
+    for planned, group in zip((a, b), groups, strict=True):
+        for one in sorted(planned, key=lambda c: c.seed):
+            group.setdefault(one.but_for_the_seed, []).append(one.name)
     if first.folder.resolve() == second.folder.resolve():
         return [pair for names in groups[0].values() for pair in itertools.pairwise(names)]
     return [
@@ -63,31 +55,84 @@ def _pairs(first: Run, second: Run) -> list[tuple[str, str]]:
     ]
 
 
-def compare_runs(first: Run, second: Run) -> dict[str, Any]:
+class Difference(Record):
+    """A figure of two coders."""
+
+    first: float
+    second: float
+    difference: float
+    """Of the second from the first."""
+    interval: Interval = None
+    """Paired by document, of figures that are sums over documents."""
+
+
+class ComparedCoders(Record):
+    """Two coders beside each other."""
+
+    first: str
+    second: str
+    fvu: Difference
+    delta_ce: Difference
+    l0: Difference
+    bits: Difference
+    delta_top1: Difference
+    kl: Difference
+    dead: Difference
+    latents: Likeness | None = None
+    """How alike they are; None: the coders have other widths."""
+
+
+class MeanDifference(Record):
+    """Mean of a difference over seeds."""
+
+    difference: float
+    interval: Interval
+
+
+class ComparedSeeds(Record):
+    """Coders that differ in nothing but their seed."""
+
+    coders: str
+    """Name of one of them."""
+    seeds: int
+    fvu: MeanDifference
+    delta_ce: MeanDifference
+
+
+class Comparison(Record):
+    """Two runs beside each other."""
+
+    first: str
+    second: str
+    paired: bool
+    """Whether the same contexts were evaluated, so that losses are paired."""
+    coders: list[ComparedCoders]
+    means: list[ComparedSeeds]
+
+
+class _Side(NamedTuple):
+    """One of the runs."""
+
+    run: Run
+    evaluation: Evaluation
+    arrays: dict[str, NDArray[Any]]
+
+
+def compare_runs(first: Run, second: Run) -> Comparison:
     """Differences of the second run's coders from the first's.
 
     Args:
         first: an evaluated run.
         second: another, or the same: then its coders that differ in the seed are compared.
 
-    Returns:
-        paired (whether the same rows and contexts were evaluated), coders (one entry for each pair:
-        first, second, fvu, delta_ce and others with `difference` and `interval`, and `latents`, how
-        alike they are) and means (over seeds, of coders that differ in nothing else).
-
     Raises:
         UserError: a run is not evaluated, or no coders of the two can be compared.
     """
-    with expected_form(f"{first.folder} or {second.folder}", "`bsc eval` evaluates them again."):
-        return _compared(first, second)
-
-
-def _compared(first: Run, second: Run) -> dict[str, Any]:
-    evaluations = first.evaluation(), second.evaluation()
+    a, b = (_Side(run, EvaluationFolder(run).read(), _documents(run)) for run in (first, second))
     pairs = [
         (x, y)
         for x, y in _pairs(first, second)
-        if x in evaluations[0]["coders"] and y in evaluations[1]["coders"]
+        if x in a.evaluation.coders and y in b.evaluation.coders
     ]
     if not pairs and first.folder.resolve() == second.folder.resolve():
         raise UserError(
@@ -99,71 +144,79 @@ def _compared(first: Run, second: Run) -> dict[str, Any]:
             f"{first.folder} and {second.folder} have no coders to compare: none share a name, and "
             f"none differ in their seed alone."
         )
-    arrays = _documents(first), _documents(second)
-    same_store = evaluations[0]["store_id"] == evaluations[1]["store_id"]
-    predicted = [a["predicted"] for a in arrays]
-    same_contexts = same_store and np.array_equal(predicted[0], predicted[1])
-    found = []
-    for x, y in pairs:
-        f, g = evaluations[0]["coders"][x], evaluations[1]["coders"][y]
-        entry: dict[str, Any] = {"first": x, "second": y}
-        for figure in ("fvu", "delta_ce"):
-            entry[figure] = {"first": f[figure], "second": g[figure],
-                             "difference": g[figure] - f[figure], "interval": None}  # fmt: skip
-        total = [a[f"{n}/squared_deviation"] for a, n in zip(arrays, (x, y), strict=True)]
-        if (
-            same_store
-            and total[0].shape == total[1].shape
-            and np.allclose(total[0], total[1], rtol=1e-9)
-        ):
-            error = [a[f"{n}/squared_error"] for a, n in zip(arrays, (x, y), strict=True)]
-            used = total[0] > 0
-            difference = (error[1] - error[0])[used, None]
-            entry["fvu"]["interval"] = ratio_intervals(difference, total[0][used])[0]
-        if same_contexts:
-            difference = arrays[1][f"{y}/nats"] - arrays[0][f"{x}/nats"]
-            entry["delta_ce"]["interval"] = ratio_intervals(
-                difference[:, None], predicted[0].astype(np.float64)
-            )[0]
-        for figure in SINGLE:
-            entry[figure] = {"first": f[figure], "second": g[figure],
-                             "difference": g[figure] - f[figure]}  # fmt: skip
-        coders = first.coder(x), second.coder(y)
-        if coders[0].config.d_out == coders[1].config.d_out:
-            counts = firing_counts(first, x), firing_counts(second, y)
-            entry["latents"] = stability_figures(*coders, counts)
-        found.append(entry)
-    return {
-        "first": str(first.folder), "second": str(second.folder), "paired": same_contexts,
-        "coders": found, "means": _means(first, second, found),
-    }  # fmt: skip
+    with expected_form(
+        f"documents.safetensors of {first.folder} or {second.folder}",
+        "`bsc eval` evaluates them again.",
+    ):
+        same_store = a.evaluation.store_id == b.evaluation.store_id
+        predicted = a.arrays["predicted"], b.arrays["predicted"]
+        same_contexts = same_store and np.array_equal(*predicted)
+        coders = [
+            _compared(a, x, b, y, same_store=same_store, same_contexts=same_contexts)
+            for x, y in pairs
+        ]
+    return Comparison(
+        first=str(first.folder),
+        second=str(second.folder),
+        paired=same_contexts,
+        coders=coders,
+        means=_means(first, second, coders),
+    )
 
 
-def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    """But for the order in which a GPU adds up."""
-    return a.shape == b.shape and bool(np.allclose(a, b, rtol=1e-9, atol=0))
+def _compared(
+    a: _Side, x: str, b: _Side, y: str, *, same_store: bool, same_contexts: bool
+) -> ComparedCoders:
+    """Coder x of one run and coder y of another."""
+    f, g = a.evaluation.coders[x], b.evaluation.coders[y]
+    intervals: dict[str, Interval] = {"fvu": None, "delta_ce": None}
+    total = a.arrays[f"{x}/squared_deviation"], b.arrays[f"{y}/squared_deviation"]
+    # But for the order in which a GPU adds up.
+    if same_store and total[0].shape == total[1].shape and np.allclose(*total, rtol=1e-9):
+        used = total[0] > 0
+        error = b.arrays[f"{y}/squared_error"] - a.arrays[f"{x}/squared_error"]
+        (intervals["fvu"],) = ratio_intervals(error[used, None], total[0][used])
+    if same_contexts:
+        nats = b.arrays[f"{y}/nats"] - a.arrays[f"{x}/nats"]
+        predicted = a.arrays["predicted"].astype(np.float64)
+        (intervals["delta_ce"],) = ratio_intervals(nats[:, None], predicted)
+    differences: dict[str, Any] = {}
+    for figure in ("fvu", "delta_ce", *SINGLE):
+        # Those that have none have no field of it.
+        some = {"interval": intervals[figure]} if figure in intervals else {}
+        differences[figure] = Difference(
+            first=f[figure], second=g[figure], difference=g[figure] - f[figure], **some
+        )
+    coders = a.run.coder(x), b.run.coder(y)
+    if coders[0].config.d_out == coders[1].config.d_out:
+        counts = firing_counts(a.run, x), firing_counts(b.run, y)
+        differences["latents"] = stability_figures(*coders, counts)
+    return ComparedCoders(first=x, second=y, **differences)
 
 
-def _means(first: Run, second: Run, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _means(first: Run, second: Run, coders: list[ComparedCoders]) -> list[ComparedSeeds]:
     """Mean differences over the seeds of each kind of coder, where there are several.
 
     Only between two runs: within one run which seed comes first is no difference.
     """
     if first.folder.resolve() == second.folder.resolve():
         return []
-    planned = _planned(first)
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for entry in entries:
-        kinds.setdefault(_without_seed(planned[entry["first"]]), []).append(entry)
-    found = []
-    for own in kinds.values():
-        if len(own) > 1:
-            mean: dict[str, Any] = {"coders": own[0]["first"], "seeds": len(own)}
-            for figure in ("fvu", "delta_ce"):
-                differences = np.array([e[figure]["difference"] for e in own])
-                mean[figure] = {
-                    "difference": float(differences.mean()),
-                    "interval": value_interval(differences),
-                }
-            found.append(mean)
-    return found
+    config = first.config()
+    kinds: dict[PlannedCoder, list[ComparedCoders]] = {}
+    for one in coders:
+        kinds.setdefault(config.coder(one.first).but_for_the_seed, []).append(one)
+    return [
+        ComparedSeeds(
+            coders=own[0].first,
+            seeds=len(own),
+            fvu=_mean([one.fvu for one in own]),
+            delta_ce=_mean([one.delta_ce for one in own]),
+        )
+        for own in kinds.values()
+        if len(own) > 1
+    ]
+
+
+def _mean(figures: list[Difference]) -> MeanDifference:
+    values = np.array([one.difference for one in figures])
+    return MeanDifference(difference=float(values.mean()), interval=value_interval(values))

@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import UserError
-from bsc.records import write_record
-from bsc.train.run import Run
+from bsc.train.run import Run, TrainedOn
+from bsc.typed import write_typed
 
 __all__ = ["run_on"]
 
@@ -34,42 +34,43 @@ def run_on(run: Run, store: str | Path) -> Run:
     config = run.config()
     opened = ActivationStore(store)
     opened.held_out  # noqa: B018 - raises, with what to do, where there are none
-    if opened.store_id == config["store_id"]:
+    if opened.store_id == config.store_id:
         raise UserError(
             f"--on {store}: this is the store that the run was trained on; leave --on out to "
             f"measure on its held-out rows."
         )
-    mine, other = config["model"], opened.attributes["model"]
+    mine, other = config.model, opened.attributes["model"]
     if differ := [key for key in _MODEL if mine.get(key) != other.get(key)]:
         raise UserError(
             f"--on {store}: captured from another model than the run's: {differ[0]} is "
             f"{other.get(differ[0])}, the run's is {mine.get(differ[0])}. Capture the other text "
             f"from the model that the run's store was captured from."
         )
-    for planned in config["coders"]:
-        hook = opened.hookpoint(str(planned["hookpoint"]))
-        if planned["coder"]["d_out"] != hook.d_out:
+    for planned in config.coders:
+        hook = opened.hookpoint(planned.hookpoint)
+        if planned.coder.d_out != hook.d_out:
             raise UserError(
-                f"--on {store}: {hook.name} has width {hook.d_out}, {planned['name']} gives "
-                f"{planned['coder']['d_out']}: a store of another model."
+                f"--on {store}: {hook.name} has width {hook.d_out}, {planned.name} gives "
+                f"{planned.coder.d_out}: a store of another model."
             )
     name = PurePosixPath(str(store).rstrip("/")).name or "store"
     folder = run.folder / "on" / f"{name}-{opened.store_id[:6]}"
     own = Run(folder)
     address = opened.folder.address
-    record = config | {
-        "store": address if "://" in address else str(Path(address).resolve()),
-        "store_id": opened.store_id,
-        "trained_on": {"store": config["store"], "store_id": config["store_id"]},
-    }
-    for planned in config["coders"]:
-        coder = str(planned["name"])
+    record = config.model_copy(
+        update={
+            "store": address if "://" in address else str(Path(address).resolve()),
+            "store_id": opened.store_id,
+            "trained_on": TrainedOn(store=config.store, store_id=config.store_id),
+        }
+    )
+    for planned in config.coders:
         for file in ("coder.safetensors", "config.json"):
-            _link(own.coder_folder(coder) / file, run.coder_folder(coder) / file)
+            _link(own.coder_folder(planned.name) / file, run.coder_folder(planned.name) / file)
     _link(own.metrics_path, run.metrics_path)
     if not own.config_path.exists() or own.config() != record:  # trained on, or moved
         own.remove_figures()
-        write_record(own.config_path, record)
+        write_typed(own.config_path, record)
     return own
 
 

@@ -1,14 +1,7 @@
 """Stage 3: figures of every coder of a run, on documents that no coder was trained on.
 
 One pass over the held-out rows and one over the held-out contexts serve all coders; both go on
-where they stopped. What is written:
-
-    RUN/eval.json                   every figure
-    RUN/eval/examples.json          contexts of some latents of each coder, for the report
-    RUN/eval/documents.safetensors  sums by document, which `bsc compare` pairs runs by
-    RUN/eval/codes/<coder>/         every firing (passes/codes.py)
-    RUN/eval/samples/<coder>.safetensors     sampled firings of every latent (figures/examples.py)
-    RUN/eval/{rows,losses,ablation}/         pieces that an interrupted evaluation goes on from
+where they stopped. What is written: bsc/eval/evaluation.py.
 """
 
 from __future__ import annotations
@@ -18,7 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,12 +23,24 @@ from bsc.cache.store.store import ActivationStore
 from bsc.devices import keep_freed_memory
 from bsc.errors import StoreError
 from bsc.eval.config import EvalConfig
+from bsc.eval.evaluation import (
+    EVAL_VERSION,
+    CoderFigures,
+    Evaluation,
+    EvaluationFolder,
+    Examples,
+    LossFigures,
+    Pair,
+    Probing,
+    ShownLatent,
+    Together,
+)
 from bsc.eval.figures.ablation import AblationPlan, ablate
-from bsc.eval.figures.fidelity import fidelity_figures, fvu, fvu_difference
+from bsc.eval.figures.fidelity import fidelity_figures, fvu
 from bsc.eval.figures.firing import firing_figures, write_firing_counts
 from bsc.eval.figures.labelled import LabelledTexts, read_sets
-from bsc.eval.figures.latents import latent_figures
-from bsc.eval.figures.loss import added_loss, loss_figures, loss_sums, loss_variants, together
+from bsc.eval.figures.latents import latent_figures, with_single_ablations
+from bsc.eval.figures.loss import loss_figures, loss_sums, loss_variants, together
 from bsc.eval.figures.probing import probing_figures
 from bsc.eval.figures.stability import run_stability
 from bsc.eval.passes.batches import document_numbers, piece_ranges
@@ -47,21 +52,22 @@ from bsc.eval.passes.pieces import Pieces
 from bsc.eval.passes.row_pass import Sums, add_up, pass_over_rows
 from bsc.eval.passes.setting import Setting, open_setting
 from bsc.progress import console, format_bytes, stage
-from bsc.records import write_record
-from bsc.train.run import EVAL_VERSION, Run, as_run, claim
+from bsc.train.run import Run, as_run, claim
+from bsc.typed import combined, write_typed
 from bsc.versions import versions
 
 __all__ = ["evaluate"]
 
 
 def _rows(
-    setting: Setting, config: EvalConfig, folder: Path, identity: dict[str, Any]
+    setting: Setting, config: EvalConfig, identity: dict[str, Any]
 ) -> tuple[dict[str, Sums], dict[str, Codes], dict[str, Calibration]]:
     """The pass over the rows of every hookpoint."""
     split, store = setting.split, setting.store
     ranges = piece_ranges(split, config.rows)
     rows = ranges[-1][1]
-    _check_room(setting, folder, rows)
+    folder = EvaluationFolder(setting.run)
+    _check_room(setting, rows)
     calibrations = {}
     with stage("calibrate", len(setting.coders), "coders") as progress:
         for name, coder in setting.coders.items():
@@ -78,11 +84,14 @@ def _rows(
     with stage("rows", rows * len(setting.hookpoints), "rows") as progress:
         for hook in setting.hookpoints:
             coders = setting.coders_at(hook)
-            own = identity | {
-                "hookpoint": hook, "evaluated": rows, "calibration": [CALIBRATION_ROWS, TOLERANCE]
-            }  # fmt: skip
-            pieces = Pieces.open(folder / "rows" / hook, own)
-            places = {n: Pieces.open(folder / "codes" / n, own) for n in coders}
+            own = {
+                **identity,
+                "hookpoint": hook,
+                "evaluated": rows,
+                "calibration": [CALIBRATION_ROWS, TOLERANCE],
+            }
+            pieces = Pieces.open(folder.path / "rows" / hook, own)
+            places = {n: Pieces.open(folder.codes(n), own) for n in coders}
             for done in pass_over_rows(
                 coders, calibrations, split, hook, document=document, pieces=pieces,
                 codes=places, seen=seen, max_rows=config.rows,
@@ -102,12 +111,13 @@ def _first_training_row(store: ActivationStore, hook: str) -> int:
     return first_kept(store.folder, spec, store.train.shards) * store.train.grid.shard_rows
 
 
-def _check_room(setting: Setting, folder: Path, rows: int) -> None:
+def _check_room(setting: Setting, rows: int) -> None:
     """See that the codes fit on the disk before they are made."""
     needed = sum(
         rows * c.config.k * (8 + (4 if c.config.n_latents > 1 << 16 else 2))
         for c in setting.coders.values()
     )
+    folder = EvaluationFolder(setting.run).path
     folder.mkdir(parents=True, exist_ok=True)
     there = sum(path.stat().st_size for path in folder.glob("codes/**/*.safetensors"))
     free = shutil.disk_usage(folder).free
@@ -135,7 +145,7 @@ def evaluate(
     model: str | None = None,
     device: str | None = None,
     check: bool = True,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Measure every coder of a run and write eval.json and what is in the folder eval.
 
     Args:
@@ -163,87 +173,137 @@ def evaluate(
         return _evaluate(setting, config, sets)
 
 
-def _evaluate(setting: Setting, config: EvalConfig, sets: list[LabelledTexts]) -> dict[str, Any]:
-    run, folder = setting.run, setting.run.eval_folder
+def _evaluate(setting: Setting, config: EvalConfig, sets: list[LabelledTexts]) -> Evaluation:
+    run, folder = setting.run, EvaluationFolder(setting.run)
     contexts = contexts_of(setting.store, config.ce_tokens, setting.separation)
-    overlap = setting.store.overlap
-    identity = {
+    identity = _identity(setting)
+    # Examples of another evaluation are not left beside the codes of this one.
+    Pieces.open(folder.path / "samples", identity | {"evaluated": config.rows})
+    measured = _Measured.nothing()
+    if setting.coders:
+        measured = _measure(setting, config, contexts, sets, identity)
+    examples = Examples(version=EVAL_VERSION, coders=measured.shown)
+    write_typed(folder.examples_path, examples)
+    result = Evaluation(
+        version=EVAL_VERSION,
+        store_id=setting.store.store_id,
+        model=setting.store.attributes["model"],
+        held_out_rows=setting.split.rows,
+        contexts=len(contexts.token_id),
+        documents=int((contexts.counts > 0).sum()),
+        predicted_tokens=int(contexts.counts.sum()),
+        predicted_unseen=int(contexts.unseen_counts.sum()),
+        overlap=setting.store.overlap,
+        context=setting.store.context,
+        config=config,
+        left_out=setting.left_out,
+        versions=versions(),
+        device=setting.lm.model.device.type,
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        **{name: value for name, value in measured._asdict().items() if name != "shown"},
+    )
+    # Last: an interrupted evaluation leaves the one before as it was.
+    folder.write(result)
+    n = len(result.coders)
+    console.print(f"{run.eval_path}: {n} coders on {setting.split.rows:,} held-out rows")
+    return result
+
+
+def _identity(setting: Setting) -> dict[str, Any]:
+    """What decides every figure but how much is measured."""
+    return {
         "version": EVAL_VERSION,
         "store_id": setting.store.store_id,
-        "coders": {n: _coder_hash(run, n) for n in setting.coders},
+        "coders": {n: _coder_hash(setting.run, n) for n in setting.coders},
         "rows": {split: part.rows for split, part in setting.store.splits.items()},
         "separation": setting.separation,
         "without_tokens": list(setting.without_tokens),
-        "overlap": overlap,
+        "overlap": setting.store.overlap,
         "checked": setting.store.check,
         "device": setting.lm.model.device.type,
         "torch": torch.__version__,
     }
-    # Examples of another evaluation are not left beside the codes of this one.
-    Pieces.open(folder / "samples", identity | {"evaluated": config.rows})
-    figures: dict[str, dict[str, Any]] = {}
-    result: dict[str, Any] = {
-        "ablations": {}, "together": {}, "probing": {}, "stability": [], "ce_clean": None,
-        "top1_clean": None,
-    }  # fmt: skip
-    shown: dict[str, Any] = {}
-    if setting.coders:
-        sums, codes, calibrations = _rows(setting, config, folder, identity)
-        _leave_out(setting, {n: [fvu(own)] for n, own in sums.items()})
-        by_latent, shown = latent_figures(setting, folder, config.rows, sums, codes, calibrations)
-        identity |= {"ce_tokens": config.ce_tokens}
-        pieces = Pieces.open(folder / "losses", identity)
-        variants = loss_variants(setting, calibrations)
-        losses = loss_sums(setting, "losses", contexts, variants, pieces)
-        _leave_out(
-            setting,
-            {n: [losses[n].nats.sum(), losses[n].kl.sum()] for n in setting.coders},
+
+
+class _Measured(NamedTuple):
+    """Fields of an `Evaluation` that are measured on coders, and examples of them."""
+
+    coders: dict[str, CoderFigures]
+    shown: dict[str, list[ShownLatent]]
+    ablations: dict[str, dict[str, LossFigures]]
+    together: dict[str, Together]
+    probing: dict[str, Probing]
+    stability: list[Pair]
+    ce_clean: float | None
+    top1_clean: float | None
+
+    @classmethod
+    def nothing(cls) -> _Measured:
+        """Where every coder was left out."""
+        return cls({}, {}, {}, {}, {}, [], None, None)
+
+
+def _measure(
+    setting: Setting,
+    config: EvalConfig,
+    contexts: Contexts,
+    sets: list[LabelledTexts],
+    identity: dict[str, Any],
+) -> _Measured:
+    """Every figure, and files of what they are made from."""
+    folder = EvaluationFolder(setting.run)
+    sums, codes, calibrations = _rows(setting, config, identity)
+    _leave_out(setting, {n: [fvu(own)] for n, own in sums.items()})
+    by_latent, shown = latent_figures(setting, config.rows, sums, codes, calibrations)
+    identity = identity | {"ce_tokens": config.ce_tokens}
+    pieces = Pieces.open(folder.path / "losses", identity)
+    variants = loss_variants(setting, calibrations)
+    losses = loss_sums(setting, "losses", contexts, variants, pieces)
+    _leave_out(setting, {n: [losses[n].nats.sum(), losses[n].kl.sum()] for n in setting.coders})
+    plan = AblationPlan(
+        config.ablation_bins, config.ablation_tokens, config.ablation_score, config.ultra_ablations
+    )
+    ultra = {name: by_latent[name].ultra for name in setting.coders}
+    turned_off = ablate(setting, plan, contexts, identity, sums, ultra)
+    coders = {}
+    for name in setting.coders:
+        latents, some = by_latent[name], {}
+        if name in turned_off:
+            some["ablation"] = turned_off[name].figures
+            latents = with_single_ablations(latents, turned_off[name].singles)
+        coders[name] = combined(
+            CoderFigures,
+            fidelity_figures(sums[name]),
+            firing_figures(sums[name].counts, sums[name].rows),
+            loss_figures(name, losses, contexts, [setting.hookpoint(name)]),
+            latents,
+            **some,
         )
-        for name in setting.coders:
-            figures[name] = (
-                fidelity_figures(sums[name])
-                | firing_figures(sums[name].counts, sums[name].rows)
-                | loss_figures(name, losses, contexts, [setting.hookpoint(name)])
-                | by_latent[name]
+    probing = probing_figures(setting, sets, config.probe_texts)
+    stability = run_stability(setting, codes, sums, losses, contexts)
+    _write_sums(setting, sums, losses, contexts)
+    clean, predicted = losses[CLEAN], contexts.counts.sum()
+    return _Measured(
+        coders,
+        shown,
+        {
+            hook: {
+                kind: loss_figures(f"{hook}|{kind}", losses, contexts, [hook])
+                for kind in ("zero", "mean")
+            }
+            for hook in setting.hookpoints
+        },
+        {
+            label: combined(
+                Together, loss_figures(f"together|{label}", losses, contexts, []), coders=names
             )
-        plan = AblationPlan(
-            config.ablation_bins, config.ablation_tokens, config.ablation_score,
-            config.ultra_ablations,
-        )  # fmt: skip
-        ablate(setting, plan, contexts, folder, identity, sums, figures)
-        result |= _run_figures(setting, losses, contexts)
-        result["probing"] = probing_figures(setting, sets, config.probe_texts)
-        result["stability"] = run_stability(setting, codes)
-        for pair in result["stability"]:
-            a, b = pair["a"], pair["b"]
-            difference = fvu_difference(sums[a], sums[b])
-            pair |= dict(zip(("fvu_difference", "fvu_interval"), difference, strict=True))
-            difference = added_loss(losses[a], losses[b], contexts)
-            pair |= dict(zip(("delta_ce_difference", "delta_ce_interval"), difference, strict=True))
-        _write(setting, folder, sums, losses, contexts)
-    write_record(run.examples_path, {"version": EVAL_VERSION, "coders": shown})
-    result |= {
-        "version": EVAL_VERSION,
-        "store_id": setting.store.store_id,
-        "model": setting.store.attributes["model"],
-        "held_out_rows": setting.split.rows,
-        "contexts": len(contexts.token_id),
-        "documents": int((contexts.counts > 0).sum()),
-        "predicted_tokens": int(contexts.counts.sum()),
-        "predicted_unseen": int(contexts.unseen_counts.sum()),
-        "overlap": overlap,
-        "context": setting.store.context,
-        "config": config.model_dump(mode="json"),
-        "coders": figures,
-        "left_out": setting.left_out,
-        "versions": versions(),
-        "device": setting.lm.model.device.type,
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    # Last: an interrupted evaluation leaves the one before as it was.
-    write_record(run.eval_path, result)
-    console.print(f"{run.eval_path}: {len(figures)} coders on {setting.split.rows:,} held-out rows")
-    return result
+            for label, names in together(setting).items()
+        },
+        probing,
+        stability,
+        float(clean.nats.sum() / predicted),
+        float(clean.right.sum() / predicted),
+    )
 
 
 def _leave_out(setting: Setting, figures: Mapping[str, Sequence[float]]) -> None:
@@ -255,36 +315,14 @@ def _leave_out(setting: Setting, figures: Mapping[str, Sequence[float]]) -> None
             console.print(f"{name}: left out, it gives values that are not finite")
 
 
-def _run_figures(
-    setting: Setting, losses: Mapping[str, LossSums], contexts: Contexts
-) -> dict[str, Any]:
-    """Figures that are not of one coder."""
-    clean, predicted = losses[CLEAN], contexts.counts.sum()
-    return {
-        "ablations": {
-            hook: {
-                kind: loss_figures(f"{hook}|{kind}", losses, contexts, [hook])
-                for kind in ("zero", "mean")
-            }
-            for hook in setting.hookpoints
-        },
-        "together": {
-            label: {"coders": names} | loss_figures(f"together|{label}", losses, contexts, [])
-            for label, names in together(setting).items()
-        },
-        "top1_clean": float(clean.right.sum() / predicted),
-        "ce_clean": float(clean.nats.sum() / predicted),
-    }
-
-
-def _write(
-    setting: Setting, folder: Path, sums: Mapping[str, Sums], losses: Mapping[str, LossSums],
-    contexts: Contexts,
-) -> None:  # fmt: skip
+def _write_sums(
+    setting: Setting, sums: Mapping[str, Sums], losses: Mapping[str, LossSums], contexts: Contexts
+) -> None:
     """Sums by document, which `bsc compare` pairs runs by, and how often latents fire."""
     arrays: dict[str, NDArray[Any]] = {
-        "predicted": contexts.counts, f"{CLEAN}/nats": losses[CLEAN].nats,
-    }  # fmt: skip
+        "predicted": contexts.counts,
+        f"{CLEAN}/nats": losses[CLEAN].nats,
+    }
     for name in setting.coders:
         own = sums[name]
         write_firing_counts(setting.run, name, own.counts)
@@ -293,4 +331,4 @@ def _write(
             f"{name}/squared_error": own.block["coder"],
             f"{name}/squared_deviation": own.block["total"],
         }
-    write_arrays(folder / "documents.safetensors", arrays)
+    write_arrays(EvaluationFolder(setting.run).documents, arrays)

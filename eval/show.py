@@ -12,6 +12,7 @@ from rich.text import Text
 from bsc.array_file import read_arrays
 from bsc.cache.model.models import load_tokenizer
 from bsc.errors import StoreError, UserError
+from bsc.eval.evaluation import EvaluationFolder
 from bsc.eval.figures.division import PARTS
 from bsc.eval.figures.examples import Sample, Windows
 from bsc.eval.passes.codes import Codes
@@ -31,12 +32,13 @@ def load_sample(run: Run, coder: str) -> Sample:
     Raises:
         StoreError: there are none, or the file is damaged.
     """
-    path = run.eval_folder / "samples" / f"{coder}.safetensors"
+    folder = EvaluationFolder(run)
+    path = folder.sample(coder)
     if not path.exists():
         raise StoreError(
             f"{run.folder}: no sampled firings of {coder}. `bsc eval {run.folder}` draws them."
         )
-    return Sample(**read_arrays(path, f"`bsc eval {run.folder}` writes it."))
+    return Sample(**read_arrays(path, folder.remedy))
 
 
 def latent_examples(
@@ -73,8 +75,7 @@ def latent_examples(
         raise UserError(f"--per-stratum {per_stratum}: should be 1 or more.")
     name = run.full_name(coder)
     drawn = load_sample(run, name)
-    planned = next(c for c in run.config()["coders"] if c["name"] == name)
-    n_latents = int(planned["coder"]["n_latents"])
+    n_latents = run.config().coder(name).coder.n_latents
     if not 0 <= latent < n_latents:
         raise UserError(f"{name}: no latent {latent}; they are 0 to {n_latents - 1}.")
     own = drawn.of(latent, None if part == "all" else part)
@@ -83,9 +84,8 @@ def latent_examples(
         model or str(opened.attributes["model"]["name"]), opened.attributes["model"]["revision"]
     )
     windows = Windows(opened.held_out, tokenizer)
-    firing = Codes(Pieces(run.eval_folder / "codes" / name), np.zeros(n_latents, np.int64)).of(
-        latent
-    )
+    codes = Codes(Pieces(EvaluationFolder(run).codes(name)), np.zeros(n_latents, np.int64))
+    firing = codes.of(latent)
     contexts: list[dict[str, Any]] = []
     for stratum in sorted(set(own.stratum.tolist()), reverse=True):
         contexts += [

@@ -15,6 +15,7 @@ from bsc.files import canonical_json
 from bsc.records import record_hash
 from bsc.train.run import Run
 from tests.cache.synthetic import change_capture
+from tests.raw import raw
 
 
 def bsc(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -275,7 +276,7 @@ def test_a_sweep_is_planned_trained_stopped_and_resumed_from_the_command_line(
     run = Run.open("runs/sweep")
     assert len(run.coder_names()) == 2 * 2 * 2 + 2  # continuous coders have no temperature
     assert "FVU (held out)" in out and out.rstrip().endswith("runs/sweep")
-    assert {c["optimiser"] for c in run.config()["coders"]} == {"signum"}
+    assert {c["optimiser"] for c in raw(run.config_path)["coders"]} == {"signum"}
     ok("train", "--resume", "runs/sweep", "--tokens", "3840", "--json")
     result = json.loads(capsys.readouterr().out)
     assert len(result["coders"]) == 10 and Run.open("runs/sweep").config()["steps"] == 15

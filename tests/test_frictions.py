@@ -33,6 +33,7 @@ from bsc.train.config import TrainConfig
 from bsc.train.run import Run, claim
 from bsc.train.trainer import train_sweep
 from tests.cache.test_resume import config_of
+from tests.raw import raw
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "vocab_size": 128}
 MODELS = {
@@ -141,7 +142,7 @@ def test_a_record_that_was_changed_is_refused(tmp_path: Path) -> None:
 
 def test_a_changed_figure_never_reaches_a_report(run: Run, tmp_path: Path) -> None:
     copy = Run(Path(shutil.copytree(run.folder, tmp_path / "run")))
-    record = copy.config()
+    record = raw(copy.config_path)
     record["coders"][0]["hookpoint"] = "../../../x"
     write_record(copy.config_path, record)  # of one who knows how
     with pytest.raises(StoreError, match="is no name"):
@@ -238,7 +239,7 @@ def test_a_second_training_of_a_run_says_that_it_is_trained(
     store_path: Path, run: Run, tmp_path: Path
 ) -> None:
     copy = Run(Path(shutil.copytree(run.folder, tmp_path / "run")))
-    record = copy.config()
+    record = raw(copy.config_path)
     del record["completed"]
     write_record(copy.config_path, record)
     with claim(copy.folder), pytest.raises(UserError, match=r"is being trained now .process"):
@@ -252,7 +253,7 @@ def test_info_on_a_run_that_was_interrupted(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = Run(Path(shutil.copytree(run.folder, tmp_path / "run")))
-    record = copy.config()
+    record = raw(copy.config_path)
     del record["completed"]
     write_record(copy.config_path, record)
     with pytest.raises(SystemExit) as done:

@@ -33,6 +33,7 @@ from bsc.records import record_hash, sealed
 from bsc.train.config import TrainConfig
 from bsc.train.run import Run
 from bsc.train.trainer import train_sweep
+from tests.raw import raw
 
 SECONDS = 60
 """A command that takes longer hangs."""
@@ -175,7 +176,7 @@ def place(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy to damage, and a file outside of it that nobody may touch."""
     root = tmp_path / "in" / "side"
     shutil.copytree(site, root)
-    config = Run(root / "runs/run").config() | {"store": str(root / "acts")}
+    config = raw(Run(root / "runs/run").config_path) | {"store": str(root / "acts")}
     config["config"]["store"] = str(root / "acts")
     (root / "runs/run/config.json").write_bytes(sealed(config))
     monkeypatch.chdir(root)

@@ -21,8 +21,9 @@ from bsc.train.coders.kernels import Entries
 from bsc.train.config import TrainConfig
 from bsc.train.memory import EVALUATION_ROWS
 from bsc.train.optim import CoderOptimiser
+from bsc.train.run import PlannedCoder
 from bsc.train.schedule import annealed, lr_scale
-from bsc.train.sweep import PlannedCoder, left_out_tokens
+from bsc.train.sweep import left_out_tokens
 
 __all__ = ["BankTrainer", "Progress", "Scale", "compiled_dot"]
 

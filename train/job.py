@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,8 +16,8 @@ from bsc.train.config import TrainConfig
 from bsc.train.memory import available_bytes, plan_memory
 from bsc.train.metrics import check_targets
 from bsc.train.ranks import divide
-from bsc.train.run import RUN_VERSION, Run
-from bsc.train.sweep import PlannedCoder, expand, left_out_tokens, plan_coders
+from bsc.train.run import RUN_VERSION, PlannedCoder, Run, RunConfig
+from bsc.train.sweep import expand, left_out_tokens, plan_coders
 from bsc.versions import versions
 
 __all__ = ["Job", "make_job"]
@@ -50,33 +49,33 @@ class Job:
         """Folder of what this process alone writes."""
         return self.run.part(self.rank, self.world)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> RunConfig:
         """Everything that decides the result, with nothing left to defaults."""
         config = self.config
-        return {
-            "version": RUN_VERSION,
-            "name": config.name,
-            "store": self.store.folder.address,
-            "store_id": self.store.store_id,
-            "model": self.store.attributes["model"],
-            "rows": self.rows,
-            "steps": self.steps,
-            "batch_rows": config.batch_rows,
-            "micro_rows": self.micro_rows,
-            "seed": config.seed,
-            "normalise": config.normalise,
-            "without_tokens": list(left_out_tokens(self.store, config)),
-            "dead_after": config.dead_after,
-            "log_every": config.log_every,
-            "device": self.device.type,
-            "rank": self.rank,
-            "world": self.world,
-            "assigned": self.assigned,
-            "config": config.model_dump(mode="json") | {"store": _absolute(config.store)},
-            "coders": [p.model_dump() for p in self.planned],
-            "versions": versions(),
-            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        return RunConfig(
+            version=RUN_VERSION,
+            name=config.name,
+            store=self.store.folder.address,
+            store_id=self.store.store_id,
+            model=self.store.attributes["model"],
+            rows=self.rows,
+            steps=self.steps,
+            batch_rows=config.batch_rows,
+            micro_rows=self.micro_rows,
+            seed=config.seed,
+            normalise=config.normalise,
+            without_tokens=list(left_out_tokens(self.store, config)),
+            dead_after=config.dead_after,
+            log_every=config.log_every,
+            device=self.device.type,
+            rank=self.rank,
+            world=self.world,
+            assigned=self.assigned,
+            config=config.model_copy(update={"store": _absolute(config.store)}),
+            coders=self.planned,
+            versions=versions(),
+            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
 
 
 def _absolute(store: str | Path) -> str:

@@ -9,14 +9,12 @@ they are started by torchrun or by a job array, nor when.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from bsc.errors import StoreError, UserError
 from bsc.files import canonical_json, write_atomically
-from bsc.records import write_record
 from bsc.train.memory import flops_per_row
-from bsc.train.run import Run, waiting_lock
-from bsc.train.sweep import PlannedCoder
+from bsc.train.run import Completed, PlannedCoder, Run, RunConfig, waiting_lock
+from bsc.typed import write_typed
 
 __all__ = ["divide", "merge_parts"]
 
@@ -65,33 +63,34 @@ def merge_parts(run: Run, world: int) -> bool:
         StoreError: a part belongs to another run.
     """
     with waiting_lock(run.folder):
-        records: list[dict[str, Any]] = []
+        records: list[RunConfig] = []
         for rank in range(world):
             part = Run(run.part(rank, world))
-            if not part.config_path.exists() or "completed" not in part.config():
+            if not part.config_path.exists() or not part.config().completed:
                 return False
             records.append(part.config())
         for rank, record in enumerate(records):
-            if differ := [k for k in _SAME if record.get(k) != records[0].get(k)]:
+            if differ := [k for k in _SAME if record[k] != records[0][k]]:
                 raise StoreError(
                     f"{run.folder}: rank {rank} was trained with another {differ[0]} than rank 0, "
                     f"so their coders are not one run. Train again under another --name."
                 )
-        goals = [(r["steps"], r["coders"]) for r in records]
+        goals = [(r.steps, r.coders) for r in records]
         if any(goal != goals[0] for goal in goals):
             return False  # one was trained on, the others are to follow
         first = records[0]
-        order = {c["name"]: i for i, c in enumerate(first["coders"])}
+        order = {c.name: i for i, c in enumerate(first.coders)}
         lines = [m for rank in range(world) for m in Run(run.part(rank, world)).metrics()]
         lines.sort(key=lambda m: (m["step"], order[m["coder"]]))
         text = "".join(canonical_json(m, indent=None) for m in lines)
         write_atomically(run.metrics_path, text)
-        ended = [r["completed"] for r in records]
-        completed = {
-            "at": max(e["at"] for e in ended),
-            "seconds": max(e["seconds"] for e in ended),
-            "rows": max(e["rows"] for e in ended),
-        }
-        began = min(r["started_at"] for r in records)
-        write_record(run.config_path, first | {"started_at": began, "completed": completed})
+        ended = [r.completed for r in records if r.completed]
+        completed = Completed(
+            at=max(e.at for e in ended),
+            seconds=max(e.seconds for e in ended),
+            rows=max(e.rows for e in ended),
+        )
+        began = min(r.started_at for r in records)
+        whole = first.model_copy(update={"started_at": began, "completed": completed})
+        write_typed(run.config_path, whole)
     return True

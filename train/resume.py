@@ -12,8 +12,8 @@ from bsc.train.checkpoint import load_checkpoint
 from bsc.train.config import TrainConfig
 from bsc.train.job import Job, make_job
 from bsc.train.ranks import merge_parts
-from bsc.train.run import Run
-from bsc.train.sweep import PlannedCoder, expand, plan_coders
+from bsc.train.run import PlannedCoder, Run, RunConfig
+from bsc.train.sweep import expand, plan_coders
 from bsc.train.trainer import CoderSummary, run_job
 
 __all__ = ["resume"]
@@ -69,51 +69,46 @@ def resume(
         hint = f" (did you mean {near}?)" if near.is_dir() else ""
         raise StoreError(f"{folder}: no such run{hint}. `bsc train` makes one.")
     part = Run(run.part(rank, world))
-    record = part.config() if part.config_path.exists() else {}
-    known = record or (run.config() if run.config_path.exists() else {})
-    if (record.get("rank"), record.get("world")) != (rank, world):
+    record = part.config() if part.config_path.exists() else None
+    if record is None or (record.rank, record.world) != (rank, world):
+        known = record or (run.config() if run.config_path.exists() else None)
+        had = known.world if known else 1
         raise StoreError(
             f"{folder}: nothing of rank {rank} of {world} here; it was trained by "
-            f"{known.get('world', 1)} process(es). Resume it as it was started, each with its "
-            f"--rank and --world."
+            f"{had} process(es). Resume it as it was started, each with its --rank and --world."
         )
-    if "config" not in record:
-        raise StoreError(f"{folder}: trained by a bsc that wrote no checkpoints.")
-    saved = parse_config(TrainConfig, record["config"], f"{part.config_path}: config")
-    planned = [
-        parse_config(PlannedCoder, c, f"{part.config_path}: coder") for c in record["coders"]
-    ]
+    planned = list(record.coders)
     changes = dict(changes or {})
     tables = changes.pop("coders", None)
-    config = _same_but_tokens(saved, changes, where)
+    config = _same_but_tokens(record.config, changes, where)
     if tables is not None:
         given = plan_coders(expand(tables, where, config.preset), ActivationStore(config.store))
         planned = _added(planned, given) if add_coders else _same_coders(planned, given, where)
     job = make_job(
-        config, where, rank=rank, world=world, planned=planned, micro_rows=record["micro_rows"],
-        run=run, assigned=record["assigned"],
+        config, where, rank=rank, world=world, planned=planned, micro_rows=record.micro_rows,
+        run=run, assigned=record.assigned,
     )  # fmt: skip
     _check_store(job, record)
-    if job.steps < record["steps"]:
+    if job.steps < record.steps:
         raise ConfigError(
             f"{where}: --tokens {config.tokens} are {job.steps:,} steps, but the run has "
-            f"{record['steps']:,}. A run goes on as it began; tokens may only grow."
+            f"{record.steps:,}. A run goes on as it began; tokens may only grow."
         )
     checkpoint = load_checkpoint(job.part / "checkpoint")
-    old = {c["name"] for c in record["coders"]}
+    old = {c.name for c in record.coders}
     if checkpoint is not None:
         lost = {c.name for c in job.mine} & old - {c["name"] for c in checkpoint[0]["coders"]}
         if lost:
             raise StoreError(f"{job.part}: its checkpoint has no coder {min(lost)}.")
-    if "completed" in record:
+    if record.completed:
         if checkpoint is None:
             raise UserError(f"{folder}: this run is complete, and its checkpoint was not kept.")
         if not _has_work(job, checkpoint[0]):
-            if world > 1 and "completed" not in run.config() and merge_parts(run, world):
+            if world > 1 and not run.config().completed and merge_parts(run, world):
                 return run, []
             raise UserError(
                 f"{folder}: this run is complete. To train it longer give more --tokens than "
-                f"{record['completed']['rows']:,}; coders that were done or not finite stay so."
+                f"{record.completed.rows:,}; coders that were done or not finite stay so."
             )
     return run_job(job, checkpoint, new=False)
 
@@ -184,7 +179,7 @@ def _added(planned: list[PlannedCoder], given: list[PlannedCoder]) -> list[Plann
     return planned + new
 
 
-def _check_store(job: Job, record: dict[str, Any]) -> None:
+def _check_store(job: Job, record: RunConfig) -> None:
     store = job.store
     if store.ring is not None:
         raise UserError(
@@ -192,8 +187,8 @@ def _check_store(job: Job, record: dict[str, Any]) -> None:
             f"resumed."
         )
     for what, now in (("store_id", store.store_id), ("rows", job.rows)):
-        if record.get(what) != now:
+        if record[what] != now:
             raise UserError(
-                f"{store.folder}: {what} is {now}, but the run began with {record.get(what)}. It "
+                f"{store.folder}: {what} is {now}, but the run began with {record[what]}. It "
                 f"can only go on with the rows that it began with."
             )

@@ -26,44 +26,147 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bsc.config import parse_config
+from pydantic import field_validator
+
+from bsc.config import Config
 from bsc.errors import StoreError, UserError, nearest
 from bsc.files import check_new_folder
-from bsc.records import parse_json, parse_object, parse_record, read_file, read_record
+from bsc.records import parse_json, parse_record, read_file
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
+from bsc.train.config import Decay, Optimiser, TrainConfig
+from bsc.typed import Record, parse_typed
 
-__all__ = ["EVAL_VERSION", "RUN_VERSION", "Run", "as_run", "claim", "in_use", "waiting_lock"]
+__all__ = [
+    "RUN_VERSION",
+    "Completed",
+    "PlannedCoder",
+    "Run",
+    "RunConfig",
+    "TrainedOn",
+    "as_run",
+    "claim",
+    "in_use",
+    "waiting_lock",
+]
 
 RUN_VERSION = 2
-EVAL_VERSION = 3
 _LOCK = ".lock"
 
 
 _COPY = "Copy the run again from where it is whole, or train it again."
 
 
+class PlannedCoder(Config):
+    """A coder of a run, with nothing left open."""
+
+    name: str
+    """Folder of the coder inside the run's `coders`, unique in the run."""
+    hookpoint: str
+    group: str | None = None
+    coder: CoderConfig
+    optimiser: Optimiser
+    lr: float
+    warmup: float
+    decay: Decay
+    clip_norm: float | None
+    k_init: int
+    temperature_init: float
+    anneal: float
+    patience: int | None
+    seed: int
+
+    @field_validator("name", "hookpoint")
+    @classmethod
+    def _inside(cls, name: str) -> str:
+        parts = PurePosixPath(name).parts
+        if name and (".." in parts or name[0] == "/" or not name.isprintable()):
+            raise ValueError(f"{name!r} is no name")
+        return name
+
+    @property
+    def but_for_the_seed(self) -> PlannedCoder:
+        """What coders share that differ in their seed alone."""
+        return self.model_copy(update={"name": "", "seed": 0})
+
+
+class Completed(Record):
+    """How a training ended."""
+
+    at: str
+    seconds: float
+    rows: int
+    """Rows that it was trained on."""
+
+
+class TrainedOn(Record):
+    """The store of the training, where figures are of another (bsc.eval.elsewhere)."""
+
+    store: str
+    store_id: str
+
+
+class RunConfig(Record):
+    """What config.json holds: everything that decides the result, nothing left to defaults."""
+
+    version: int
+    name: str
+    store: str
+    """Where the store was."""
+    store_id: str
+    model: dict[str, Any]
+    """Identity of the model, as the store has it."""
+    rows: int
+    """Training rows of the store."""
+    steps: int
+    batch_rows: int
+    micro_rows: int
+    seed: int
+    normalise: str
+    without_tokens: list[int]
+    """Every token id whose rows are left out."""
+    dead_after: int
+    log_every: int
+    device: str
+    rank: int
+    world: int
+    assigned: dict[str, int]
+    """Rank of every coder."""
+    config: TrainConfig
+    coders: list[PlannedCoder]
+    versions: dict[str, str]
+    started_at: str
+    completed: Completed | None = None
+    """None: training has not ended."""
+    trained_on: TrainedOn | None = None
+
+    @field_validator("coders")
+    @classmethod
+    def _named(cls, coders: list[PlannedCoder]) -> list[PlannedCoder]:
+        names = [c.name for c in coders]
+        if "" in names or len(set(names)) < len(names):
+            raise ValueError("every coder should have a name of its own")
+        return coders
+
+    def coder(self, name: str) -> PlannedCoder:
+        """The coder of that name."""
+        return next(c for c in self.coders if c.name == name)
+
+    @property
+    def hookpoints(self) -> list[str]:
+        """Hookpoints of the coders, in their order."""
+        return list(dict.fromkeys(c.hookpoint for c in self.coders))
+
+
 @lru_cache(maxsize=16)
-def _check_config(raw: bytes, path: Path) -> None:
-    """See that bytes are the config of a run. Once: of hundreds of coders it takes 30 ms, and a
-    config is read for each of them.
+def _parse_config(raw: bytes, path: Path) -> RunConfig:
+    """The config of a run from its bytes. Once: of hundreds of coders it takes 30 ms, and a config
+    is read for each of them.
 
     Raises:
-        StoreError: they are of another version or damaged, or a name leads out of the run.
-        ConfigError: the config of a coder has a wrong field.
+        StoreError: they are of another version, damaged, or not of the form that they should have.
     """
-    config = parse_record(raw, path, RUN_VERSION, _COPY)
-    try:
-        for coder in config["coders"]:
-            for name in (coder["name"], coder["hookpoint"]):
-                parts = PurePosixPath(name).parts
-                if not parts or ".." in parts or name[0] == "/" or not name.isprintable():
-                    raise ValueError(f"{name!r} is no name")
-            parse_config(CoderConfig, coder["coder"], str(path))
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise StoreError(f"{path}: not the config of a run ({error!r}). {_COPY}") from None
+    return parse_typed(RunConfig, parse_record(raw, path, RUN_VERSION, _COPY), path, _COPY)
 
 
 @dataclass(frozen=True)
@@ -77,12 +180,11 @@ class Run:
             config = self.config()
         except UserError:
             return f"<Run {self.folder}: none, or damaged>"
-        hooks = list(dict.fromkeys(str(c["hookpoint"]) for c in config["coders"]))
-        state = "trained" if "completed" in config else "not finished"
+        state = "trained" if config.completed else "not finished"
         if self.eval_path.exists():
             state += ", evaluated"
-        n = len(config["coders"])
-        return f"<Run {self.folder}: {n} coders at {', '.join(hooks)}; {state}>"
+        n, hooks = len(config.coders), ", ".join(config.hookpoints)
+        return f"<Run {self.folder}: {n} coders at {hooks}; {state}>"
 
     @property
     def config_path(self) -> Path:
@@ -121,11 +223,6 @@ class Run:
             Run(other).remove_figures()
 
     @property
-    def examples_path(self) -> Path:
-        """Contexts in which latents fire."""
-        return self.eval_folder / "examples.json"
-
-    @property
     def report_path(self) -> Path:
         """The report."""
         return self.folder / "report.html"
@@ -146,12 +243,12 @@ class Run:
                 f"or give another --name."
             )
         interrupted = part / "config.json"
-        if interrupted.exists() and "completed" not in Run(part).config():
+        if interrupted.exists() and not Run(part).config().completed:
             raise UserError(
                 f"{self.folder}: a run that has not ended is here. Go on with it: bsc train "
                 f"--resume {self.folder}, as it was started; or give another --name."
             )
-        if self.config_path.exists() and "completed" in self.config():
+        if self.config_path.exists() and self.config().completed:
             raise UserError(
                 f"{self.folder}: a complete run is here. Give another --name; or train it longer: "
                 f"bsc train --resume {self.folder} --tokens with more than it had."
@@ -184,15 +281,15 @@ class Run:
             hint = f" (did you mean {known}?)" if known.is_dir() else nearest(str(folder), names)
             raise StoreError(f"{folder}: no such run{hint}. `bsc train` makes one.")
         config = run.config()
-        if "completed" not in config:
+        if not config.completed:
             raise StoreError(
                 f"{folder}: training of this run has not ended, or was interrupted. Go on with it: "
                 f"bsc train --resume {folder}"
-                + (f" --rank R --world {config['world']}" if config.get("world", 1) > 1 else "")
+                + (f" --rank R --world {config.world}" if config.world > 1 else "")
             )
         return run
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> RunConfig:
         """The resolved config.
 
         Raises:
@@ -204,34 +301,7 @@ class Run:
                 f"runs/run; `bsc train --store {self.folder}` makes one."
             )
         raw = read_file(self.config_path, "run", _COPY)
-        _check_config(raw, self.config_path)
-        return {k: v for k, v in parse_object(raw, self.config_path).items() if k != "xxh3_128"}
-
-    def evaluation(self) -> dict[str, Any]:
-        """Figures of the evaluation.
-
-        Raises:
-            StoreError: the run has not been evaluated, or the file is damaged.
-        """
-        if not self.eval_path.exists():
-            raise StoreError(f"{self.folder}: not evaluated yet. Run `bsc eval {self.folder}`.")
-        remedy = f"Evaluate again: bsc eval {self.folder}"
-        found = read_record(self.eval_path, "evaluation", EVAL_VERSION, remedy)
-        if found.get("store_id") != self.config()["store_id"]:
-            raise StoreError(f"{self.eval_path}: of another store than the run. {remedy}")
-        return found
-
-    def examples(self) -> dict[str, Any]:
-        """By coder: contexts in which latents fire, as the evaluation left them.
-
-        Raises:
-            StoreError: the file is missing or damaged.
-        """
-        remedy = f"`bsc eval {self.folder}` writes it."
-        coders = read_record(self.examples_path, "examples", EVAL_VERSION, remedy).get("coders")
-        if not isinstance(coders, dict):
-            raise StoreError(f"{self.examples_path}: no examples of coders. {remedy}")
-        return coders
+        return _parse_config(raw, self.config_path)
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Lines of metrics.jsonl.
@@ -247,7 +317,7 @@ class Run:
 
     def coder_names(self) -> list[str]:
         """Names of the coders, in the order of the sweep."""
-        return [str(c["name"]) for c in self.config()["coders"]]
+        return [c.name for c in self.config().coders]
 
     def full_name(self, name: str) -> str:
         """Name of the one coder that is called `name`, or has it as the end or a part of its name.
@@ -256,10 +326,11 @@ class Run:
             UserError: there is none, or there are several; the message names them.
         """
         names = self.coder_names()
-        for fits in (
-            lambda n: n == name, lambda n: n.endswith(f"/{name}"), lambda n: name in n,
-        ):  # fmt: skip
-            found = [n for n in names if fits(n)]
+        for found in (
+            [n for n in names if n == name],
+            [n for n in names if n.endswith(f"/{name}")],
+            [n for n in names if name in n],
+        ):
             if len(found) == 1:
                 return found[0]
             if found:

@@ -8,34 +8,15 @@ from typing import Any
 
 from bsc.cache.store.layout import Hookpoint
 from bsc.cache.store.store import ActivationStore
-from bsc.config import Config, parse_config
+from bsc.config import parse_config
 from bsc.errors import ConfigError
 from bsc.train.coders.config import BINARY_ONLY, CoderConfig
-from bsc.train.config import Decay, Optimiser, SweepPoint, TrainConfig
+from bsc.train.config import SweepPoint, TrainConfig
 from bsc.train.preset import Preset, coder_defaults
+from bsc.train.run import PlannedCoder
 from bsc.train.schedule import default_decay, default_lr, default_warmup, paper_lr
 
-__all__ = ["PlannedCoder", "coder_config", "expand", "left_out_tokens", "plan_coder", "plan_coders"]
-
-
-class PlannedCoder(Config):
-    """A coder that is about to be trained, with nothing left open."""
-
-    name: str
-    """Folder of the coder inside the run's `coders`, unique in the run."""
-    hookpoint: str
-    group: str | None = None
-    coder: CoderConfig
-    optimiser: Optimiser
-    lr: float
-    warmup: float
-    decay: Decay
-    clip_norm: float | None
-    k_init: int
-    temperature_init: float
-    anneal: float
-    patience: int | None
-    seed: int
+__all__ = ["coder_config", "expand", "left_out_tokens", "plan_coder", "plan_coders"]
 
 
 def coder_config(point: SweepPoint, hook: Hookpoint) -> CoderConfig:

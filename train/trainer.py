@@ -25,7 +25,6 @@ from bsc.devices import keep_freed_memory
 from bsc.errors import UserError
 from bsc.files import make_folder
 from bsc.progress import console
-from bsc.records import write_record
 from bsc.train.bank_trainer import BankTrainer, Progress
 from bsc.train.checkpoint import save_checkpoint
 from bsc.train.config import TrainConfig
@@ -34,8 +33,9 @@ from bsc.train.live import training_view
 from bsc.train.memory import group_banks
 from bsc.train.metrics import MetricsWriter
 from bsc.train.ranks import merge_parts
-from bsc.train.run import Run, claim
+from bsc.train.run import Completed, Run, RunConfig, claim
 from bsc.train.sweep import left_out_tokens
+from bsc.typed import combined, write_typed
 from bsc.versions import versions
 
 __all__ = ["CoderSummary", "run_job", "train_sweep"]
@@ -112,9 +112,9 @@ def run_job(
             make_folder(job.part, "run")
         stack.enter_context(claim(job.part))
         record = job.record()
-        write_record(job.part / "config.json", record)
+        write_typed(job.part / "config.json", record)
         if job.world > 1:
-            write_record(job.run.config_path, record)
+            write_typed(job.run.config_path, record)
         # Figures of coders that are trained on would be of others.
         job.run.remove_figures()
         console.print(
@@ -129,12 +129,12 @@ def run_job(
         for bank in banks:
             for coder in bank.finish(about, loop.step):
                 coder.save(job.run.coder_folder(str(coder.about["name"])))
-        completed = {
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(loop.seconds, 1),
-            "rows": loop.step * job.config.batch_rows,
-        }
-        write_record(job.part / "config.json", record | {"completed": completed})
+        completed = Completed(
+            at=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(loop.seconds, 1),
+            rows=loop.step * job.config.batch_rows,
+        )
+        write_typed(job.part / "config.json", combined(RunConfig, record, completed=completed))
         if job.world > 1:
             merge_parts(job.run, job.world)
         if not job.config.keep_checkpoint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from bsc.cache.capture.capture import capture
 from bsc.cache.capture.config import CaptureConfig
@@ -14,6 +14,7 @@ from bsc.cache.store.verify import verify
 from bsc.errors import StoreError
 from bsc.eval.config import EvalConfig
 from bsc.eval.evaluate import evaluate
+from bsc.eval.evaluation import Evaluation
 from bsc.eval.interp.config import InterpConfig
 from bsc.eval.interp.material import Materials
 from bsc.eval.interp.offline import offline_scores
@@ -42,7 +43,7 @@ class DemoResult(NamedTuple):
     """What the demo made and how long each stage took."""
 
     report: Path
-    evaluation: dict[str, Any]
+    evaluation: Evaluation
     seconds: dict[str, float]
 
 

@@ -21,10 +21,10 @@ import numpy as np
 from bsc.errors import UserError
 from bsc.eval.figures.examples import STRATA
 from bsc.eval.interp.material import Material, Materials
+from bsc.eval.interp.scores import judged_latents
 from bsc.eval.show import load_sample
 from bsc.files import make_folder, write_atomically
 from bsc.progress import stage
-from bsc.records import parse_json
 
 __all__ = ["write_neuronpedia"]
 
@@ -112,19 +112,22 @@ def _explanations(path: Path | None, coder: str, model: str, source: str) -> lis
         return []
     found = []
     try:
-        with path.open() as lines:
-            for line in lines:
-                one = parse_json(line)
-                if one["coder"] == coder and one["explanation"]:
-                    found.append(
-                        {"modelId": model, "layer": source, "index": str(one["latent"]),
-                         "description": one["explanation"], "typeName": "bsc",
-                         "explanationModelName": path.parent.name,
-                         "scores": {k: t["score"] for k, t in one["tests"].items()}}
-                    )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        for _, one in judged_latents(path):
+            if one.coder == coder and one.explanation:
+                found.append(
+                    {
+                        "modelId": model,
+                        "layer": source,
+                        "index": str(one.latent),
+                        "description": one.explanation,
+                        "typeName": "bsc",
+                        "explanationModelName": path.parent.name,
+                        "scores": {k: t.score for k, t in one.tests.items()},
+                    }
+                )
+    except UserError as error:
         raise UserError(
-            f"--explanations {path}: expected latents.jsonl of RUN/interp/<judge> ({error!r})."
+            f"--explanations {path}: expected latents.jsonl of RUN/interp/<judge> ({error})"
         ) from None
     return found
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bsc.eval.evaluation import Ablation, Bin, EvaluationFolder, Interval, UltraLatent
 from bsc.eval.figures.loss import added_loss, loss_sums
 from bsc.eval.figures.scores import read_scores
 from bsc.eval.passes.context_pass import LossSums, Variant
@@ -30,6 +31,7 @@ from bsc.train.coders.coder import SparseCoder
 
 __all__ = [
     "AblationPlan",
+    "Ablated",
     "ablate",
     "ablated",
     "ablation_figures",
@@ -102,7 +104,7 @@ def ablation_figures(
     names: Sequence[str],
     baseline: str,
     contexts: Contexts,
-) -> list[dict[str, Any]]:
+) -> list[Bin]:
     """What turning off each bin adds to the loss of the spliced model.
 
     Args:
@@ -119,63 +121,124 @@ def ablation_figures(
     for latents, name in zip(bins, names, strict=True):
         delta, interval = added_loss(sums[name], sums[baseline], contexts)
         weights = counts[latents]
-        found.append({
-            "latents": len(latents),
-            "firing_share": float(weights.sum() / total),
-            "score": float((score[latents] * weights).sum() / weights.sum()),
-            "delta_ce": delta,
-            "delta_ce_interval": interval,
-        })  # fmt: skip
+        one = Bin(
+            latents=len(latents),
+            firing_share=float(weights.sum() / total),
+            score=float((score[latents] * weights).sum() / weights.sum()),
+            delta_ce=delta,
+            delta_ce_interval=interval,
+        )
+        found.append(one)
     return found
 
 
+class Ablated(NamedTuple):
+    """What came of turning off latents of a coder."""
+
+    figures: Ablation
+    singles: list[tuple[float, Interval]]
+    """Of the most frequent latents, one by one: added loss and its interval."""
+
+
+class _TurnedOff(NamedTuple):
+    """Groups of latents of a coder."""
+
+    score: NDArray[np.float64]
+    bins: Bins
+    random: Bins
+    singles: Bins
+
+    @property
+    def groups(self) -> dict[str, NDArray[np.int64]]:
+        """Every group by the ending of its variant's name."""
+        kinds = {"bins": self.bins, "random": self.random, "ultra": self.singles}
+        return {f"{k}{i}": group for k, groups in kinds.items() for i, group in enumerate(groups)}
+
+
 def ablate(
-    setting: Setting, plan: AblationPlan, contexts: Contexts, folder: Path,
-    identity: dict[str, Any], sums: Mapping[str, Sums], figures: dict[str, dict[str, Any]],
-) -> None:  # fmt: skip
-    """Turn off bins of latents, and frequent latents one by one; adds to `figures`."""
-    n_latents = {name: coder.config.n_latents for name, coder in setting.coders.items()}
-    scores = read_scores(plan.score, n_latents)
+    setting: Setting,
+    plan: AblationPlan,
+    contexts: Contexts,
+    identity: dict[str, Any],
+    sums: Mapping[str, Sums],
+    ultra: Mapping[str, list[UltraLatent]],
+) -> dict[str, Ablated]:
+    """Turn off bins of latents, and frequent latents one by one.
+
+    Args:
+        setting: the run and its model.
+        plan: how much is turned off.
+        contexts: held-out text.
+        identity: what decides the result beside the plan.
+        sums: of every coder.
+        ultra: latents of ultra-high frequency of every coder.
+
+    Returns:
+        By coder; nothing where nothing was to be turned off.
+    """
+    turned_off = _turned_off(setting, plan, sums, ultra)
     variants: dict[str, Variant] = {}
-    groups_of = {}
-    for name, coder in setting.coders.items():
-        hook, counts = setting.hookpoint(name), sums[name].counts
-        score = counts / sums[name].rows if scores is None else scores[name]
-        bins = equal_mass_bins(score, counts, plan.bins) if plan.bins else []
-        control = random_bins(score, counts, plan.bins) if plan.bins else []
-        single = [np.array([u["latent"]]) for u in figures[name]["ultra"]][: plan.singles]
-        kinds = {"bins": bins, "random": control, "ultra": single}
-        groups_of[name] = (score, kinds)
-        if not any(kinds.values()):
-            continue
-        variants[name] = {hook: coder_replacement(coder)}
-        for kind, groups in kinds.items():
-            for i, latents in enumerate(groups):
-                variants[f"{name}|{kind}{i}"] = ablated(coder, hook, latents)
+    for name, own in turned_off.items():
+        hook, coder = setting.hookpoint(name), setting.coders[name]
+        if own.groups:
+            variants[name] = {hook: coder_replacement(coder)}
+        for ending, latents in own.groups.items():
+            variants[f"{name}|{ending}"] = ablated(coder, hook, latents)
     if not variants:
-        return
+        return {}
     part = contexts.first(plan.tokens)
-    turned_off = {
-        name: [[kind, [latents.tolist() for latents in groups]] for kind, groups in kinds.items()]
-        for name, (_, kinds) in groups_of.items()
+    listed = {
+        name: [
+            [kind, [latents.tolist() for latents in groups]]
+            for kind, groups in (("bins", own.bins), ("random", own.random), ("ultra", own.singles))
+        ]
+        for name, own in turned_off.items()
     }
     pieces = Pieces.open(
-        folder / "ablation",
-        identity | {"tokens": plan.tokens, "turned_off": identity_of(turned_off)},
+        EvaluationFolder(setting.run).path / "ablation",
+        identity | {"tokens": plan.tokens, "turned_off": identity_of(listed)},
     )
-    found = loss_sums(setting, "ablations", part, variants, pieces)
-    for name, (score, kinds) in groups_of.items():
-        counts = sums[name].counts
-        figures[name]["ablation"] = {
-            "score": Path(plan.score).name, "predicted_tokens": int(part.counts.sum())
-        } | {
-            kind: ablation_figures(
-                groups, score, counts, found, [f"{name}|{kind}{i}" for i in range(len(groups))],
-                name, part,
+    losses = loss_sums(setting, "ablations", part, variants, pieces)
+    found = {}
+    for name, own in turned_off.items():
+        bins, random = (
+            ablation_figures(
+                groups, own.score, sums[name].counts, losses,
+                [f"{name}|{kind}{i}" for i in range(len(groups))], name, part,
             )
-            for kind, groups in kinds.items()
-            if kind != "ultra"
-        }  # fmt: skip
-        for i in range(len(kinds["ultra"])):
-            cost, interval = added_loss(found[f"{name}|ultra{i}"], found[name], part)
-            figures[name]["ultra"][i] |= {"delta_ce": cost, "delta_ce_interval": interval}
+            for kind, groups in (("bins", own.bins), ("random", own.random))
+        )  # fmt: skip
+        figures = Ablation(
+            score=Path(plan.score).name,
+            predicted_tokens=int(part.counts.sum()),
+            bins=bins,
+            random=random,
+        )
+        singles = [
+            added_loss(losses[f"{name}|ultra{i}"], losses[name], part)
+            for i in range(len(own.singles))
+        ]
+        found[name] = Ablated(figures, singles)
+    return found
+
+
+def _turned_off(
+    setting: Setting,
+    plan: AblationPlan,
+    sums: Mapping[str, Sums],
+    ultra: Mapping[str, list[UltraLatent]],
+) -> dict[str, _TurnedOff]:
+    """What is turned off of every coder."""
+    n_latents = {name: coder.config.n_latents for name, coder in setting.coders.items()}
+    scores = read_scores(plan.score, n_latents)
+    found = {}
+    for name in setting.coders:
+        counts = sums[name].counts
+        score = counts / sums[name].rows if scores is None else scores[name]
+        found[name] = _TurnedOff(
+            score,
+            equal_mass_bins(score, counts, plan.bins) if plan.bins else [],
+            random_bins(score, counts, plan.bins) if plan.bins else [],
+            [np.array([latent.latent]) for latent in ultra[name]][: plan.singles],
+        )
+    return found

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from bsc.eval.figures.intervals import Interval, ratio_intervals
+from bsc.eval.evaluation import Fidelity, Interval
+from bsc.eval.figures.intervals import ratio_intervals
 from bsc.eval.passes.row_pass import Sums
 
 __all__ = ["fidelity_figures", "fvu", "fvu_difference"]
@@ -24,16 +25,8 @@ def fvu(sums: Sums, kind: str = "coder") -> float:
     return float(sums.channel[kind].sum() / sums.channel["total"].sum())
 
 
-def fidelity_figures(sums: Sums) -> dict[str, Any]:
-    """FVU of a coder with its interval over documents, and of what belongs beside it.
-
-    Returns:
-        fvu, fvu_interval; fvu_median_channel (median over the channels that vary of a channel's own
-        FVU); fvu_skip_only (every latent off: what the skip path and b_dec explain) and fvu_gain
-        (what the latents add to it); fvu_quantised, that of the code of which `bits` is the size;
-        where a code has values, fvu_binarised with its interval (passes/controls.py); l0; where
-        some rows were seen in training, fvu_unseen of the rows_unseen others, with its interval.
-    """
+def fidelity_figures(sums: Sums) -> Fidelity:
+    """FVU of a coder with its interval over documents, and of what belongs beside it."""
     kinds = [k for k in sums.channel if k != "total"]
     used = sums.block_rows > 0
     intervals = ratio_intervals(
@@ -44,30 +37,29 @@ def fidelity_figures(sums: Sums) -> dict[str, Any]:
     interval = dict(zip(kinds, intervals, strict=True))
     total = sums.channel["total"]
     varying = total > 0
-    figures: dict[str, Any] = {
-        "rows": sums.rows,
-        "fvu": fvu(sums),
-        "fvu_interval": interval["coder"],
-        "fvu_median_channel": float(np.median(sums.channel["coder"][varying] / total[varying])),
-        "fvu_skip_only": fvu(sums, "skip"),
-        "fvu_gain": fvu(sums, "skip") - fvu(sums),
-        "fvu_quantised": fvu(sums, "quantised" if "quantised" in kinds else "coder"),
-        "l0": float(sums.counts.sum() / sums.rows),
-    }
+    some: dict[str, Any] = {}
     new = sums.unseen["rows"] > 0
     if (n := int(sums.unseen["rows"].sum())) < sums.rows:
         error, deviation = sums.unseen["coder"][new], sums.unseen["total"][new]
-        figures |= {
+        some |= {
             "rows_unseen": n,
             "fvu_unseen": float(error.sum() / deviation.sum()) if n else None,
             "fvu_unseen_interval": ratio_intervals(error[:, None], deviation, positive=True)[0],
         }
     if "binarised" in kinds:
-        figures |= {
-            "fvu_binarised": fvu(sums, "binarised"),
-            "fvu_binarised_interval": interval["binarised"],
-        }
-    return figures
+        some["fvu_binarised"] = fvu(sums, "binarised")
+        some["fvu_binarised_interval"] = interval["binarised"]
+    return Fidelity(
+        rows=sums.rows,
+        fvu=fvu(sums),
+        fvu_interval=interval["coder"],
+        fvu_median_channel=float(np.median(sums.channel["coder"][varying] / total[varying])),
+        fvu_skip_only=fvu(sums, "skip"),
+        fvu_gain=fvu(sums, "skip") - fvu(sums),
+        fvu_quantised=fvu(sums, "quantised" if "quantised" in kinds else "coder"),
+        l0=float(sums.counts.sum() / sums.rows),
+        **some,
+    )
 
 
 def fvu_difference(a: Sums, b: Sums) -> tuple[float, Interval]:

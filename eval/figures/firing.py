@@ -6,12 +6,11 @@ docs/evaluation.md.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from bsc.array_file import read_arrays, write_arrays
+from bsc.eval.evaluation import EvaluationFolder, Firing, Histogram
 from bsc.eval.figures.intervals import LEVEL
 from bsc.train.run import Run
 
@@ -23,8 +22,6 @@ __all__ = [
     "firing_figures",
     "write_firing_counts",
 ]
-
-_COUNTS = "firing.safetensors"
 
 FREQUENT = (0.01, 0.1, 0.5)
 """Firing rates above which latents are counted."""
@@ -48,7 +45,7 @@ def dead_rate_bound(rows: int) -> float:
 
 def write_firing_counts(run: Run, coder: str, counts: NDArray[np.int64]) -> None:
     """Keep beside a coder in how many rows each of its latents fired, (F,)."""
-    write_arrays(run.coder_folder(coder) / _COUNTS, {"counts": counts})
+    write_arrays(EvaluationFolder(run).firing(coder), {"counts": counts})
 
 
 def firing_counts(run: Run, coder: str) -> NDArray[np.int64]:
@@ -57,36 +54,29 @@ def firing_counts(run: Run, coder: str) -> NDArray[np.int64]:
     Raises:
         StoreError: the run was not evaluated, or the file is damaged.
     """
-    arrays = read_arrays(run.coder_folder(coder) / _COUNTS, f"`bsc eval {run.folder}` writes it.")
-    return arrays["counts"].astype(np.int64)
+    folder = EvaluationFolder(run)
+    return read_arrays(folder.firing(coder), folder.remedy)["counts"].astype(np.int64)
 
 
-def firing_figures(counts: NDArray[np.int64], rows: int) -> dict[str, Any]:
+def firing_figures(counts: NDArray[np.int64], rows: int) -> Firing:
     """Figures about firing rates.
 
     Args:
         counts: (F,) rows in which each latent is not 0.
         rows: rows that were evaluated.
-
-    Returns:
-        latents, dead, dead_rate_bound, firings; latents_above and share_of_firings_above by rate;
-        ultra_per_token, firings per row of latents with a rate above 10 %; log10_rate_histogram of
-        the latents that fired.
     """
     rates, firings = counts / rows, int(counts.sum())
     alive = np.clip(np.log10(rates[counts > 0]), HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
     histogram, _ = np.histogram(alive, bins=HISTOGRAM_EDGES)
-    return {
-        "latents": len(counts),
-        "dead": int((counts == 0).sum()),
-        "dead_rate_bound": dead_rate_bound(rows),
-        "firings": firings,
-        "latents_above": {str(t): int((rates > t).sum()) for t in FREQUENT},
-        "share_of_firings_above": {
+    return Firing(
+        latents=len(counts),
+        dead=int((counts == 0).sum()),
+        dead_rate_bound=dead_rate_bound(rows),
+        firings=firings,
+        latents_above={str(t): int((rates > t).sum()) for t in FREQUENT},
+        share_of_firings_above={
             str(t): float(counts[rates > t].sum() / max(1, firings)) for t in FREQUENT
         },
-        "ultra_per_token": float(counts[rates > ULTRA].sum() / rows),
-        "log10_rate_histogram": {
-            "edges": HISTOGRAM_EDGES, "counts": [int(c) for c in histogram],
-        },
-    }  # fmt: skip
+        ultra_per_token=float(counts[rates > ULTRA].sum() / rows),
+        log10_rate_histogram=Histogram(edges=HISTOGRAM_EDGES, counts=[int(c) for c in histogram]),
+    )

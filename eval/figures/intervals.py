@@ -22,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from bsc.eval.evaluation import Interval
+
 __all__ = [
     "LEVEL",
     "MIN_BLOCKS",
-    "Interval",
     "degrees_of_freedom",
     "ratio_intervals",
     "value_interval",
@@ -34,9 +35,6 @@ __all__ = [
 LEVEL = 0.95
 MIN_BLOCKS = 8
 """Below this many documents, seeds or classes no interval is given: none is invented."""
-
-Interval = list[float] | None
-"""[low, high], or None where the sample is too small for one."""
 
 
 def degrees_of_freedom(weights: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from bsc.cache.store.kept import kept_moments
-from bsc.eval.figures.intervals import Interval, ratio_intervals
+from bsc.eval.evaluation import Interval, LossFigures
+from bsc.eval.figures.intervals import ratio_intervals
 from bsc.eval.passes.context_pass import CLEAN, LossSums, Variant, joined, pass_over_contexts
 from bsc.eval.passes.contexts import Contexts
 from bsc.eval.passes.controls import Calibration, binarised
@@ -70,7 +71,7 @@ def loss_sums(
 
 def loss_figures(
     name: str, sums: Mapping[str, LossSums], contexts: Contexts, hooks: list[str]
-) -> dict[str, Any]:
+) -> LossFigures:
     """What a variant costs the model, against the model as it is and against ablations."""
     clean, spliced = sums[CLEAN], sums[name]
     predicted = contexts.counts.astype(np.float64)
@@ -78,26 +79,30 @@ def loss_figures(
     delta, kl, top1 = (float(c) for c in columns.sum(axis=0) / predicted.sum())
     intervals = ratio_intervals(columns, predicted)
     (kl_interval,) = ratio_intervals(columns[:, 1:2], predicted, positive=True)
-    figures: dict[str, Any] = {
-        "ce_spliced": float(spliced.nats.sum() / predicted.sum()),
-        "delta_ce": delta, "delta_ce_interval": intervals[0],
-        "kl": kl, "kl_interval": kl_interval,
-        "delta_top1": top1, "delta_top1_interval": intervals[2],
-    }  # fmt: skip
+    some: dict[str, Any] = {}
     new = contexts.unseen_counts.astype(np.float64)
     if 0 < new.sum() < predicted.sum():
         added = spliced.nats_unseen - clean.nats_unseen
-        figures["delta_ce_unseen"] = float(added.sum() / new.sum())
-        (figures["delta_ce_unseen_interval"],) = ratio_intervals(added[new > 0, None], new[new > 0])
+        some["delta_ce_unseen"] = float(added.sum() / new.sum())
+        (some["delta_ce_unseen_interval"],) = ratio_intervals(added[new > 0, None], new[new > 0])
     for kind in ("zero", "mean"):
         ablations = [f"{h}|{kind}" for h in hooks]
         if len(ablations) == 1 and name not in ablations:
             ablation, _ = added_loss(sums[ablations[0]], clean, contexts)
-            figures[f"loss_recovered_{kind}"] = 1 - delta / ablation if ablation else None
+            some[f"loss_recovered_{kind}"] = 1 - delta / ablation if ablation else None
     if f"{name}|binarised" in sums:
         cost, interval = added_loss(sums[f"{name}|binarised"], clean, contexts)
-        figures |= {"delta_ce_binarised": cost, "delta_ce_binarised_interval": interval}
-    return figures
+        some |= {"delta_ce_binarised": cost, "delta_ce_binarised_interval": interval}
+    return LossFigures(
+        ce_spliced=float(spliced.nats.sum() / predicted.sum()),
+        delta_ce=delta,
+        delta_ce_interval=intervals[0],
+        kl=kl,
+        kl_interval=kl_interval,
+        delta_top1=top1,
+        delta_top1_interval=intervals[2],
+        **some,
+    )
 
 
 def added_loss(changed: LossSums, base: LossSums, contexts: Contexts) -> tuple[float, Interval]:

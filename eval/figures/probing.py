@@ -15,7 +15,7 @@ and the last token. Multiplying latents by constants changes nothing there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from bsc.cache.model.attention import forward_inputs
 from bsc.cache.model.hookpoints import RowTap
 from bsc.cache.model.models import LanguageModel
 from bsc.errors import UserError
+from bsc.eval.evaluation import Accuracy, Probes, Probing
 from bsc.eval.figures.intervals import value_interval
 from bsc.eval.figures.labelled import LabelledTexts
 from bsc.eval.passes.batches import rows_at_once
@@ -292,9 +293,7 @@ def _best_strength(x: NDArray[np.float64], label: NDArray[np.int64]) -> float:
     return _CS[int(np.argmax(scores))]
 
 
-def probe(
-    features: Features, splits: Mapping[str, ProbeSplit], *, full: bool = False
-) -> dict[str, Any]:
+def probe(features: Features, splits: Mapping[str, ProbeSplit], *, full: bool = False) -> Probes:
     """Accuracies of probes on one set of features, mean over classes.
 
     Args:
@@ -307,7 +306,7 @@ def probe(
         (standardised): by k the accuracy, its interval over classes (None below eight of them) and
         the accuracy of each class.
     """
-    arms: dict[str, dict[str, Any]] = {}
+    arms: Probes = {}
     plan = [("sae_bench", "mean", False, False)]
     plan += [(pooling, pooling, True, pooling == "mean") for pooling in POOLINGS]
     for arm, pooling, scaled, choose in plan:
@@ -318,17 +317,17 @@ def probe(
                 for label, split in splits.items()
             }
             values = np.array(list(by_class.values()))
-            arms.setdefault(arm, {})["all" if k is None else str(k)] = {
-                "accuracy": float(values.mean()),
-                "interval": value_interval(values),
-                "classes": by_class,
-            }
+            arms.setdefault(arm, {})["all" if k is None else str(k)] = Accuracy(
+                accuracy=float(values.mean()),
+                interval=value_interval(values),
+                classes=by_class,
+            )
     return arms
 
 
 def probing_figures(
     setting: Setting, sets: Sequence[LabelledTexts], max_texts: int
-) -> dict[str, Any]:
+) -> dict[str, Probing]:
     """Sparse probing on every labelled set."""
     found = {}
     for labelled in sets:
@@ -344,15 +343,15 @@ def probing_figures(
                 accuracies[name] = probe(own, splits)
                 progress.advance(1, name)
             baselines = {side: probe(own, splits, full=True) for side, own in channels.items()}
-        found[labelled.name] = {
-            "classes": chosen.classes,
-            "texts": len(chosen.texts),
-            "tokens": length,
-            "train": [f(len(s.train) for s in splits.values()) for f in (min, max)],
-            "test": [f(len(s.test) for s in splits.values()) for f in (min, max)],
-            "coders": accuracies,
-            "baselines": baselines,
-        }
+        found[labelled.name] = Probing(
+            classes=chosen.classes,
+            texts=len(chosen.texts),
+            tokens=length,
+            train=[f(len(s.train) for s in splits.values()) for f in (min, max)],
+            test=[f(len(s.test) for s in splits.values()) for f in (min, max)],
+            coders=accuracies,
+            baselines=baselines,
+        )
     return found
 
 

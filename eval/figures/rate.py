@@ -11,14 +11,15 @@ real number has no size in bits; fvu_quantised is the FVU that belongs to that r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bsc.eval.evaluation import Bits, CoderFigures
 from bsc.eval.passes.codes import LatentCode
 
-__all__ = ["binary_entropy", "bit_figures", "interpolated", "matched", "value_entropies"]
+__all__ = ["Matched", "binary_entropy", "bit_figures", "interpolated", "matched", "value_entropies"]
 
 
 def binary_entropy(p: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -58,8 +59,8 @@ def value_entropies(code: LatentCode, step: NDArray[np.float64]) -> NDArray[np.f
 
 def bit_figures(
     code: LatentCode, rows: int, first_binary: int, step: NDArray[np.float64] | None
-) -> dict[str, float]:
-    """bits_firing, bits_values and their sum, bits, per token.
+) -> Bits:
+    """Size of a code in bits per token.
 
     Args:
         code: sorted by latent.
@@ -73,7 +74,7 @@ def bit_figures(
     if step is not None:
         steps = np.where(np.arange(len(rates)) < first_binary, step, 0.0)
         values = float((rates * value_entropies(code, steps)).sum())
-    return {"bits": firing + values, "bits_firing": firing, "bits_values": values}
+    return Bits(bits=firing + values, bits_firing=firing, bits_values=values)
 
 
 def interpolated(points: Sequence[tuple[float, float]], at: float) -> float | None:
@@ -93,9 +94,17 @@ def interpolated(points: Sequence[tuple[float, float]], at: float) -> float | No
     return float(np.interp(np.log2(at), x, y))
 
 
+class Matched(NamedTuple):
+    """A figure of a binary coder beside that of others at the same L0 or the same bits."""
+
+    at: float
+    binary: float
+    other: float
+
+
 def matched(
-    binary: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], by: str, figure: str
-) -> list[dict[str, float]]:
+    binary: Sequence[CoderFigures], others: Sequence[CoderFigures], by: str, figure: str
+) -> list[Matched]:
     """Figures of binary coders beside those of others at the same L0 or the same bits.
 
     Args:
@@ -105,12 +114,12 @@ def matched(
         figure: what is compared, such as ``"fvu"``.
 
     Returns:
-        One entry for each binary coder within the range of the others: at, binary, other.
+        One entry for each binary coder within the range of the others.
     """
-    points = [(f[by], f[figure]) for f in others]
+    points = [(float(f[by]), float(f[figure])) for f in others]
     found = []
     for f in sorted(binary, key=lambda f: float(f[by])):
         other = interpolated(points, f[by])
         if other is not None:
-            found.append({"at": f[by], "binary": f[figure], "other": other})
+            found.append(Matched(f[by], f[figure], other))
     return found

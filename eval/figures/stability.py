@@ -9,8 +9,8 @@ cosine with any latent of the other (Sharkey et al. 2022), lets several share on
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +18,18 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from bsc.eval.evaluation import Likeness, Pair
+from bsc.eval.figures.fidelity import fvu_difference
+from bsc.eval.figures.loss import added_loss
 from bsc.eval.passes.codes import Codes
+from bsc.eval.passes.context_pass import LossSums
+from bsc.eval.passes.contexts import Contexts
+from bsc.eval.passes.row_pass import Sums
 from bsc.eval.passes.setting import Setting
 from bsc.progress import stage
 from bsc.train.coders.coder import SparseCoder
+from bsc.train.run import PlannedCoder
+from bsc.typed import combined
 
 __all__ = [
     "Matching",
@@ -32,6 +40,7 @@ __all__ = [
     "stability_figures",
 ]
 
+Differs = Literal["seed", "code"]
 SIMILAR = (0.7, 0.9)
 """Cosines above which matched latents are counted."""
 HUNGARIAN_LIMIT = 12_288
@@ -114,7 +123,7 @@ def firing_jaccard(a: Codes, b: Codes, matching: Matching) -> NDArray[np.float64
 def stability_figures(
     a: SparseCoder, b: SparseCoder, counts: tuple[NDArray[np.int64], NDArray[np.int64]],
     codes: tuple[Codes, Codes] | None = None, *, seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
+) -> Likeness:  # fmt: skip
     """How alike two coders' latents are.
 
     Args:
@@ -123,10 +132,6 @@ def stability_figures(
         counts: firings of each coder's latents.
         codes: over the same rows, for the Jaccard index of firings; None leaves it out.
         seed: of the rotation.
-
-    Returns:
-        matched (pairs), method, cosine (mean over pairs), cosine_weighted (by firings of a),
-        cosine_chance (against a rotated copy), share_above (of a's living latents), mmcs, jaccard.
     """
     alive = (counts[0] > 0, counts[1] > 0)
     matching = match_latents(a.W_dec, b.W_dec, *alive)
@@ -137,45 +142,41 @@ def stability_figures(
     n = int(alive[0].sum())
     weights = counts[0][matching.a].astype(np.float64)
     jaccard = firing_jaccard(*codes, matching) if codes is not None else None
-    return {
-        "living": [n, int(alive[1].sum())],
-        "matched": len(matching.a),
-        "method": matching.method,
-        "cosine": _mean(matching.cosine),
-        "cosine_weighted": float((matching.cosine * weights).sum() / max(1.0, weights.sum())),
-        "cosine_chance": _mean(chance.cosine),
-        "share_above": {
-            str(t): float((matching.cosine > t).sum() / max(1, n)) for t in SIMILAR
-        },
-        "mmcs": matching.mmcs,
-        "jaccard": None if jaccard is None else _mean(jaccard),
-    }  # fmt: skip
+    return Likeness(
+        living=[n, int(alive[1].sum())],
+        matched=len(matching.a),
+        method=matching.method,
+        cosine=_mean(matching.cosine),
+        cosine_weighted=float((matching.cosine * weights).sum() / max(1.0, weights.sum())),
+        cosine_chance=_mean(chance.cosine),
+        share_above={str(t): float((matching.cosine > t).sum() / max(1, n)) for t in SIMILAR},
+        mmcs=matching.mmcs,
+        jaccard=None if jaccard is None else _mean(jaccard),
+    )
 
 
 def _mean(values: NDArray[np.float64]) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
-def comparable_pairs(coders: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+def comparable_pairs(coders: Sequence[PlannedCoder]) -> list[tuple[Differs, str, str]]:
     """Coders whose latents are compared: those that differ in the seed alone, or in the code.
 
     Args:
-        coders: lines of a run's config.json, by name.
+        coders: of a run.
 
     Returns:
         (``"seed"`` or ``"code"``, name, name): each seed with the next one, and of the same seed, k
         and width the binary with the continuous coder where there is one of each.
     """
-    pairs: list[tuple[str, str, str]] = []
-    alike: dict[str, list[str]] = {}
-    arms: dict[tuple[Any, ...], dict[str, list[str]]] = {}
-    for name, planned in coders.items():
-        same = {k: v for k, v in planned.items() if k not in ("seed", "name")}
-        alike.setdefault(repr(sorted(same.items(), key=str)), []).append(name)
-        c = planned["coder"]
-        key = (planned["hookpoint"], c["site"], c["select"], c["n_latents"], c["k"],
-               planned["seed"])  # fmt: skip
-        arms.setdefault(key, {}).setdefault(c["code"], []).append(name)
+    pairs: list[tuple[Differs, str, str]] = []
+    alike: dict[PlannedCoder, list[str]] = {}
+    arms: dict[tuple[object, ...], dict[str, list[str]]] = {}
+    for planned in coders:
+        alike.setdefault(planned.but_for_the_seed, []).append(planned.name)
+        c = planned.coder
+        key = (planned.hookpoint, c.site, c.select, c.n_latents, c.k, planned.seed)
+        arms.setdefault(key, {}).setdefault(c.code, []).append(planned.name)
     for names in alike.values():
         pairs += [("seed", a, b) for a, b in itertools.pairwise(names)]
     for arm in arms.values():
@@ -184,19 +185,38 @@ def comparable_pairs(coders: Mapping[str, Mapping[str, Any]]) -> list[tuple[str,
     return pairs
 
 
-def run_stability(setting: Setting, codes: Mapping[str, Codes]) -> list[dict[str, Any]]:
+def run_stability(
+    setting: Setting,
+    codes: Mapping[str, Codes],
+    sums: Mapping[str, Sums],
+    losses: Mapping[str, LossSums],
+    contexts: Contexts,
+) -> list[Pair]:
     """Figures of every pair of a run's coders that can be compared."""
-    planned = {str(c["name"]): c for c in setting.run.config()["coders"]}
-    pairs = comparable_pairs({n: planned[n] for n in setting.coders})
-    found: list[dict[str, Any]] = []
+    coders = [c for c in setting.run.config().coders if c.name in setting.coders]
+    pairs = comparable_pairs(coders)
+    found: list[Pair] = []
     if not pairs:
         return found
     with stage("stability", len(pairs), "pairs") as progress:
         for differs, a, b in pairs:
-            figures = stability_figures(
+            likeness = stability_figures(
                 setting.coders[a], setting.coders[b], (codes[a].counts, codes[b].counts),
                 (codes[a], codes[b]),
             )  # fmt: skip
-            found.append({"differs": differs, "a": a, "b": b} | figures)
+            fvu, fvu_interval = fvu_difference(sums[a], sums[b])
+            cost, cost_interval = added_loss(losses[a], losses[b], contexts)
+            pair = combined(
+                Pair,
+                likeness,
+                differs=differs,
+                a=a,
+                b=b,
+                fvu_difference=fvu,
+                fvu_interval=fvu_interval,
+                delta_ce_difference=cost,
+                delta_ce_interval=cost_interval,
+            )
+            found.append(pair)
             progress.advance(1)
     return found

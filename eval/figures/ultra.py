@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from bsc.cache.store.split import StoreSplit
+from bsc.eval.evaluation import UltraLatent
 from bsc.eval.figures.firing import ULTRA
 from bsc.eval.figures.rate import binary_entropy
 from bsc.eval.passes.batches import row_batches
@@ -121,7 +122,7 @@ def diagnose(
     facts: RowFacts,
     components: torch.Tensor,
     latents: NDArray[np.int64],
-) -> list[dict[str, Any]]:
+) -> list[UltraLatent]:
     """What each of some frequent latents is.
 
     Args:
@@ -130,11 +131,6 @@ def diagnose(
         facts: about the rows.
         components: of the output (`principal_components`).
         latents: which to look at.
-
-    Returns:
-        For each latent: latent, rate, position_share, token_share, special_share (of its firings),
-        token_entropy and token_entropy_all (bits, over the common tokens), antipode with
-        decoder_cosine and encoder_cosine, component_share, component and what it is, in words.
     """
     if len(latents) == 0:
         return []
@@ -154,21 +150,22 @@ def diagnose(
             for k, v in classes.items()
         }
         antipode = int(cosines[i].argmin())
-        figures: dict[str, Any] = {
-            "latent": latent,
-            "rate": len(rows) / n,
-            "position_share": explained_share(fired["position"], totals["position"]),
-            "token_share": explained_share(fired["token"], totals["token"]),
-            "special_share": float(facts.special[rows].mean()),
-            "token_entropy": _entropy(fired["token"]),
-            "token_entropy_all": _entropy(totals["token"]),
-            "antipode": antipode,
-            "decoder_cosine": float(cosines[i, antipode]),
-            "encoder_cosine": float(encoder[latent] @ encoder[antipode]),
-            "component_share": float(overlap[i].sum()),
-            "component": int(overlap[i].argmax()) + 1,
-        }
-        found.append(figures | {"what": _what(figures)})
+        one = UltraLatent(
+            latent=latent,
+            rate=len(rows) / n,
+            position_share=explained_share(fired["position"], totals["position"]),
+            token_share=explained_share(fired["token"], totals["token"]),
+            special_share=float(facts.special[rows].mean()),
+            token_entropy=_entropy(fired["token"]),
+            token_entropy_all=_entropy(totals["token"]),
+            antipode=antipode,
+            decoder_cosine=float(cosines[i, antipode]),
+            encoder_cosine=float(encoder[latent] @ encoder[antipode]),
+            component_share=float(overlap[i].sum()),
+            component=int(overlap[i].argmax()) + 1,
+            what="",
+        )
+        found.append(one.model_copy(update={"what": _what(one)}))
     return found
 
 
@@ -177,17 +174,17 @@ def _entropy(counts: NDArray[np.float64]) -> float:
     return float(-(share * np.log2(share)).sum())
 
 
-def _what(f: dict[str, Any]) -> str:
+def _what(latent: UltraLatent) -> str:
     """A diagnosis in words, the strongest explanation first."""
     words = []
-    if f["special_share"] > EXPLAINED:
+    if latent.special_share > EXPLAINED:
         words.append("special tokens")
-    if f["position_share"] > EXPLAINED:
+    if latent.position_share > EXPLAINED:
         words.append("position")
-    if f["token_share"] > EXPLAINED:
+    if latent.token_share > EXPLAINED:
         words.append("token")
-    if f["decoder_cosine"] < ANTIPODAL and f["encoder_cosine"] < ANTIPODAL:
-        words.append(f"antipode of latent {f['antipode']}")
-    if f["component_share"] > IN_COMPONENTS:
-        words.append(f"principal component {f['component']}")
+    if max(latent.decoder_cosine, latent.encoder_cosine) < ANTIPODAL:
+        words.append(f"antipode of latent {latent.antipode}")
+    if latent.component_share > IN_COMPONENTS:
+        words.append(f"principal component {latent.component}")
     return ", ".join(words) or "none of these"

@@ -13,8 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from bsc.eval.figures.intervals import LEVEL, MIN_BLOCKS, Interval
+from bsc.eval.evaluation import Interval
+from bsc.eval.figures.intervals import LEVEL, MIN_BLOCKS
 from bsc.eval.interp.sampling import Chosen, Design
+from bsc.eval.interp.scores import LatentScore, RatePoint, SampledMean, SampledMeans
+from bsc.typed import combined
 
 __all__ = ["POWER", "estimate", "frequency_adjusted", "latents_needed", "summary"]
 
@@ -28,33 +31,36 @@ MISSING = 0.02
 
 
 def summary(
-    scores: Mapping[int, Mapping[str, Any]], chosen: Chosen, counts: NDArray[np.int64], rows: int,
+    scores: Mapping[int, LatentScore],
+    chosen: Chosen,
+    counts: NDArray[np.int64],
+    rows: int,
     key: str,
-) -> dict[str, Any]:  # fmt: skip
+) -> SampledMeans:
     """Both means of one figure of one test over the latents of a coder.
 
     Args:
-        scores: of `bsc.eval.interp.questions.score`, by latent; of a latent that was not asked
-            about at all there may be none.
+        scores: by latent; of a latent that was not asked about at all there may be none.
         chosen: the samples.
         counts: (F,) firings of each latent.
         rows: rows that were evaluated.
         key: the figure: ``"score"``, ``"f1"`` or ``"auc"``.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, SampledMean] = {}
+    some: dict[str, Any] = {}
     for name, design in chosen._asdict().items():
-        values = [scores.get(int(i), {}) for i in design.latent]
+        values = [scores.get(int(i)) for i in design.latent]
         score, low, high, noise = (
-            np.array([_number(v.get(field)) for v in values])
+            np.array([_number(v and v.get(field)) for v in values])
             for field in (key, "low", "high", "noise")
         )
         found[name] = estimate(design, score, noise)
         if key == "score":
-            found[name] |= _bounds(design, score, low, high)
+            found[name] = combined(SampledMean, found[name], **_bounds(design, score, low, high))
             if name == "weighted":
                 rates = counts[design.latent] / rows
-                found["curve"] = frequency_adjusted(design, score, noise, rates)
-    return found
+                some["curve"] = frequency_adjusted(design, score, noise, rates)
+    return SampledMeans(unweighted=found["unweighted"], weighted=found["weighted"], **some)
 
 
 def _number(value: Any) -> float:
@@ -116,7 +122,7 @@ def _intervals(resampled: NDArray[np.float64], blocks: NDArray[np.int64]) -> lis
 
 def estimate(
     design: Design, values: NDArray[np.float64], noise: NDArray[np.float64], *, seed: int = 0
-) -> dict[str, Any]:
+) -> SampledMean:
     """The weighted mean of the latents that have a score (Hajek's estimator), with its interval.
 
     Args:
@@ -124,14 +130,10 @@ def estimate(
         values: (latents of the sample,) NaN where there is none.
         noise: standard error of each by its excerpts.
         seed: of the resampling.
-
-    Returns:
-        mean, interval, latents (scored), sd between latents, needed (latents of each of two coders
-        for a difference of 0.02).
     """
     there = np.isfinite(values)
     if not there.any():
-        return {"mean": None, "interval": None, "latents": 0, "sd": None, "needed": None}
+        return SampledMean(mean=None, interval=None, latents=0, sd=None, needed=None)
     kept = design._replace(
         latent=design.latent[there], weight=design.weight[there], census=design.census[there]
     )
@@ -143,10 +145,8 @@ def estimate(
     # What varies in another sample: latents that were drawn; of a census their excerpts.
     drawn = v[~kept.census]
     sd = float(drawn.std(ddof=1)) if len(drawn) > 1 else None
-    return {
-        "mean": mean, "interval": interval, "latents": len(v), "sd": sd,
-        "needed": None if sd is None else latents_needed(sd),
-    }  # fmt: skip
+    needed = None if sd is None else latents_needed(sd)
+    return SampledMean(mean=mean, interval=interval, latents=len(v), sd=sd, needed=needed)
 
 
 def latents_needed(sd: float, difference: float = DIFFERENCE) -> int:
@@ -180,7 +180,7 @@ def _bounds(
 def frequency_adjusted(
     design: Design, score: NDArray[np.float64], noise: NDArray[np.float64],
     rates: NDArray[np.float64], *, seed: int = 0,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[RatePoint]:  # fmt: skip
     """Score of all firings of latents at or below a rate, against that rate.
 
     Args:
@@ -191,7 +191,7 @@ def frequency_adjusted(
         seed: of the resampling.
 
     Returns:
-        rate, score, interval, share (of the firings of the population), at up to 24 rates.
+        Points at up to 24 rates.
     """
     there = np.isfinite(score)
     if not there.any():
@@ -207,11 +207,11 @@ def frequency_adjusted(
     resampled = _resampled(kept, v, np.nan_to_num(noise[there]), parts, seed)
     intervals = _intervals(resampled, _blocks(kept, parts))
     return [
-        {
-            "rate": float(level),
-            "score": float((w * v)[inside].sum() / w[inside].sum()),
-            "interval": interval,
-            "share": float(w[inside].sum() / w.sum()),
-        }
+        RatePoint(
+            rate=float(level),
+            score=float((w * v)[inside].sum() / w[inside].sum()),
+            interval=interval,
+            share=float(w[inside].sum() / w.sum()),
+        )
         for level, inside, interval in zip(levels, parts.T, intervals, strict=True)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -65,17 +65,19 @@ def interp(
         n, more = export_requests(materials, judge.model, export)
         typer.echo(f"{export}: {n} requests{'; tests follow when they are answered' * more}")
         return
-    result: dict[str, Any] = {"offline": offline_scores(materials), "judge": None}
+    offline = offline_scores(materials)
+    judged = None
     if import_ is not None:
-        result["judge"] = import_replies(materials, judge.model, import_, name=name)
+        judged = import_replies(materials, judge.model, import_, name=name)
     elif by.judge is not None:
-        result["judge"] = interpret(materials, judge, prices, name=name)
+        judged = interpret(materials, judge, prices, name=name)
     if as_json:
+        result = {"offline": offline.to_json(), "judge": judged and judged.to_json()}
         typer.echo(canonical_json(result), nl=False)
         return
-    offline_table(result["offline"])
-    if result["judge"]:
-        interp_table(result["judge"])
+    offline_table(offline)
+    if judged:
+        interp_table(judged)
 
 
 def _check(

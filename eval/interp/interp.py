@@ -13,9 +13,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from bsc.errors import UserError
 from bsc.eval.interp.asking import Interpretation
@@ -26,8 +25,8 @@ from bsc.eval.interp.judges.judge import Judge, NamedJudge
 from bsc.eval.interp.ledger import Ledger
 from bsc.eval.interp.material import Materials
 from bsc.eval.interp.results import write_results
+from bsc.eval.interp.scores import InterpFolder, Interpretability
 from bsc.progress import console
-from bsc.records import parse_json
 from bsc.train.run import claim
 
 __all__ = [
@@ -78,7 +77,7 @@ def _opened(materials: Materials) -> Iterator[Ledger]:
 
 def interpret(
     materials: Materials, judge: Judge, prices: Prices | None = None, *, name: str | None = None
-) -> dict[str, Any]:
+) -> Interpretability:
     """Ask a judge whatever has no answer yet, and score what there is.
 
     Args:
@@ -86,9 +85,6 @@ def interpret(
         judge: who is asked.
         prices: what it charges, and how much may be spent.
         name: of the folder of the results; None: that of the judge.
-
-    Returns:
-        What interp.json holds.
 
     Raises:
         UserError: the judge cannot go on. What it has answered is in the ledger, and is scored.
@@ -109,7 +105,7 @@ def interpret(
             f"budget: {meter.spent:,.2f} of {meter.prices.budget:,.2f} is spent, and the next "
             f"request could exceed it. Go on with a larger --budget; nothing is asked twice."
         )
-    console.print(f"{folder / 'interp.json'}: {len(result['coders'])} coders")
+    console.print(f"{folder / 'interp.json'}: {len(result.coders)} coders")
     return result
 
 
@@ -125,10 +121,10 @@ def _folder(materials: Materials, model: str, name: str | None) -> Path:
             f"--name {name}: use letters, digits, '-', '_' and '.', 60 at most, and not 'offline'."
         )
     folder = materials.run.interp_folder / chosen
-    try:
-        other = parse_json((folder / "interp.json").read_bytes())["judge"]["model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        other = model
+    other = model
+    if (folder / "interp.json").exists():
+        with suppress(UserError):  # damaged: it is made again
+            other = InterpFolder(materials.run).read(folder).judge.model
     if other != model:
         raise UserError(
             f"{folder}: results of another judge are here, {other}. Give another --name."
@@ -170,7 +166,7 @@ def export_requests(materials: Materials, model: str, path: Path) -> tuple[int, 
 
 def import_replies(
     materials: Materials, model: str, path: Path, *, name: str | None = None
-) -> dict[str, Any]:
+) -> Interpretability:
     """Put the replies of a file into the ledger and score what there is.
 
     Args:
@@ -178,9 +174,6 @@ def import_replies(
         model: name of the judge.
         path: file of replies.
         name: of the folder of the results; None: that of the judge.
-
-    Returns:
-        What interp.json holds.
 
     Raises:
         UserError: the file cannot be read, or none of its lines answers a question of this run.

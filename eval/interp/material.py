@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsc.cache.model.models import load_tokenizer
-from bsc.config import parse_config
 from bsc.errors import StoreError, UserError
+from bsc.eval.evaluation import Evaluation, EvaluationFolder
 from bsc.eval.figures.examples import Windows
 from bsc.eval.figures.firing import firing_counts
 from bsc.eval.interp.config import InterpConfig
@@ -23,7 +23,6 @@ from bsc.eval.passes.batches import rows_read
 from bsc.eval.passes.codes import Codes, LatentCode
 from bsc.eval.passes.pieces import Pieces
 from bsc.eval.passes.setting import open_store
-from bsc.train.coders.config import CoderConfig
 from bsc.train.run import Run
 
 __all__ = ["Material", "Materials"]
@@ -78,13 +77,13 @@ class Materials:
             UserError: the run is not evaluated, the store is not there, or there is no such coder
                 or latent.
         """
-        evaluation = run.evaluation()
+        evaluation = EvaluationFolder(run).read()
         self.run, self.config = run, config
         self.every_name = run.coder_names()
         self.names = _names(run, config.coders, evaluation)
-        self._planned = {c["name"]: c for c in run.config()["coders"]}
+        self._planned = {c.name: c for c in run.config().coders}
         for name in self.names:
-            width = int(self._planned[name]["coder"]["n_latents"])
+            width = self._planned[name].coder.n_latents
             if wrong := [i for i in config.only if not 0 <= i < width]:
                 raise UserError(f"{name}: no latent {wrong[0]}; they are 0 to {width - 1}.")
         self.store = open_store(run, store)
@@ -92,11 +91,11 @@ class Materials:
         tokenizer = load_tokenizer(model or str(saved["name"]), saved["revision"])
         split = self.store.held_out
         self.windows = Windows(split, tokenizer)
-        without = run.config()["without_tokens"]
+        without = tuple(run.config().without_tokens)
         hooks = dict.fromkeys(self.hookpoint(n) for n in self.names)
-        max_rows = evaluation["config"]["rows"]
+        max_rows = evaluation.config.rows
         length = min(config.window, self.store.context)
-        self.read = {h: rows_read(split, h, max_rows, tuple(without)) for h in hooks}
+        self.read = {h: rows_read(split, h, max_rows, without) for h in hooks}
         self._texts = {
             h: Texts(self.windows, r, length=length, seed=config.seed)
             for h, r in self.read.items()
@@ -104,11 +103,11 @@ class Materials:
 
     def hookpoint(self, name: str) -> str:
         """Of a coder."""
-        return str(self._planned[name]["hookpoint"])
+        return self._planned[name].hookpoint
 
     def identity(self, name: str) -> dict[str, Any]:
         """What the codes of a coder belong to."""
-        path = self.run.eval_folder / "codes" / name / "identity.json"
+        path = EvaluationFolder(self.run).codes(name) / "identity.json"
         try:
             return {"codes": path.read_text(), "seed": self.config.seed}
         except OSError as error:
@@ -122,7 +121,7 @@ class Materials:
     def of(self, name: str) -> Material:
         """Read the codes of a coder and draw its latents."""
         counts = firing_counts(self.run, name)
-        code = Codes(Pieces(self.run.eval_folder / "codes" / name), counts).by_latent()
+        code = Codes(Pieces(EvaluationFolder(self.run).codes(name)), counts).by_latent()
         texts, config = self._texts[self.hookpoint(name)], self.config
         rows = int(texts.read.sum())
         chosen = (
@@ -133,9 +132,7 @@ class Materials:
                 min_firings=config.min_firings, seed=config.seed,
             )
         )  # fmt: skip
-        first_binary = parse_config(
-            CoderConfig, self._planned[name]["coder"], str(self.run.config_path)
-        ).first_binary
+        first_binary = self._planned[name].coder.first_binary
         return Material(name, code, counts, rows, chosen, texts, first_binary, config)
 
 
@@ -150,10 +147,10 @@ def _just(latents: Sequence[int], counts: NDArray[np.int64]) -> Chosen:
     )
 
 
-def _names(run: Run, wanted: Sequence[str], evaluation: dict[str, Any]) -> list[str]:
-    asked = {run.full_name(name) for name in wanted} or set(evaluation["coders"])
+def _names(run: Run, wanted: Sequence[str], evaluation: Evaluation) -> list[str]:
+    asked = {run.full_name(name) for name in wanted} or set(evaluation.coders)
     names = [name for name in run.coder_names() if name in asked]
-    if left_out := [n for n in names if n not in evaluation["coders"]]:
+    if left_out := [n for n in names if n not in evaluation.coders]:
         raise UserError(
             f"{run.folder}: {left_out[0]} was left out of the evaluation, so there is nothing to "
             f"score."

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import csv
 import io
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bsc.eval.evaluation import Interval
 from bsc.eval.figures.intervals import ratio_intervals
 from bsc.eval.interp.aggregate import summary
 from bsc.eval.interp.material import Material, Materials
@@ -29,92 +29,111 @@ from bsc.eval.interp.predictability import (
     predictability,
 )
 from bsc.eval.interp.questions import CHANCE, intruder_groups, question_rng
+from bsc.eval.interp.scores import (
+    OFFLINE_VERSION,
+    AllMeans,
+    Coverage,
+    InterpFolder,
+    LatentScore,
+    Mean,
+    Offline,
+    OfflineCoder,
+    OverlapScores,
+    PredictabilityScores,
+)
 from bsc.eval.passes.pieces import Pieces
 from bsc.files import write_atomically
 from bsc.progress import stage
-from bsc.records import read_record, write_record
+from bsc.train.run import Run
+from bsc.typed import combined, write_typed
 
-__all__ = ["OFFLINE_VERSION", "offline_scores"]
+__all__ = ["LatentNumber", "offline_scores", "scores_csv"]
 
-OFFLINE_VERSION = 1
 _DECIDING = ("latents", "census_rate", "min_firings", "test_windows", "window", "seed")
 """What of the config changes an offline score. Marks are part of the overlap, so they are always
 those of all firing tokens."""
 
 
-def offline_scores(materials: Materials) -> dict[str, Any]:
+class LatentNumber(NamedTuple):
+    """A line of a table of scores."""
+
+    coder: str
+    latent: int
+    score: float
+
+
+def offline_scores(materials: Materials) -> Offline:
     """Compute what is not there yet and write it beside the run.
 
     Args:
         materials: of the run's coders.
-
-    Returns:
-        What offline.json holds.
     """
-    folder = materials.run.interp_folder / "offline"
+    folder = InterpFolder(materials.run).offline
     folder.mkdir(parents=True, exist_ok=True)
     contexts: dict[str, Contexts] = {}
-    coders: dict[str, Any] = {}
-    tables: dict[str, list[dict[str, Any]]] = {"predictability": [], "overlap": []}
+    coders: dict[str, OfflineCoder] = {}
+    tables: dict[str, list[LatentNumber]] = {"predictability": [], "overlap": []}
     with stage("offline scores", len(materials.names), "coders") as progress:
         for material in materials:
             name = material.coder
             scores = _predictability(materials, material, contexts)
             overlaps = _overlap(material)
-            coders[name] = {
-                "settings": {n: getattr(materials.config, n) for n in _DECIDING},
-                "predictability": _figures(scores, material.counts),
-                "overlap": {
-                    "chance": CHANCE["intruder"],
-                    **summary(overlaps, material.chosen, material.counts, material.rows, "score"),
-                },
-            }
+            means = summary(overlaps, material.chosen, material.counts, material.rows, "score")
+            coders[name] = OfflineCoder(
+                settings={n: getattr(materials.config, n) for n in _DECIDING},
+                predictability=_figures(scores, material.counts),
+                overlap=combined(OverlapScores, means, chance=CHANCE["intruder"]),
+            )
             tables["predictability"] += [
-                {"coder": name, "latent": int(i), "score": round(float(scores.auc[i]), 6)}
+                LatentNumber(name, int(i), round(float(scores.auc[i]), 6))
                 for i in np.flatnonzero(np.isfinite(scores.auc))
             ]
             tables["overlap"] += [
-                {"coder": name, "latent": i, "score": one["score"]}
-                for i, one in overlaps.items() if one["score"] is not None
-            ]  # fmt: skip
+                LatentNumber(name, i, one.score)
+                for i, one in overlaps.items()
+                if one.score is not None
+            ]
             progress.advance(1, name)
-    result = {
-        "version": OFFLINE_VERSION,
-        "store_id": materials.store.store_id,
-        "coders": coders,
-    }  # fmt: skip
+    result = Offline(version=OFFLINE_VERSION, store_id=materials.store.store_id, coders=coders)
     if materials.config.only:
         # Of latents that were named, for a look; they are no sample of the coder.
         return result
     if len(materials.names) < len(materials.every_name):
-        _add_other_coders(result, tables, folder)
+        result = _with_other_coders(result, tables, materials.run)
     for name, rows in tables.items():
         write_atomically(folder / f"scores-{name}.csv", scores_csv(rows))
-    write_record(folder / "offline.json", result)
+    write_typed(folder / "offline.json", result)
     return result
 
 
-def _add_other_coders(
-    result: dict[str, Any], tables: dict[str, list[dict[str, Any]]], folder: Path
-) -> None:
-    """Keep what was there of coders that were not computed now."""
+def _with_other_coders(result: Offline, tables: dict[str, list[LatentNumber]], run: Run) -> Offline:
+    """With what was there of coders that were not computed now."""
+    folder = InterpFolder(run)
     try:
-        old = read_record(folder / "offline.json", "scores", OFFLINE_VERSION)
-        if old["store_id"] == result["store_id"]:
-            names = set(old["coders"]) - set(result["coders"])
-            for name, rows in tables.items():
-                with (folder / f"scores-{name}.csv").open() as file:
-                    rows += [row for row in csv.DictReader(file) if row["coder"] in names]
-            result["coders"] |= {name: old["coders"][name] for name in names}
+        old = folder.read_offline()
+        if old is None or old.store_id != result.store_id:
+            return result
+        others = {n: c for n, c in old.coders.items() if n not in result.coders}
+        added: dict[str, list[LatentNumber]] = {}
+        for name in tables:
+            with (folder.offline / f"scores-{name}.csv").open() as file:
+                added[name] = [
+                    LatentNumber(row["coder"], int(row["latent"]), float(row["score"]))
+                    for row in csv.DictReader(file)
+                    if row["coder"] in others
+                ]
     except (OSError, ValueError, KeyError, TypeError):
-        return
+        return result
+    for name, rows in added.items():
+        tables[name] += rows
+    return result.model_copy(update={"coders": result.coders | others})
 
 
-def scores_csv(rows: list[dict[str, Any]]) -> str:
+def scores_csv(rows: list[LatentNumber]) -> str:
     """A table of scores that `bsc eval --ablation-score` reads."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, ("coder", "latent", "score"), lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(LatentNumber._fields)
     writer.writerows(rows)
     return text.getvalue()
 
@@ -139,41 +158,38 @@ def _predictability(
     return Predictability(**pieces.read(0))
 
 
-def _figures(scores: Predictability, counts: NDArray[np.int64]) -> dict[str, Any]:
+def _figures(scores: Predictability, counts: NDArray[np.int64]) -> PredictabilityScores:
     """Means over all latents that have a score, and by firing rate."""
     there = np.isfinite(scores.auc)
-    found: dict[str, Any] = {
-        "latents": int(there.sum()),
-        "coverage": {
-            "unweighted": float(there.sum() / max(1, (counts > 0).sum())),
-            "weighted": float(counts[there].sum() / max(1, counts.sum())),
-        },
-    }
+    means = {}
     for name, values in scores._asdict().items():
         v, p = values[there], counts[there].astype(np.float64)
         ones = np.ones_like(v)
-        intervals = (
-            ratio_intervals(np.stack([v, p * v], 1), np.stack([ones, p], 1))
-            if len(v) else [None, None]
-        )  # fmt: skip
-        found[name] = {
-            design: {
-                "mean": float((w * v).sum() / w.sum()) if len(v) else None, "interval": interval
-            }
-            for design, w, interval in zip(
-                ("unweighted", "weighted"), (ones, p), intervals, strict=True
-            )
-        }  # fmt: skip
-    return found
+        intervals: list[Interval] = [None, None]
+        if len(v):
+            intervals = ratio_intervals(np.stack([v, p * v], 1), np.stack([ones, p], 1))
+        unweighted, weighted = (
+            Mean(mean=float((w * v).sum() / w.sum()) if len(v) else None, interval=interval)
+            for w, interval in zip((ones, p), intervals, strict=True)
+        )
+        means[name] = AllMeans(unweighted=unweighted, weighted=weighted)
+    return PredictabilityScores(
+        latents=int(there.sum()),
+        coverage=Coverage(
+            unweighted=float(there.sum() / max(1, (counts > 0).sum())),
+            weighted=float(counts[there].sum() / max(1, counts.sum())),
+        ),
+        **means,
+    )
 
 
-def _overlap(material: Material) -> dict[int, dict[str, Any]]:
+def _overlap(material: Material) -> dict[int, LatentScore]:
     """Of the latents that were drawn, by the questions that a judge's intruder test has."""
     evidence = [material.evidence(i) for i in material.chosen.latents()]
     weights = token_weights(
         material.texts, (w for one in evidence for w in (*one.firing, *one.silent))
     )
-    found: dict[int, dict[str, Any]] = {}
+    found: dict[int, LatentScore] = {}
     for one in evidence:
         groups = []
         if one.why_not is None:
@@ -183,10 +199,13 @@ def _overlap(material: Material) -> dict[int, dict[str, Any]]:
         n = len(right)
         mean = float(np.mean(right)) if n else None
         smoothed = (sum(right) + 1) / (n + 2)
-        found[one.latent] = {
-            "score": mean,
-            "low": mean or 0.0,
-            "high": 1.0 if mean is None else mean,
-            "noise": float(np.sqrt(smoothed * (1 - smoothed) / (n + 2))),
-        }
+        found[one.latent] = LatentScore(
+            state="ok" if n else "unscorable",
+            score=mean,
+            low=mean or 0.0,
+            high=1.0 if mean is None else mean,
+            excerpts=n,
+            statuses={},
+            noise=float(np.sqrt(smoothed * (1 - smoothed) / (n + 2))),
+        )
     return found

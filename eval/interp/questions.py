@@ -27,6 +27,7 @@ from bsc.eval.interp.judges.prompts import (
     test_request,
 )
 from bsc.eval.interp.judges.reply import Reply
+from bsc.eval.interp.scores import LatentScore
 
 __all__ = [
     "INTRUDER_EXCERPTS",
@@ -191,22 +192,21 @@ def _probabilities(reply: Reply, n: int) -> list[float | None]:
     return list(digits) if len(digits) == n else [None] * n
 
 
-def score(answers: Sequence[Answered], kind: TestKind) -> dict[str, Any]:
+def score(answers: Sequence[Answered], kind: TestKind) -> LatentScore:
     """Figures of one latent by one test.
 
     TPR and TNR are shares of the excerpts that were answered; balanced accuracy is their mean. F1
     is that of a test with as many excerpts of either kind: 2 TPR / (1 + TPR + FPR). AUC is over
-    probabilities, where the judge gives them. `low` and `high` are what the score would be were all
-    excerpts without an answer judged wrongly or rightly.
+    probabilities, where the judge gives them.
 
     Returns:
-        state (``"ok"``, or what most excerpts without an answer are), statuses, score, low, high,
-        and the figures of the test where the state is ok.
+        With the figures of the test where the state is ok; else the state is what most excerpts
+        without an answer are.
     """
     statuses = Counter(a.status for a in answers)
-    found: dict[str, Any] = {"statuses": dict(sorted(statuses.items())), "excerpts": len(answers)}
-    sides = [answers] if kind == "intruder" else \
-        [[a for a in answers if a.truth == t] for t in (1, 0)]  # fmt: skip
+    sides = (
+        [answers] if kind == "intruder" else [[a for a in answers if a.truth == t] for t in (1, 0)]
+    )
     right, missing, rates = [], [], []
     for side in sides:
         answered = [a for a in side if a.answer is not None]
@@ -218,25 +218,33 @@ def score(answers: Sequence[Answered], kind: TestKind) -> dict[str, Any]:
     high = np.mean(
         [(r + m) / len(s) if s else 1.0 for r, m, s in zip(right, missing, sides, strict=True)]
     )
-    found |= {"low": float(low), "high": float(high)}
-    if None in rates:
+    found: dict[str, Any] = {
+        "statuses": dict(sorted(statuses.items())),
+        "excerpts": len(answers),
+        "low": float(low),
+        "high": float(high),
+    }
+    known = [float(r) for r in rates if r is not None]
+    if len(known) < len(rates):
         worst = Counter({s: n for s, n in statuses.items() if s != "ok"}).most_common(1)
-        return found | {"state": worst[0][0] if worst else "unparsable", "score": None}
-    value = float(np.mean([r for r in rates if r is not None]))
+        return LatentScore(state=worst[0][0] if worst else "unparsable", score=None, **found)
+    value = float(np.mean(known))
     found |= {"state": "ok", "score": value, "noise": _noise(right, missing, sides)}
     if kind == "intruder":
-        return found | {"accuracy": value}
-    tpr, tnr = (float(r) for r in rates if r is not None)
+        return LatentScore(accuracy=value, **found)
+    tpr, tnr = known
     found |= {
-        "tpr": tpr, "tnr": tnr, "balanced_accuracy": value,
+        "tpr": tpr,
+        "tnr": tnr,
+        "balanced_accuracy": value,
         "f1": 2 * tpr / (1 + tpr + (1 - tnr)) if tpr else 0.0,
-    }  # fmt: skip
+    }
     positive = [a.yes for a in sides[0] if a.yes is not None]
     negative = [a.yes for a in sides[1] if a.yes is not None]
     if len(positive) + len(negative) == sum(a.answer is not None for a in answers):
         u = stats.mannwhitneyu(positive, negative).statistic
         found["auc"] = float(u / (len(positive) * len(negative)))
-    return found
+    return LatentScore(**found)
 
 
 def _noise(right: Sequence[int], missing: Sequence[int], sides: Sequence[Sequence[Any]]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from bsc.eval.interp.config import Prices
 from bsc.eval.interp.cost import Estimate
+from bsc.eval.interp.scores import Interpretability, Mean, Offline, SampledMeans
 from bsc.files import canonical_json
 from bsc.formats import percent
 
@@ -29,52 +29,61 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _mean(found: Mapping[str, Any]) -> str:
+def _mean(found: Mean) -> str:
     """A mean with its interval."""
-    if found["mean"] is None:
+    if found.mean is None:
         return "-"
-    interval = found["interval"]
+    interval = found.interval
     span = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
-    return f"{found['mean']:.3f}{span}"
+    return f"{found.mean:.3f}{span}"
 
 
-def offline_table(result: dict[str, Any]) -> None:
+def _coverage(means: SampledMeans) -> list[str]:
+    """Unweighted and weighted."""
+    return [percent(m.coverage or 0.0) for m in (means.unweighted, means.weighted)]
+
+
+def offline_table(result: Offline) -> None:
     """Print predictability and overlap of every coder on stdout."""
-    table = _table("Without a language model", "coder", "predictability, AUC", "weighted",
-                   "overlap (chance 0.2)", "weighted", "coverage", "weighted")  # fmt: skip
-    for name, found in result["coders"].items():
-        auc, overlap = found["predictability"]["auc"], found["overlap"]
-        table.add_row(
-            name, _mean(auc["unweighted"]), _mean(auc["weighted"]),
-            _mean(overlap["unweighted"]), _mean(overlap["weighted"]),
-            percent(overlap["unweighted"]["coverage"]), percent(overlap["weighted"]["coverage"]),
-        )  # fmt: skip
+    table = _table(
+        "Without a language model", "coder", "predictability, AUC", "weighted",
+        "overlap (chance 0.2)", "weighted", "coverage", "weighted",
+    )  # fmt: skip
+    for name, found in result.coders.items():
+        auc, overlap = found.predictability.auc, found.overlap
+        means = (auc.unweighted, auc.weighted, overlap.unweighted, overlap.weighted)
+        table.add_row(name, *map(_mean, means), *_coverage(overlap))
     _console().print(table)
 
 
-def interp_table(result: dict[str, Any]) -> None:
+def interp_table(result: Interpretability) -> None:
     """Print the scores of a judge on stdout."""
-    judge = result["judge"]
-    said = "simulated judge " if judge["simulated"] else "judge "
-    table = _table(escape(f"By {said}{judge['model']}"), "coder", "test", "unweighted", "weighted",
-                   "coverage", "weighted", "needed for 0.02")  # fmt: skip
-    for name, found in result["coders"].items():
-        for kind, test in found["tests"].items():
-            needed = test["unweighted"]["needed"]
+    said = "simulated judge " if result.judge.simulated else "judge "
+    table = _table(
+        escape(f"By {said}{result.judge.model}"), "coder", "test", "unweighted", "weighted",
+        "coverage", "weighted", "needed for 0.02",
+    )  # fmt: skip
+    for name, found in result.coders.items():
+        for kind, test in found.tests.items():
+            needed = test.unweighted.needed
             table.add_row(
-                name, kind, _mean(test["unweighted"]), _mean(test["weighted"]),
-                percent(test["unweighted"]["coverage"]), percent(test["weighted"]["coverage"]),
+                name,
+                kind,
+                _mean(test.unweighted),
+                _mean(test.weighted),
+                *_coverage(test),
                 "-" if needed is None else f"{needed:,}",
-            )  # fmt: skip
+            )
     console = _console()
     console.print(table)
-    for name, found in result["coders"].items():
-        for kind, test in found["tests"].items():
-            if not test["unweighted"]["latents"] and not test["weighted"]["latents"]:
-                reasons = test["why_not"] or test["states"] or {"too few firings": "all"}
+    for name, found in result.coders.items():
+        for kind, test in found.tests.items():
+            if not test.unweighted.latents and not test.weighted.latents:
+                reasons = test.why_not or test.states
                 why = ", ".join(f"{reason} ({n} latents)" for reason, n in reasons.items())
-                console.print(f"note: {name}, {kind}: no score: {why}", markup=False)
-    for flag in result["flags"]:
+                said = why or "too few firings (all latents)"
+                console.print(f"note: {name}, {kind}: no score: {said}", markup=False)
+    for flag in result.flags:
         console.print(f"note: {escape(flag)}")
 
 

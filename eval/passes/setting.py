@@ -120,20 +120,20 @@ def open_store(run: Run, store: str | Path | None, *, check: bool = True) -> Act
         StoreError: it is not there, or is another one.
     """
     config = run.config()
-    if store is None and "://" not in config["store"] and not Path(config["store"]).exists():
+    if store is None and "://" not in config.store and not Path(config.store).exists():
         raise StoreError(
-            f"{run.folder}: trained on store {config['store']}, which is not there any more. Say "
+            f"{run.folder}: trained on store {config.store}, which is not there any more. Say "
             f"where it is now with --store. `bsc report` and `bsc compare` work without it on runs "
             f"that were evaluated before."
         )
-    opened = ActivationStore(store or config["store"], check=check)
-    if opened.store_id != config["store_id"]:
+    opened = ActivationStore(store or config.store, check=check)
+    if opened.store_id != config.store_id:
         raise StoreError(
             f"{opened.folder}: this is store {opened.store_id}, but run {run.folder} was trained "
-            f"on store {config['store_id']}. Name that one with --store; or, if this is one of the "
+            f"on store {config.store_id}. Name that one with --store; or, if this is one of the "
             f"same model, measure on it with --on."
         )
-    opened.own_split = "trained_on" not in config
+    opened.own_split = config.trained_on is None
     return opened
 
 
@@ -164,12 +164,11 @@ def open_setting(
             coders[name] = coder.to(on)
     separation: Separation = "positions"
     if opened.packing == "masked":
-        hooks = list(dict.fromkeys(str(c["hookpoint"]) for c in run.config()["coders"]))
         separation = document_separation(
-            RowTap(lm.base, hooks).rows, dtype=lm.model.dtype, device=on,
+            RowTap(lm.base, run.config().hookpoints).rows, dtype=lm.model.dtype, device=on,
             vocabulary=int(lm.model.get_input_embeddings().weight.shape[0]),
         )  # fmt: skip
-    without = tuple(run.config()["without_tokens"])
+    without = tuple(run.config().without_tokens)
     return Setting(run, opened, lm, coders, left_out, separation, without)
 
 

@@ -3,51 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from bsc.config import parse_config
 from bsc.errors import StoreError, UserError
+from bsc.eval.evaluation import CoderFigures, EvaluationFolder, ShownLatent
 from bsc.files import canonical_json
-from bsc.train.coders.config import CoderConfig
-from bsc.train.run import Run
+from bsc.records import expected_form
+from bsc.train.run import PlannedCoder, Run, RunConfig
 
-__all__ = ["CoderRow", "by_panel", "read_rows", "run_labels"]
+__all__ = ["CurvePoint", "ReportedCoder", "by_panel", "read_coders", "run_labels"]
 
 ALL_CURVE_POINTS = 4_000
 """Of the training curves of all coders together."""
 
 
+class CurvePoint(NamedTuple):
+    """A training figure."""
+
+    rows: int
+    fvu: float
+
+
 @dataclass(frozen=True)
-class CoderRow:
+class ReportedCoder:
     """One coder."""
 
     run: str
-    name: str
+    """What its run is called on the page."""
+    planned: PlannedCoder
     anchor: str
     """Its id on the page."""
     model: str
     """Which model, where it is not the trained one; else empty."""
-    hookpoint: str
-    site: str
-    select: str
-    code: str
-    k: int
-    seed: int
-    optimiser: str
-    lr: float
-    n_latents: int
-    first_binary: int
-    """Latents from this one on are binary."""
-    figures: dict[str, Any]
-    """Of eval.json."""
-    variant: str
-    """What coders share that differ in k and seed alone: they are one line of a plot."""
-    metrics: list[dict[str, Any]]
-    """Of metrics.jsonl, thinned."""
-    examples: list[dict[str, Any]]
-    folder: str
-    """Of its weights."""
+    figures: CoderFigures
+    curve: list[CurvePoint]
+    """Training FVU, thinned."""
+    examples: list[ShownLatent]
+
+    @property
+    def name(self) -> str:
+        """Its name in its run."""
+        return self.planned.name
+
+    @property
+    def code(self) -> str:
+        """``"binary"``, ``"continuous"`` or ``"hybrid"``."""
+        return self.planned.coder.code
+
+    @property
+    def k(self) -> int:
+        """Selected latents."""
+        return self.planned.coder.k
+
+    @property
+    def seed(self) -> int:
+        """Seed of its initial weights."""
+        return self.planned.seed
+
+    @property
+    def folder(self) -> str:
+        """Folder of its weights."""
+        return f"{self.run}/coders/{self.name}"
 
     @property
     def label(self) -> str:
@@ -57,13 +74,25 @@ class CoderRow:
     @property
     def panel(self) -> str:
         """What the coders of one panel share."""
-        words = [self.hookpoint, self.site.replace("_", " "), f"{self.n_latents:,} latents"]
+        coder = self.planned.coder
+        words = [self.planned.hookpoint, coder.site.replace("_", " ")]
+        words.append(f"{coder.n_latents:,} latents")
         return ", ".join([*words, self.model] if self.model else words)
 
+    @property
+    def variant(self) -> str:
+        """What coders share that differ in k and seed alone: they are one line of a plot."""
+        varying = {"name", "seed", "k_init", "lr", "coder"}
+        own = self.planned.model_dump(exclude=varying)
+        coder = self.planned.coder.model_dump(exclude={"k", "k_binary"})
+        # Learning rates that follow from k by a rule are no other variant; a sweep names it.
+        named = self.name.split(f"-s{self.seed}")[-1]
+        return self.run + canonical_json([own, coder, named])
 
-def by_panel(rows: Sequence[CoderRow]) -> dict[str, list[CoderRow]]:
+
+def by_panel(rows: Sequence[ReportedCoder]) -> dict[str, list[ReportedCoder]]:
     """Rows grouped by hookpoint, site and width."""
-    grouped: dict[str, list[CoderRow]] = {}
+    grouped: dict[str, list[ReportedCoder]] = {}
     for row in rows:
         grouped.setdefault(row.panel, []).append(row)
     return grouped
@@ -86,81 +115,67 @@ def run_labels(runs: Sequence[Run]) -> list[str]:
     return labels
 
 
-def read_rows(runs: Sequence[Run]) -> list[CoderRow]:
+def read_coders(runs: Sequence[Run]) -> list[ReportedCoder]:
     """The coders of evaluated runs, in the order of the page.
 
     Raises:
         UserError: a run is not evaluated, its files do not fit together, or there is no coder.
     """
-    found: list[dict[str, Any]] = []
+    found: list[ReportedCoder] = []
     points = max(20, ALL_CURVE_POINTS // sum(len(run.coder_names()) for run in runs))
     for run, label in zip(runs, run_labels(runs), strict=True):
-        try:
-            found += _rows_of(run, label, points)
-        except (KeyError, TypeError, IndexError) as error:
-            raise StoreError(
-                f"{run.folder}: config.json, metrics.jsonl, eval.json and eval/examples.json do "
-                f"not fit together ({error!r}). One of them was changed; evaluate the run again: "
-                f"bsc eval {run.folder}"
-            ) from None
+        found += _coders_of(run, label, points)
     if not found:
         raise UserError("a report needs at least one coder; every coder of these was left out.")
-    order = ("model", "hookpoint", "site", "n_latents", "code", "k", "seed", "run", "name")
-    found.sort(key=lambda r: tuple(r[key] for key in order))
-    return [CoderRow(**row, anchor=f"coder-{i}") for i, row in enumerate(found, 1)]
+    found.sort(key=_order)
+    return [replace(coder, anchor=f"coder-{i}") for i, coder in enumerate(found, 1)]
 
 
-def _rows_of(run: Run, label: str, points: int) -> list[dict[str, Any]]:
-    evaluation, config = run.evaluation(), run.config()
-    figures = evaluation["coders"]
-    examples = run.examples()
-    curves = _curves(run, config["steps"], config["log_every"], points)
-    rows = []
-    for planned in config["coders"]:
-        name, coder = planned["name"], planned["coder"]
-        if name in evaluation["left_out"]:
+def _order(one: ReportedCoder) -> tuple[str | int, ...]:
+    coder = one.planned.coder
+    return (
+        one.model, one.planned.hookpoint, coder.site, coder.n_latents, coder.code, coder.k,
+        one.seed, one.run, one.name,
+    )  # fmt: skip
+
+
+def _coders_of(run: Run, label: str, points: int) -> list[ReportedCoder]:
+    folder, config = EvaluationFolder(run), run.config()
+    evaluation, examples = folder.read(), folder.read_examples()
+    curves = _curves(run, config.steps, config.log_every, points)
+    found = []
+    for planned in config.coders:
+        if planned.name in evaluation.left_out:
             continue
-        if name not in figures:
+        if planned.name not in evaluation.coders:
             raise StoreError(
-                f"{run.eval_path}: no figures of coder {name}. Evaluate the run again: "
-                f"bsc eval {run.folder}"
+                f"{run.eval_path}: no figures of coder {planned.name}. {folder.remedy}"
             )
-        rows.append(
-            {
-                "run": label,
-                "model": _untrained(config),
-                "name": name,
-                "folder": f"{label}/coders/{name}",
-                "first_binary": parse_config(CoderConfig, coder, str(run.config_path)).first_binary,
-                **{key: planned[key] for key in ("hookpoint", "seed", "optimiser", "lr")},
-                **{key: coder[key] for key in ("site", "select", "code", "k", "n_latents")},
-                "figures": figures[name],
-                "variant": label + _without_k_and_seed(planned),
-                "metrics": curves.get(name, []),
-                "examples": examples.get(name, []),
-            }
+        one = ReportedCoder(
+            run=label,
+            planned=planned,
+            anchor="",
+            model=_untrained(config),
+            figures=evaluation.coders[planned.name],
+            curve=curves.get(planned.name, []),
+            examples=examples.get(planned.name, []),
         )
-    return rows
+        found.append(one)
+    return found
 
 
-def _without_k_and_seed(planned: dict[str, Any]) -> str:
-    varying = ("name", "seed", "k_init", "lr")
-    own = {k: v for k, v in planned.items() if k not in (*varying, "coder")}
-    coder = {k: v for k, v in planned["coder"].items() if k not in ("k", "k_binary")}
-    # Learning rates that follow from k by a rule are no other variant; a sweep over them names it.
-    return canonical_json([own, coder, planned["name"].split(f"-s{planned['seed']}")[-1]])
-
-
-def _untrained(config: dict[str, Any]) -> str:
-    seed = config["model"].get("random_weights")
+def _untrained(config: RunConfig) -> str:
+    seed = config.model.get("random_weights")
     return "" if seed is None else f"untrained model (seed {seed})"
 
 
-def _curves(run: Run, steps: int, log_every: int, points: int) -> dict[str, list[dict[str, Any]]]:
+def _curves(run: Run, steps: int, log_every: int, points: int) -> dict[str, list[CurvePoint]]:
     """Lines of metrics.jsonl by coder, thinned to about `points` each."""
     keep = max(1, steps // log_every // points)
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for line in run.metrics():
-        if line["step"] // log_every % keep == 0 or line["step"] == steps:
-            curves.setdefault(line["coder"], []).append({k: line[k] for k in ("rows", "fvu")})
+    curves: dict[str, list[CurvePoint]] = {}
+    with expected_form(str(run.metrics_path), f"Train the run again, or resume it: {run.folder}."):
+        for line in run.metrics():
+            if line["step"] // log_every % keep == 0 or line["step"] == steps:
+                point = CurvePoint(int(line["rows"]), float(line["fvu"]))
+                curves.setdefault(line["coder"], []).append(point)
     return curves

@@ -4,44 +4,51 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bsc.errors import UserError
-from bsc.eval.report.coders import CoderRow, read_rows, run_labels
+from bsc.eval.evaluation import Evaluation, EvaluationFolder
+from bsc.eval.report.coders import ReportedCoder, read_coders, run_labels
 from bsc.eval.report.interp import Scored, read_interp
 from bsc.eval.report.report import drawings
 from bsc.eval.report.summary import matched_tables
 from bsc.files import write_atomically, write_json
 from bsc.train.run import Run
+from bsc.typed import Record
 
 __all__ = ["coder_table", "write_figures"]
 
 
-def coder_table(rows: Sequence[CoderRow]) -> list[dict[str, Any]]:
+Line = dict[str, Any]
+"""A line of a table: cells by column."""
+
+
+def coder_table(rows: Sequence[ReportedCoder]) -> list[Line]:
     """One line per coder: what it is, and every figure that is a number or an interval."""
     found = []
     for row in rows:
-        line: dict[str, Any] = {
-            key: getattr(row, key)
-            for key in ("run", "name", "hookpoint", "site", "select", "code", "k", "seed",
-                        "n_latents", "optimiser", "lr")
-        }  # fmt: skip
-        for key, value in row.figures.items():
-            if key.endswith("_interval"):
-                low, high = value or ("", "")
-                line[key.removesuffix("interval") + "low"] = low
-                line[key.removesuffix("interval") + "high"] = high
-            elif key in ("latents_above", "share_of_firings_above"):
-                line |= {f"{key}_{t}": v for t, v in value.items()}
-            elif isinstance(value, (int, float)):
-                line[key] = value
-        found.append(line)
+        planned, coder = row.planned, row.planned.coder
+        line: Line = {
+            "run": row.run,
+            "name": row.name,
+            "hookpoint": planned.hookpoint,
+            "site": coder.site,
+            "select": coder.select,
+            "code": coder.code,
+            "k": coder.k,
+            "seed": planned.seed,
+            "n_latents": coder.n_latents,
+            "optimiser": planned.optimiser,
+            "lr": planned.lr,
+        }
+        left_out = ("ultra", "ablation", "log10_rate_histogram")
+        found.append(line | _flat(row.figures, left_out=left_out))
     return found
 
 
-def _csv(lines: Sequence[dict[str, Any]]) -> str:
+def _csv(lines: Sequence[Line]) -> str:
     """Lines of one table; a column for every key that any of them has."""
     keys = list(dict.fromkeys(key for line in lines for key in line))
     text = io.StringIO()
@@ -51,72 +58,88 @@ def _csv(lines: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _ultra(rows: Sequence[CoderRow]) -> list[dict[str, Any]]:
+def _ultra(rows: Sequence[ReportedCoder]) -> list[Line]:
     return [
         {"run": row.run, "coder": row.name} | _flat(latent)
         for row in rows
-        for latent in row.figures["ultra"]
+        for latent in row.figures.ultra
     ]
 
 
-def _ablation(rows: Sequence[CoderRow]) -> list[dict[str, Any]]:
+def _ablation(rows: Sequence[ReportedCoder]) -> list[Line]:
     return [
         {"run": row.run, "coder": row.name, "kind": kind, "bin": i} | _flat(one)
         for row in rows
-        for kind in ("bins", "random")
-        for i, one in enumerate(row.figures.get("ablation", {}).get(kind, []))
+        if (ablation := row.figures.ablation)
+        for kind, bins in (("bins", ablation.bins), ("random", ablation.random))
+        for i, one in enumerate(bins)
     ]
 
 
-def _probing(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _probing(evaluations: Mapping[str, Evaluation]) -> list[Line]:
     return [
         {"run": label, "set": name, "what": what, "arm": arm, "k": k}
-        | _flat({key: one[key] for key in ("accuracy", "interval")})
-        for run, label in zip(runs, run_labels(runs), strict=True)
-        for name, found in run.evaluation().get("probing", {}).items()
-        for what, arms in (found["coders"] | found["baselines"]).items()
+        | _flat(one, left_out=("classes",))
+        for label, evaluation in evaluations.items()
+        for name, found in evaluation.probing.items()
+        for what, arms in (found.coders | found.baselines).items()
         for arm, ks in arms.items()
         for k, one in ks.items()
     ]
 
 
-def _stability(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _stability(evaluations: Mapping[str, Evaluation]) -> list[Line]:
     return [
         {"run": label} | _flat(one)
-        for run, label in zip(runs, run_labels(runs), strict=True)
-        for one in run.evaluation().get("stability", [])
+        for label, evaluation in evaluations.items()
+        for one in evaluation.stability
     ]
 
 
-def _interp(found: Sequence[Scored]) -> list[dict[str, Any]]:
+def _interp(found: Sequence[Scored]) -> list[Line]:
     return [
-        {"run": scored.run, "judge": scored.name, "score": one.kind, "coder": coder,
-         "latents_are": weighting, "chance": one.chance}
-        | _flat({k: v for k, v in figures[weighting].items() if k != "curve"})
+        {
+            "run": scored.run,
+            "judge": scored.name,
+            "score": one.kind,
+            "coder": coder,
+            "latents_are": weighting,
+            "chance": one.chance,
+        }
+        | _flat(mean)
         for scored in found
         for one in scored.sets
-        for coder, figures in one.coders.items()
-        for weighting in ("unweighted", "weighted")
-        if weighting in figures
-    ]  # fmt: skip
+        for coder, means in one.coders.items()
+        for weighting, mean in (("unweighted", means.unweighted), ("weighted", means.weighted))
+    ]
 
 
-def _matched(rows: Sequence[CoderRow]) -> list[dict[str, Any]]:
+def _matched(rows: Sequence[ReportedCoder]) -> list[Line]:
     return [
-        {"panel": table["panel"], "run": table["run"], "seed": table["seed"], "matched_by": by,
-         "at": line["at"], "figure": figure, "other_code": table["other"],
-         "binary": line[figure]["binary"], "other": line[figure]["other"]}
+        {
+            "panel": table.panel,
+            "run": table.run,
+            "seed": table.seed,
+            "matched_by": by,
+            "at": line.at,
+            "figure": figure,
+            "other_code": table.other,
+            "binary": one.binary,
+            "other": one.other,
+        }
         for by in ("l0", "bits")
         for table in matched_tables(rows, by)
-        for line in table["lines"]
-        for figure in ("fvu", "delta_ce")
-    ]  # fmt: skip
+        for line in table.lines
+        for figure, one in (("fvu", line.fvu), ("delta_ce", line.delta_ce))
+    ]
 
 
-def _flat(value: dict[str, Any]) -> dict[str, Any]:
+def _flat(value: Record, *, left_out: Sequence[str] = ()) -> Line:
     """Intervals as two columns, and small tables as one column for each entry."""
-    flat: dict[str, Any] = {}
-    for key, one in value.items():
+    flat: Line = {}
+    for key, one in value.to_json().items():
+        if key in left_out:
+            continue
         if key.endswith("interval"):
             stem = key.removesuffix("interval")
             flat[f"{stem}low"], flat[f"{stem}high"] = one or ("", "")
@@ -135,13 +158,21 @@ def write_figures(runs: Sequence[Run], folder: Path) -> Path:
     Raises:
         UserError: a run is not evaluated, or the folder cannot be written.
     """
-    rows = read_rows(runs)
+    rows = read_coders(runs)
     interp = read_interp(runs, run_labels(runs), rows)
+    labels = run_labels(runs)
+    evaluations = {
+        label: EvaluationFolder(run).read() for run, label in zip(runs, labels, strict=True)
+    }
     tables = {
-        "coders": coder_table(rows), "matched": _matched(rows), "ultra": _ultra(rows),
-        "ablation": _ablation(rows), "probing": _probing(runs), "stability": _stability(runs),
+        "coders": coder_table(rows),
+        "matched": _matched(rows),
+        "ultra": _ultra(rows),
+        "ablation": _ablation(rows),
+        "probing": _probing(evaluations),
+        "stability": _stability(evaluations),
         "interp": _interp(interp),
-    }  # fmt: skip
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for drawing in drawings(runs, rows, interp).values():

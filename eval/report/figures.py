@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator
 
+from bsc.eval.evaluation import Ablation, Probing
 from bsc.eval.figures.firing import ULTRA
-from bsc.eval.report.coders import CoderRow, by_panel
+from bsc.eval.report.coders import ReportedCoder, by_panel
 from bsc.eval.report.drawing import (
     COLOURS,
     INK,
@@ -37,8 +38,8 @@ class Curve(NamedTuple):
 
 def curves(
     name: str,
-    rows: Sequence[CoderRow],
-    x: Callable[[CoderRow], float],
+    rows: Sequence[ReportedCoder],
+    x: Callable[[ReportedCoder], float],
     x_label: str,
     y_label: str,
     what: Sequence[Curve],
@@ -77,7 +78,11 @@ def curves(
 
 
 def _draw(
-    axis: Axes, of_code: list[CoderRow], curve: Curve, x: Callable[[CoderRow], float], label: str
+    axis: Axes,
+    of_code: list[ReportedCoder],
+    curve: Curve,
+    x: Callable[[ReportedCoder], float],
+    label: str,
 ) -> None:
     code = of_code[0].code
     style: dict[str, Any] = {
@@ -110,14 +115,14 @@ def _extent(values: Sequence[float]) -> str:
     return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
 
 
-def firing_histograms(rows: Sequence[CoderRow]) -> Drawing:
+def firing_histograms(rows: Sequence[ReportedCoder]) -> Drawing:
     """Histograms of log10 firing rates, one panel per k, the codes over each other."""
-    grouped: dict[str, list[CoderRow]] = {}
+    grouped: dict[str, list[ReportedCoder]] = {}
     for coder in rows:
         grouped.setdefault(f"{coder.panel}, k = {coder.k}", []).append(coder)
     many = len({c.panel for c in rows}) > 1
     # From the rate of a single firing on.
-    lowest = float(np.floor(-np.log10(max(c.figures["rows"] for c in rows)) * 2) / 2)
+    lowest = float(np.floor(-np.log10(max(c.figures.rows for c in rows)) * 2) / 2)
     words = []
     with panels(len(grouped), 2.3) as (figure, axes):
         for axis, (title, members) in zip(axes, grouped.items(), strict=True):
@@ -125,12 +130,12 @@ def firing_histograms(rows: Sequence[CoderRow]) -> Drawing:
                 own = [c for c in members if c.code == code]
                 if not own:
                     continue
-                counts = [c.figures["log10_rate_histogram"]["counts"] for c in own]
-                edges = own[0].figures["log10_rate_histogram"]["edges"]
+                counts = [c.figures.log10_rate_histogram.counts for c in own]
+                edges = own[0].figures.log10_rate_histogram.edges
                 mean = np.mean(counts, axis=0)
                 axis.stairs(mean, edges, color=colour, lw=1.4, label=code)
                 axis.stairs(mean, edges, color=colour, alpha=0.18, fill=True)
-                above = _extent([c.figures["latents_above"][str(ULTRA)] for c in own])
+                above = _extent([c.figures.latents_above[str(ULTRA)] for c in own])
                 words.append(f"{title}, {code}: {above} latents above 10 %;")
             axis.axvline(-1, color=INK, lw=0.8, ls=":", alpha=0.6)
             axis.set_xticks(range(-7, 1, 1), ["1e-7", "", "1e-5", "", "1e-3", "", "0.1", "1"])
@@ -147,7 +152,7 @@ def firing_histograms(rows: Sequence[CoderRow]) -> Drawing:
         return Drawing("firing", f"Histograms of firing rates. {' '.join(words)}", figure)
 
 
-def training_curves(rows: Sequence[CoderRow]) -> Drawing:
+def training_curves(rows: Sequence[ReportedCoder]) -> Drawing:
     """Training FVU against rows seen, one panel per hookpoint, site and width."""
     grouped = by_panel(rows)
     words = []
@@ -157,12 +162,12 @@ def training_curves(rows: Sequence[CoderRow]) -> Drawing:
             for coder in members:
                 rank = ks.index(coder.k) / max(1, len(ks) - 1)
                 axis.plot(
-                    [m["rows"] for m in coder.metrics], [m["fvu"] for m in coder.metrics],
+                    [m.rows for m in coder.curve], [m.fvu for m in coder.curve],
                     color=COLOURS[coder.code], lw=0.8 + rank, alpha=0.45 + 0.55 * rank,
                     label=f"{coder.code}, k = {coder.k}"
                     if coder.seed == members[0].seed else None,
                 )  # fmt: skip
-            last = [c.metrics[-1]["fvu"] for c in members if c.metrics]
+            last = [c.curve[-1].fvu for c in members if c.curve]
             words.append(f"{panel}: ends at {_extent(last)};" if last else "")
             axis.set_yscale("log")
             axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
@@ -176,54 +181,58 @@ def training_curves(rows: Sequence[CoderRow]) -> Drawing:
         return Drawing("training", f"FVU during training. {' '.join(words)}", figure)
 
 
-def ablations(rows: Sequence[CoderRow]) -> Drawing | None:
+def ablations(rows: Sequence[ReportedCoder]) -> Drawing | None:
     """Loss without bins of latents of equal firing mass, by score, and without random ones."""
-    having = [c for c in rows if c.figures.get("ablation", {}).get("bins")]
+    having = [(c, a) for c in rows if (a := c.figures.ablation) and a.bins]
     if not having:
         return None
-    grouped: dict[str, list[CoderRow]] = {}
-    for coder in having:
-        grouped.setdefault(f"{coder.panel}, k = {coder.k}", []).append(coder)
-    score = {"rate": "firing rate of the bin"}.get(
-        having[0].figures["ablation"]["score"], f"score ({having[0].figures['ablation']['score']})"
-    )
+    grouped: dict[str, list[tuple[ReportedCoder, Ablation]]] = {}
+    for coder, ablation in having:
+        grouped.setdefault(f"{coder.panel}, k = {coder.k}", []).append((coder, ablation))
+    by = having[0][1].score
+    score = "firing rate of the bin" if by == "rate" else f"score ({by})"
     many = len({c.panel for c in rows}) > 1
     words = []
     with panels(len(grouped), 2.5) as (figure, axes):
         for axis, (title, members) in zip(axes, grouped.items(), strict=True):
-            for coder in members:
-                colour = COLOURS[coder.code]
-                bins, control = (coder.figures["ablation"][k] for k in ("bins", "random"))
-                x, y = [b["score"] for b in bins], [b["delta_ce"] for b in bins]
-                axis.plot(x, y, color=colour, marker=MARKERS[coder.code], ms=4, lw=1.4,
-                          label=coder.code if coder.seed == members[0].seed else None)  # fmt: skip
-                for b in bins:
-                    if b["delta_ce_interval"]:
-                        axis.plot([b["score"]] * 2, b["delta_ce_interval"], color=colour, lw=0.9)
-                mean = float(np.mean([b["delta_ce"] for b in control])) if control else None
-                if mean is not None:
-                    axis.axhline(mean, color=colour, ls=":", lw=1.2)
-                words.append(f"{title}, {coder.code}: {_extent(y)}, random bins {mean:.3g};")
-            if score.startswith("firing"):
+            first = members[0][0]
+            for coder, ablation in members:
+                label = coder.code if coder.seed == first.seed else None
+                said = _ablation(axis, ablation, coder.code, label)
+                words.append(f"{title}, {coder.code}: {said};")
+            if by == "rate":
                 axis.set_xscale("log")
                 axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 axis.minorticks_off()
-            axis.set_title(title if many else f"k = {members[0].k}")
+            axis.set_title(title if many else f"k = {first.k}")
             axis.set_xlabel(score)
         left_label(axes, "added loss, nats")
         one_legend(figure, axes)
         return Drawing("ablation", f"Loss added by turning off bins. {' '.join(words)}", figure)
 
 
-def probing(name: str, found: dict[str, Any], rows: Sequence[CoderRow], run: str) -> Drawing:
+def _ablation(axis: Axes, ablation: Ablation, code: str, label: str | None) -> str:
+    """The bins of one coder, with the mean of the random ones; and what they are, in words."""
+    colour = COLOURS[code]
+    x, y = [b.score for b in ablation.bins], [b.delta_ce for b in ablation.bins]
+    axis.plot(x, y, color=colour, marker=MARKERS[code], ms=4, lw=1.4, label=label)
+    for b in ablation.bins:
+        if b.delta_ce_interval:
+            axis.plot([b.score] * 2, b.delta_ce_interval, color=colour, lw=0.9)
+    mean = float(np.mean([b.delta_ce for b in ablation.random]))
+    axis.axhline(mean, color=colour, ls=":", lw=1.2)
+    return f"{_extent(y)}, random bins {mean:.3g}"
+
+
+def probing(name: str, found: Probing, rows: Sequence[ReportedCoder], run: str) -> Drawing:
     """Accuracy of sparse probes against the coders' k, with intervals where there are enough texts.
 
     A column per way of pooling, a row per number of latents that a probe has.
     """
     arms = {"sae_bench": "means as they are (SAEBench)", "mean": "means, standardised",
             "max": "maxima, standardised", "last": "last token, standardised"}  # fmt: skip
-    own = [c for c in rows if c.run == run and c.name in found["coders"]]
-    sizes = sorted({int(k) for c in own for k in found["coders"][c.name]["sae_bench"]})
+    own = [c for c in rows if c.run == run and c.name in found.coders]
+    sizes = sorted({int(k) for c in own for k in found.coders[c.name]["sae_bench"]})
     ks = sorted({c.k for c in own})
     words = []
     with panels(len(arms) * len(sizes), 1.9, columns=len(arms)) as (figure, axes):
@@ -234,9 +243,9 @@ def probing(name: str, found: dict[str, Any], rows: Sequence[CoderRow], run: str
             for code in dict.fromkeys(c.code for c in own):
                 of_code = [c for c in own if c.code == code]
                 values += _probed(axis, found, of_code, arm, str(size), len(ks) > 1)
-            for i, (side, baseline) in enumerate(found["baselines"].items()):
+            for i, (side, baseline) in enumerate(found.baselines.items()):
                 line = ("--", "-.")[i % 2]
-                axis.axhline(baseline[arm][str(size)]["accuracy"], color=INK, ls=line, lw=1.1,
+                axis.axhline(baseline[arm][str(size)].accuracy, color=INK, ls=line, lw=1.1,
                              alpha=0.6, label=f"channels of {side}")  # fmt: skip
             axis.axhline(0.5, color=INK, lw=0.7, ls=":", alpha=0.6)
             axis.set_xscale("log", base=2)
@@ -256,16 +265,21 @@ def probing(name: str, found: dict[str, Any], rows: Sequence[CoderRow], run: str
 
 
 def _probed(
-    axis: Axes, found: dict[str, Any], of_code: list[CoderRow], arm: str, size: str, joined: bool
+    axis: Axes,
+    found: Probing,
+    of_code: list[ReportedCoder],
+    arm: str,
+    size: str,
+    joined: bool,
 ) -> list[float]:
     """Accuracies of the coders of one code; the line joins means over seeds and variants."""
     code = of_code[0].code
     shift = {"continuous": 0.97, "binary": 1.03}.get(code, 1.0)  # beside each other
     points: dict[int, list[float]] = {}
     for coder in of_code:
-        one = found["coders"][coder.name][arm][size]
-        value = float(one["accuracy"])
-        low, high = one["interval"] or (value, value)
+        one = found.coders[coder.name][arm][size]
+        value = one.accuracy
+        low, high = one.interval or (value, value)
         points.setdefault(coder.k, []).append(value)
         axis.errorbar(
             [coder.k * shift], [value], yerr=[[max(0, value - low)], [max(0, high - value)]],

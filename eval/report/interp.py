@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from bsc.errors import StoreError
-from bsc.eval.interp.offline import OFFLINE_VERSION
+from bsc.eval.interp.config import TESTS
 from bsc.eval.interp.questions import CHANCE
-from bsc.eval.interp.results import INTERP_VERSION
-from bsc.eval.report.coders import CoderRow
-from bsc.records import parse_json, read_record
+from bsc.eval.interp.scores import (
+    AllMeans,
+    Coverage,
+    InterpFolder,
+    Interpretability,
+    JudgedLatent,
+    JudgeFacts,
+    Offline,
+    OfflineCoder,
+    RatePoint,
+    SampledMeans,
+    judged_latent,
+    judged_latents,
+)
+from bsc.eval.report.coders import ReportedCoder
 from bsc.train.run import Run
+from bsc.typed import combined
 
 __all__ = ["Scored", "ScoreSet", "read_interp"]
 
@@ -27,19 +39,29 @@ NAMES = {
 }
 
 
+class PlainScores(AllMeans):
+    """Means over all latents, with what share they are of."""
+
+    coverage: Coverage
+
+
 class ScoreSet(NamedTuple):
     """One kind of score of the coders of a run."""
 
     kind: str
     chance: float
-    coders: dict[str, dict[str, Any]]
-    """By name: unweighted and weighted, each with mean and interval, perhaps coverage, bounds, and
-    a curve."""
+    coders: dict[str, PlainScores | SampledMeans]
+    """By name."""
 
     @property
     def title(self) -> str:
         """What it is."""
         return NAMES[self.kind]
+
+    def curve(self, coder: str) -> list[RatePoint]:
+        """Score of all firings of latents up to a rate; empty where there is none."""
+        found = self.coders.get(coder)
+        return (found.curve or []) if isinstance(found, SampledMeans) else []
 
 
 class Scored(NamedTuple):
@@ -49,17 +71,17 @@ class Scored(NamedTuple):
     name: str
     """Folder of the results: the judge's name, or ``"offline"``."""
     anchor: str
-    result: dict[str, Any]
+    result: Interpretability | Offline
     sets: list[ScoreSet]
-    latents: list[tuple[CoderRow, list[dict[str, Any]]]]
+    latents: list[tuple[ReportedCoder, list[JudgedLatent]]]
     """Some latents of each coder, from the best to the worst score."""
 
     @property
-    def judge(self) -> dict[str, Any] | None:
+    def judge(self) -> JudgeFacts | None:
         """About the judge; None: there was none."""
-        return self.result.get("judge")
+        return self.result.judge if isinstance(self.result, Interpretability) else None
 
-    def caption(self, rows: Sequence[CoderRow]) -> str:
+    def caption(self, rows: Sequence[ReportedCoder]) -> str:
         """What the figure of the means shows, by how many k there are."""
         scored = {name for one in self.sets for name in one.coders}
         ks = {row.k for row in rows if row.run == self.run and row.name in scored}
@@ -78,12 +100,12 @@ class Scored(NamedTuple):
         """What the scores are by."""
         if self.judge is None:
             return "Without a language model"
-        said = "Simulated judge" if self.judge["simulated"] else "Judge"
-        return f"{said} {self.judge['model']}"
+        said = "Simulated judge" if self.judge.simulated else "Judge"
+        return f"{said} {self.judge.model}"
 
 
 def read_interp(
-    runs: Sequence[Run], labels: Sequence[str], rows: Sequence[CoderRow]
+    runs: Sequence[Run], labels: Sequence[str], rows: Sequence[ReportedCoder]
 ) -> list[Scored]:
     """The scores of all runs, those of judges first.
 
@@ -93,73 +115,60 @@ def read_interp(
     found: list[Scored] = []
     for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
         own = {row.name: row for row in rows if row.run == label}
-        folders = sorted(run.interp_folder.glob("*/interp.json"))
-        for j, path in enumerate(folders):
-            result = _read(path, run, INTERP_VERSION)
-            names = [n for n in own if n in result["coders"]]
-            kinds = list(dict.fromkeys(k for n in names for k in result["coders"][n]["tests"]))
+        for j, folder in enumerate(InterpFolder(run).judged()):
+            result = InterpFolder(run).read(folder)
+            coders = {n: result.coders[n] for n in own if n in result.coders}
+            kinds = dict.fromkeys(kind for coder in coders.values() for kind in coder.tests)
             sets = [
-                ScoreSet(kind, CHANCE[kind], {
-                    n: result["coders"][n]["tests"][kind]
-                    for n in names if kind in result["coders"][n]["tests"]
-                })
-                for kind in kinds
-            ]  # fmt: skip
-            latents = _latents(path.parent / "latents.jsonl", [own[n] for n in names])
-            found.append(Scored(label, path.parent.name, f"interp-{i}-{j}", result, sets, latents))
+                ScoreSet(
+                    kind,
+                    CHANCE[kind],
+                    {n: c.tests[kind] for n, c in coders.items() if kind in c.tests},
+                )
+                for kind in TESTS
+                if kind in kinds
+            ]
+            latents = _latents(folder / "latents.jsonl", [own[n] for n in coders])
+            found.append(Scored(label, folder.name, f"interp-{i}-{j}", result, sets, latents))
     for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
-        path = run.interp_folder / "offline" / "offline.json"
-        if path.exists():
-            own = {row.name: row for row in rows if row.run == label}
-            result = _read(path, run, OFFLINE_VERSION)
-            coders = {n: result["coders"][n] for n in own if n in result["coders"]}
+        offline = InterpFolder(run).read_offline()
+        if offline is not None:
+            names = [row.name for row in rows if row.run == label and row.name in offline.coders]
+            scores = {n: offline.coders[n] for n in names}
             sets = [
-                ScoreSet("predictability", 0.5, {
-                    n: c["predictability"]["auc"] | {"coverage": c["predictability"]["coverage"]}
-                    for n, c in coders.items()
-                }),
-                ScoreSet("overlap", 0.2, {n: c["overlap"] for n, c in coders.items()}),
-            ]  # fmt: skip
-            found.append(Scored(label, "offline", f"offline-{i}", result, sets, []))
+                ScoreSet("predictability", 0.5, {n: _plain(c) for n, c in scores.items()}),
+                ScoreSet("overlap", 0.2, {n: c.overlap for n, c in scores.items()}),
+            ]
+            found.append(Scored(label, "offline", f"offline-{i}", offline, sets, []))
     return found
 
 
-def _read(path: Path, run: Run, version: int) -> dict[str, Any]:
-    remedy = (
-        f"`bsc interp {run.folder}` makes it again and asks nothing that has an answer; or remove "
-        f"{path.parent}."
-    )
-    result = read_record(path, "scores", version, remedy)
-    if result.get("store_id") != run.config()["store_id"]:
-        raise StoreError(f"{path}: of another store than the run. {remedy}")
-    return result
+def _plain(coder: OfflineCoder) -> PlainScores:
+    scores = coder.predictability
+    return combined(PlainScores, scores.auc, coverage=scores.coverage)
 
 
-def _latents(path: Path, rows: Sequence[CoderRow]) -> list[tuple[CoderRow, list[dict[str, Any]]]]:
+def _latents(
+    path: Path, rows: Sequence[ReportedCoder]
+) -> list[tuple[ReportedCoder, list[JudgedLatent]]]:
     """Some latents of each coder, evenly from the best score to the worst; the file is not held in
     memory."""
     places: dict[str, list[tuple[float, int]]] = {row.name: [] for row in rows}
+    for place, one in judged_latents(path):
+        scores = [t.score for t in one.tests.values() if t.score is not None]
+        if one.coder in places:
+            mean = sum(scores) / len(scores) if scores else -1.0
+            places[one.coder].append((mean, place))
+    n = max(2, ALL_JUDGED // max(1, len(rows)))
     found = []
-    try:
-        with path.open("rb") as file:
-            place = 0
-            for line in file:
-                one = parse_json(line)
-                scores = [t["score"] for t in one["tests"].values() if t["score"] is not None]
-                if one["coder"] in places:
-                    mean = sum(scores) / len(scores) if scores else -1.0
-                    places[one["coder"]].append((mean, place))
-                place += len(line)
-            n = max(2, ALL_JUDGED // max(1, len(rows)))
-            for row in rows:
-                ranked = sorted(places[row.name], key=lambda p: (-p[0], p[1]))
-                step = max(1, len(ranked) - 1) / max(1, min(n, len(ranked)) - 1)
-                chosen = {round(i * step) for i in range(min(n, len(ranked)))}
-                shown = []
-                for i in sorted(chosen):
-                    file.seek(ranked[i][1])
-                    shown.append(parse_json(file.readline()))
-                found.append((row, shown))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path}: cannot be read ({error!r}). Run `bsc interp` again.") from None
+    with path.open("rb") as file:
+        for row in rows:
+            ranked = sorted(places[row.name], key=lambda p: (-p[0], p[1]))
+            step = max(1, len(ranked) - 1) / max(1, min(n, len(ranked)) - 1)
+            chosen = {round(i * step) for i in range(min(n, len(ranked)))}
+            shown = []
+            for i in sorted(chosen):
+                file.seek(ranked[i][1])
+                shown.append(judged_latent(file.readline(), path))
+            found.append((row, shown))
     return found

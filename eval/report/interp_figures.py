@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from bsc.eval.report.coders import CoderRow, by_panel
+from bsc.eval.report.coders import ReportedCoder, by_panel
 from bsc.eval.report.drawing import (
     COLOURS,
     INK,
@@ -24,7 +24,7 @@ from bsc.eval.report.interp import Scored, ScoreSet
 __all__ = ["frequency_curves", "scores"]
 
 
-def scores(scored: Scored, rows: Sequence[CoderRow]) -> Drawing:
+def scores(scored: Scored, rows: Sequence[ReportedCoder]) -> Drawing:
     """Unweighted and weighted means against k, one panel per kind of score."""
     own = [r for r in rows if r.run == scored.run]
     places = [
@@ -70,15 +70,15 @@ def scores(scored: Scored, rows: Sequence[CoderRow]) -> Drawing:
 
 
 def _draw(
-    axis: Axes, one: ScoreSet, members: list[CoderRow], design: str, dashed: bool,
+    axis: Axes, one: ScoreSet, members: list[ReportedCoder], design: str, dashed: bool,
     place: int | None,
 ) -> list[str]:  # fmt: skip
     """Marks of the coders of one code, over k, or at one place where there is a single k."""
     points = []
     for row in members:
         found = one.coders[row.name][design]
-        if found["mean"] is not None:
-            points.append((row.k, found["mean"], found["interval"] or [found["mean"]] * 2))
+        if found.mean is not None:
+            points.append((row.k, found.mean, found.interval or [found.mean] * 2))
     if not points:
         return []
     code = members[0].code
@@ -108,12 +108,12 @@ def _draw(
     return [f"{code} {design} {low}{f' to {high}' if high != low else ''};"]
 
 
-def frequency_curves(scored: Scored, rows: Sequence[CoderRow]) -> list[Drawing]:
+def frequency_curves(scored: Scored, rows: Sequence[ReportedCoder]) -> list[Drawing]:
     """Score of all firings of latents up to a rate, against that rate, one panel per k."""
     found = []
     for one in scored.sets:
-        own = [r for r in rows if r.run == scored.run and one.coders.get(r.name, {}).get("curve")]
-        grouped: dict[str, list[CoderRow]] = {}
+        own = [r for r in rows if r.run == scored.run and one.curve(r.name)]
+        grouped: dict[str, list[ReportedCoder]] = {}
         for row in own:
             grouped.setdefault(f"{row.panel}, k = {row.k}", []).append(row)
         if grouped:
@@ -121,19 +121,19 @@ def frequency_curves(scored: Scored, rows: Sequence[CoderRow]) -> list[Drawing]:
     return found
 
 
-def _curves(scored: Scored, one: ScoreSet, grouped: dict[str, list[CoderRow]]) -> Drawing:
+def _curves(scored: Scored, one: ScoreSet, grouped: dict[str, list[ReportedCoder]]) -> Drawing:
     many = len({r.panel for members in grouped.values() for r in members}) > 1
     words = []
     with panels(len(grouped), 2.4) as (figure, axes):
         for axis, (title, members) in zip(axes, grouped.items(), strict=True):
             for row in members:
-                curve = one.coders[row.name]["curve"]
-                x, y = [p["rate"] for p in curve], [p["score"] for p in curve]
+                curve = one.curve(row.name)
+                x, y = [p.rate for p in curve], [p.score for p in curve]
                 colour = COLOURS[row.code]
                 axis.plot(x, y, color=colour, lw=1.4, drawstyle="steps-post",
                           label=row.code if row.seed == members[0].seed else None)  # fmt: skip
                 axis.plot(x[-1:], y[-1:], color=colour, marker=MARKERS[row.code], ms=4)
-                bars = [(p["rate"], *p["interval"]) for p in curve if p["interval"]]
+                bars = [(p.rate, *p.interval) for p in curve if p.interval]
                 if bars:
                     axis.fill_between([b[0] for b in bars], [b[1] for b in bars],
                                       [b[2] for b in bars], color=colour, alpha=0.13, lw=0,

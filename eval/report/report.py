@@ -12,16 +12,17 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jinja2
 from markupsafe import Markup
 
 from bsc.errors import UserError
+from bsc.eval.evaluation import EvaluationFolder, ShownLatent
 from bsc.eval.figures.examples import STRATA
 from bsc.eval.figures.intervals import MIN_BLOCKS
 from bsc.eval.report import figures
-from bsc.eval.report.coders import CoderRow, read_rows, run_labels
+from bsc.eval.report.coders import ReportedCoder, read_coders, run_labels
 from bsc.eval.report.drawing import COLOURS, Drawing
 from bsc.eval.report.figures import Curve
 from bsc.eval.report.interp import Scored, read_interp
@@ -34,6 +35,8 @@ from bsc.train.run import Run, as_run
 
 __all__ = ["drawings", "render_report", "write_report"]
 
+T = TypeVar("T")
+
 
 ALL_LATENTS, ALL_ULTRA = 256, 1_024
 """Latents of all coders together whose contexts, and whose diagnoses, are on the page: it stays a
@@ -41,7 +44,7 @@ few megabytes with hundreds of coders. eval.json and the exported tables have al
 
 
 def drawings(
-    runs: Sequence[Run], rows: Sequence[CoderRow], interp: Sequence[Scored] = ()
+    runs: Sequence[Run], rows: Sequence[ReportedCoder], interp: Sequence[Scored] = ()
 ) -> dict[str, Drawing]:
     """Every figure of the page, by name."""
     k = "k, latents selected per token"
@@ -55,11 +58,11 @@ def drawings(
     found = [
         figures.curves("delta-ce-k", rows, lambda c: c.k, k, nats, [cost]),
         figures.curves("fvu-k", rows, lambda c: c.k, k, fvu, [codes]),
-        figures.curves("fvu-l0", rows, lambda c: c.figures["l0"], "L0", fvu, [codes]),
-        figures.curves("fvu-bits", rows, lambda c: c.figures["bits"], "bits per token", fvu,
+        figures.curves("fvu-l0", rows, lambda c: c.figures.l0, "L0", fvu, [codes]),
+        figures.curves("fvu-bits", rows, lambda c: c.figures.bits, "bits per token", fvu,
                        [Curve("fvu_quantised")]),
-        figures.curves("delta-ce-l0", rows, lambda c: c.figures["l0"], "L0", nats, [cost]),
-        figures.curves("delta-ce-bits", rows, lambda c: c.figures["bits"], "bits per token", nats,
+        figures.curves("delta-ce-l0", rows, lambda c: c.figures.l0, "L0", nats, [cost]),
+        figures.curves("delta-ce-bits", rows, lambda c: c.figures.bits, "bits per token", nats,
                        [cost]),
         figures.curves("fvu-control", rows, lambda c: c.k, k, fvu, [codes, without]),
         figures.curves("delta-ce-control", rows, lambda c: c.k, k, nats, [cost, cost_without]),
@@ -69,7 +72,7 @@ def drawings(
     if ablation := figures.ablations(rows):
         found.append(ablation)
     for i, (run, label) in enumerate(zip(runs, run_labels(runs), strict=True)):
-        for name, probed in run.evaluation()["probing"].items():
+        for name, probed in EvaluationFolder(run).read().probing.items():
             found.append(figures.probing(f"{i}-{name}", probed, rows, label))
     for scored in interp:
         if any(one.coders for one in scored.sets):
@@ -82,31 +85,45 @@ def _shade(value: float, largest: float) -> int:
     return max(1, min(9, round(9 * value / largest))) if largest > 0 else 5
 
 
-def _marked(row: CoderRow, examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+class _MarkedContext(NamedTuple):
+    """A context with a strength for each firing token."""
+
+    stratum: int
+    text: list[tuple[Any, ...]]
+    """Piece, strength, margin, and whether the drawn firing is there."""
+
+
+class _MarkedLatent(NamedTuple):
+    """A latent with such contexts."""
+
+    latent: int
+    rate: float
+    contexts: list[_MarkedContext]
+
+
+def _marked(row: ReportedCoder, examples: Sequence[ShownLatent]) -> list[_MarkedLatent]:
     """Examples with a strength for each firing token; of a binary code all are equal."""
     found = []
     for latent in examples:
-        margins = [m for c in latent["contexts"] for _, m, _ in c["text"] if m is not None]
+        margins: list[Any] = [m for c in latent.contexts for _, m, _ in c.text if m is not None]
         largest = max(margins, default=1.0)
-        graded = latent["latent"] < row.first_binary
-        contexts = [
-            {
-                "stratum": context["stratum"] + 1,
-                "text": [
-                    (piece, 0 if m is None else _shade(m, largest) if graded else 6, m, drawn)
-                    for piece, m, drawn in context["text"]
-                ],
-            }
-            for context in latent["contexts"]
-        ]
-        found.append({**latent, "contexts": contexts})
+        graded = latent.latent < row.planned.coder.first_binary
+        contexts = []
+        for context in latent.contexts:
+            text: list[tuple[Any, ...]] = []
+            margin: Any
+            for piece, margin, drawn in context.text:
+                shade = 0 if margin is None else _shade(margin, largest) if graded else 6
+                text.append((piece, shade, margin, drawn))
+            contexts.append(_MarkedContext(context.stratum + 1, text))
+        found.append(_MarkedLatent(latent.latent, latent.rate, contexts))
     return found
 
 
-def _ablation_bars(rows: Sequence[CoderRow]) -> str:
+def _ablation_bars(rows: Sequence[ReportedCoder]) -> str:
     """What the bars of the ablation figure are, or why there are none."""
-    having = [b for r in rows for b in r.figures.get("ablation", {}).get("bins", [])]
-    if any(b["delta_ce_interval"] for b in having):
+    having = [b for r in rows if r.figures.ablation for b in r.figures.ablation.bins]
+    if any(b.delta_ce_interval for b in having):
         return "Bars are 95 % intervals over documents."
     return (
         f"There are no intervals: the tokens of the ablations are of fewer than {MIN_BLOCKS} "
@@ -114,7 +131,7 @@ def _ablation_bars(rows: Sequence[CoderRow]) -> str:
     )
 
 
-def _thinned(values: Sequence[dict[str, Any]], n: int) -> list[dict[str, Any]]:
+def _thinned(values: Sequence[T], n: int) -> list[T]:
     """At most n of them, from the first to the last."""
     if len(values) <= n:
         return list(values)
@@ -152,12 +169,12 @@ def render_report(runs: Sequence[Run]) -> str:
     """
     if not runs:
         raise UserError("a report needs at least one run.")
-    rows = read_rows(runs)
+    rows = read_coders(runs)
     folder = Path(__file__).parent
     latents = max(1, ALL_LATENTS // len(rows))
     script = (folder / "script.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    evaluations = [run.evaluation() for run in runs]
+    evaluations = [EvaluationFolder(run).read() for run in runs]
     folders = ", ".join(str(run.folder) for run in runs)
     with expected_form(
         f"eval.json, examples.json or the scores of {folders}",

@@ -14,6 +14,7 @@ from bsc.eval.evaluate import evaluate
 from bsc.train.config import TrainConfig
 from bsc.train.run import Run
 from bsc.train.trainer import train_sweep
+from tests.raw import raw
 
 CODER = {"hookpoint": "layers.2.mlp", "k": 4, "n_latents": 32}
 FAST = EvalConfig(ce_tokens=512, ablation_bins=0, ultra_ablations=0, probes=())
@@ -43,7 +44,7 @@ def test_a_run_with_itself_differs_in_nothing(evaluated: Run, evaluated_copy: Ru
 
 
 def test_seeds_of_one_run_are_compared(seeds: Run) -> None:
-    evaluation = seeds.evaluation()
+    evaluation = raw(seeds.eval_path)
     assert sorted(s["differs"] for s in evaluation["stability"]) == ["code", "code", "seed", "seed"]
     found = compare_runs(seeds, seeds)
     assert [e["first"][-2:] + e["second"][-2:] for e in found["coders"]] == ["s0s1", "s0s1"]

@@ -30,12 +30,13 @@ from bsc.train.config import TrainConfig
 from bsc.train.run import Run, claim
 from bsc.train.trainer import train_sweep
 from tests.cache.synthetic import change_capture
+from tests.raw import raw
 
 
 def test_the_evaluation_has_every_figure_of_every_coder(
     evaluated: Run, store: ActivationStore
 ) -> None:
-    found = evaluated.evaluation()
+    found = raw(evaluated.eval_path)
     assert list(found["coders"]) == sorted(evaluated.coder_names())
     assert found["held_out_rows"] == store.held_out.rows and found["contexts"] == 16
     for name, f in found["coders"].items():
@@ -77,12 +78,12 @@ def test_the_evaluation_has_every_figure_of_every_coder(
 def test_an_evaluation_again_takes_what_is_there_and_gives_the_same(
     evaluated_copy: Run, small: EvalConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = evaluated_copy.evaluation()
+    before = raw(evaluated_copy.eval_path)
     places = [evaluated_copy.eval_folder / p for p in ("rows/layers.2.mlp", "losses", "ablation")]
     stamps = [(p / "00000.safetensors").stat().st_mtime_ns for p in places]
     evaluate(evaluated_copy, small)
     assert [(p / "00000.safetensors").stat().st_mtime_ns for p in places] == stamps
-    after = evaluated_copy.evaluation()
+    after = raw(evaluated_copy.eval_path)
     assert {k: v for k, v in after.items() if k != "at"} == {
         k: v for k, v in before.items() if k != "at"
     }
@@ -131,14 +132,14 @@ def test_a_latent_that_never_fires_is_dead_and_shown_nowhere(run: Run, tmp_path:
     assert found["dead"] >= 1 and found["dead_rate_bound"] < 0.01
     silent = latent_examples(copy, name, 5)
     assert silent["contexts"] == [] and silent["firings"] == 0
-    assert all(e["latent"] != 5 for e in copy.examples()[name])
+    assert all(e["latent"] != 5 for e in raw(copy.eval_folder / "examples.json")["coders"][name])
 
 
 def test_a_run_whose_store_is_gone_says_what_still_works(
     run: Run, tmp_path: Path, small: EvalConfig
 ) -> None:
     copy = Run(Path(shutil.copytree(run.folder, tmp_path / "run")))
-    config = copy.config()
+    config = raw(copy.config_path)
     config["store"] = str(tmp_path / "gone")
     write_record(copy.config_path, config)
     with pytest.raises(StoreError, match=r"--store\. `bsc report` and `bsc compare` work without"):
@@ -193,7 +194,7 @@ def copied(run: Run, tmp_path: Path) -> Run:
 
 
 def without_date(run: Run) -> dict[str, Any]:
-    return {k: v for k, v in run.evaluation().items() if k != "at"}
+    return {k: v for k, v in raw(run.eval_path).items() if k != "at"}
 
 
 def test_figures_do_not_depend_on_what_was_evaluated_before(run: Run, tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_figures_do_not_depend_on_what_was_evaluated_before(run: Run, tmp_path: 
     once, twice = (copied(run, tmp_path / name) for name in ("once", "twice"))
     evaluate(once, config)
     evaluate(twice, config.model_copy(update={"rows": 96}))
-    assert twice.evaluation()["coders"] != once.evaluation()["coders"]
+    assert raw(twice.eval_path)["coders"] != raw(once.eval_path)["coders"]
     evaluate(twice, config)
     assert without_date(twice) == without_date(once)
 
@@ -341,7 +342,7 @@ def test_a_ring_whose_first_shards_are_gone_is_evaluated(
     with pytest.raises(StoreError, match="missing"):
         ActivationStore(root).train.shard("layers.2.mlp/input", 0)
     copy = copied(run, tmp_path)
-    write_record(copy.config_path, copy.config() | {"store_id": store_id})
+    write_record(copy.config_path, raw(copy.config_path) | {"store_id": store_id})
     found = evaluate(copy, FAST, store=root)
     assert sum("fvu_binarised" in f for f in found["coders"].values()) == 4
 

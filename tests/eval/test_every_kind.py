@@ -13,6 +13,7 @@ from bsc.eval.report.report import render_report
 from bsc.train.config import TrainConfig
 from bsc.train.run import Run
 from bsc.train.trainer import train_sweep
+from tests.raw import raw
 
 BASE = {"hookpoint": "layers.2.mlp", "k": 4, "n_latents": 64}
 TABLES = (
@@ -34,7 +35,7 @@ def test_every_kind_of_coder_is_evaluated_and_reported(
         )
     )  # fmt: skip
     evaluate(run, small)
-    found = Run.open(run.folder).evaluation()
+    found = raw(Run.open(run.folder).eval_path)
     figures = found["coders"]
     assert len(figures) == 12
     for summary in summaries:

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 
 from bsc.errors import StoreError
-from bsc.eval.report.coders import read_rows
+from bsc.eval.evaluation import EVAL_VERSION
+from bsc.eval.report.coders import read_coders
 from bsc.eval.report.export import write_figures
 from bsc.eval.report.interp import Scored, ScoreSet
 from bsc.eval.report.interp_figures import scores
 from bsc.eval.report.report import render_report, write_report
 from bsc.records import write_record
-from bsc.train.run import EVAL_VERSION, Run
+from bsc.train.run import Run
+from tests.raw import raw
 
 HOSTILE = "</div><script>alert(1)</script><img src=x onerror=alert(2)>&\"'\u202e\u2028\x00\x1b[2J"
 
@@ -107,14 +109,14 @@ def test_the_same_inputs_give_the_same_bytes(evaluated: Run) -> None:
 
 def test_text_of_the_corpus_and_of_configs_is_escaped(evaluated: Run, tmp_path: Path) -> None:
     copy = Run(Path(shutil.copytree(evaluated.folder, tmp_path / "hostile")))
-    path = copy.examples_path
-    examples = copy.examples()
+    path = copy.eval_folder / "examples.json"
+    examples = raw(copy.eval_folder / "examples.json")["coders"]
     for latents in examples.values():
         for latent in latents:
             text = [[HOSTILE, 1.0, True], [HOSTILE, None, False]]
             latent["contexts"] = [{"stratum": 1, "text": text}]
     write_record(path, {"version": EVAL_VERSION, "coders": examples})
-    config = copy.config()
+    config = raw(copy.config_path)
     config["model"]["name"] = HOSTILE
     write_record(copy.config_path, config)
     html = render_report([copy])
@@ -133,7 +135,7 @@ def test_changed_files_get_one_message(evaluated: Run, tmp_path: Path) -> None:
 
 def test_coders_without_a_living_latent_have_a_page(evaluated: Run, tmp_path: Path) -> None:
     copy = Run(Path(shutil.copytree(evaluated.folder, tmp_path / "dead")))
-    found = copy.evaluation()
+    found = raw(copy.eval_path)
     for figures in found["coders"].values():
         histogram = figures["log10_rate_histogram"]
         histogram["counts"] = [0] * len(histogram["counts"])
@@ -172,7 +174,7 @@ def test_a_run_that_is_not_evaluated_says_what_to_do(run: Run) -> None:
 
 
 def test_an_evaluation_that_was_changed_gets_one_message(evaluated_copy: Run) -> None:
-    found = evaluated_copy.evaluation()
+    found = raw(evaluated_copy.eval_path)
     for figures in found["coders"].values():
         del figures["bits"]
     write_record(evaluated_copy.eval_path, found)
@@ -181,7 +183,7 @@ def test_an_evaluation_that_was_changed_gets_one_message(evaluated_copy: Run) ->
 
 
 def test_a_run_without_ablations_and_probing_has_a_page(evaluated_copy: Run) -> None:
-    found = evaluated_copy.evaluation()
+    found = raw(evaluated_copy.eval_path)
     found["probing"], found["stability"] = {}, []
     for figures in found["coders"].values():
         del figures["ablation"]
@@ -205,7 +207,7 @@ def test_figures_and_numbers_for_a_paper(evaluated: Run, tmp_path: Path) -> None
     assert stems == {Path(n).stem for n in files if n.endswith(".svg")}
     with (first / "coders.csv").open() as file:
         lines = {line["name"]: line for line in csv.DictReader(file)}
-    for name, figures in evaluated.evaluation()["coders"].items():
+    for name, figures in raw(evaluated.eval_path)["coders"].items():
         assert float(lines[name]["fvu"]) == figures["fvu"]
         assert float(lines[name]["delta_ce_low"]) == figures["delta_ce_interval"][0]
     tables = json.loads((first / "figures.json").read_text())
@@ -232,7 +234,7 @@ def test_percentages_are_written_in_one_way(evaluated: Run) -> None:
 
 
 def test_an_interval_has_the_unit_of_its_figure(evaluated_copy: Run) -> None:
-    found = evaluated_copy.evaluation()
+    found = raw(evaluated_copy.eval_path)
     for figures in found["coders"].values():
         figures |= {"delta_top1": -0.00935, "delta_top1_interval": [-0.0129, -0.0051]}
     write_record(evaluated_copy.eval_path, found)
@@ -244,7 +246,7 @@ def test_an_interval_has_the_unit_of_its_figure(evaluated_copy: Run) -> None:
 def test_the_caption_of_the_ablations_speaks_of_the_bars_that_there_are(
     evaluated_copy: Run,
 ) -> None:
-    found = evaluated_copy.evaluation()
+    found = raw(evaluated_copy.eval_path)
     for interval, says in (([0.1, 0.2], "Bars are 95 % intervals"), (None, "There are no interv")):
         for figures in found["coders"].values():
             for one in figures["ablation"]["bins"]:
@@ -257,7 +259,7 @@ def test_the_caption_of_the_ablations_speaks_of_the_bars_that_there_are(
 
 
 def test_scores_of_a_single_k_stand_beside_each_other_with_their_names(evaluated: Run) -> None:
-    rows = [r for r in read_rows([evaluated]) if r.k == 8]
+    rows = [r for r in read_coders([evaluated]) if r.k == 8]
     assert {r.code for r in rows} == {"binary", "continuous"}
     mean = {"mean": 0.7, "interval": [0.6, 0.8]}
     one = ScoreSet("detection", 0.5, {r.name: dict.fromkeys(("unweighted", "weighted"), mean)
@@ -275,14 +277,14 @@ def test_scores_of_a_single_k_stand_beside_each_other_with_their_names(evaluated
     assert marks == [0, 1, 2, 3]
     assert "line" not in scored.caption(rows)
     # It goes by the coders that were scored, not by those of the run.
-    several = read_rows([evaluated])
+    several = read_coders([evaluated])
     assert "line" not in scored.caption(several)
     every = one._replace(coders={r.name: {} for r in several})
     assert "solid lines" in scored._replace(sets=[every]).caption(several)
 
 
 def test_what_was_seen_in_training_is_said(evaluated_copy: Run) -> None:
-    found = evaluated_copy.evaluation()
+    found = raw(evaluated_copy.eval_path)
     found["overlap"] = {
         "train_rows": 9_000, "rows": 2_000, "seen_rows": 35, "ngram_tokens": 16,
         "run_tokens": 64, "runs": 1_000, "seen_runs": 2,

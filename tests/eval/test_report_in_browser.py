@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from bsc.eval.evaluation import EVAL_VERSION
 from bsc.eval.report.report import write_report
 from bsc.records import write_record
-from bsc.train.run import EVAL_VERSION, Run
+from bsc.train.run import Run
+from tests.raw import raw
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(
@@ -140,12 +142,14 @@ def test_without_script_everything_is_there(browser: Browser, path: Path) -> Non
 def test_hostile_text_is_shown_and_does_nothing(
     browser: Browser, evaluated_copy: Run, tmp_path: Path
 ) -> None:
-    examples = evaluated_copy.examples()
+    examples = raw(evaluated_copy.eval_folder / "examples.json")["coders"]
     for latents in examples.values():
         for latent in latents:
             text = [[HOSTILE, 1.0, True], [HOSTILE, None, False]]
             latent["contexts"] = [{"stratum": 1, "text": text}]
-    write_record(evaluated_copy.examples_path, {"version": EVAL_VERSION, "coders": examples})
+    write_record(
+        evaluated_copy.eval_folder / "examples.json", {"version": EVAL_VERSION, "coders": examples}
+    )
     page, heard = opened(browser, write_report([evaluated_copy], tmp_path / "hostile.html"))
     assert heard == [] and page.title() == "bsc report: small"
     assert "<script>document.title" in page.locator(".context").first.inner_text()

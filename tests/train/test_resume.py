@@ -21,6 +21,7 @@ from bsc.train.metrics import MetricsWriter
 from bsc.train.resume import resume
 from bsc.train.run import Run
 from bsc.train.trainer import train_sweep
+from tests.raw import raw
 
 CODERS = (
     {"hookpoint": "layers.2.mlp", "code": ["binary", "continuous"], "k": 4, "n_latents": 64,
@@ -376,8 +377,8 @@ def test_figures_of_an_evaluation_do_not_outlive_more_training(
 ) -> None:
     run, _ = train_sweep(config(store_path, tmp_path, tokens=2_560, coders=CODERS[:1]))
     evaluate(run, EvalConfig(ce_tokens=128, ablation_bins=0, ultra_ablations=0, probes=()))
-    assert run.evaluation()["coders"]
+    assert raw(run.eval_path)["coders"]
     resume(run.folder, {"tokens": 5_120})
     with pytest.raises(StoreError, match="not evaluated yet"):
-        run.evaluation()
+        raw(run.eval_path)
     assert not run.eval_folder.exists()

@@ -14,6 +14,7 @@ from bsc.records import write_record
 from bsc.train.resume import resume
 from bsc.train.run import Run, claim
 from bsc.train.trainer import train_sweep
+from tests.raw import raw
 from tests.train.test_resume import CODERS, config
 
 
@@ -53,7 +54,7 @@ def test_figures_on_other_stores_go_with_those_of_the_run(run: Run, tmp_path: Pa
 
 def test_info_on_an_interrupted_run_of_several_processes(run: Run, tmp_path: Path) -> None:
     copy = Run(Path(shutil.copytree(run.folder, tmp_path / "run")))
-    record = copy.config() | {"world": 2}
+    record = raw(copy.config_path) | {"world": 2}
     del record["completed"]
     write_record(copy.config_path, record)
     for rank, step in enumerate((30, 20)):
@@ -68,7 +69,7 @@ def test_info_on_an_interrupted_run_of_several_processes(run: Run, tmp_path: Pat
 def test_the_config_of_hundreds_of_coders_is_checked_once(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = run.config()
+    record = raw(run.config_path)
     record["coders"] = [record["coders"][0] | {"name": f"layers.2.mlp/{i}"} for i in range(300)]
     write_record(tmp_path / "config.json", record)
     checked: list[object] = []

@@ -8,8 +8,9 @@ from bsc.cache.store.store import ActivationStore
 from bsc.config import parse_config, read_toml
 from bsc.errors import ConfigError, StoreError
 from bsc.train.config import SweepPoint, TrainConfig
+from bsc.train.run import PlannedCoder
 from bsc.train.schedule import default_lr, paper_lr
-from bsc.train.sweep import PlannedCoder, expand, plan_coders
+from bsc.train.sweep import expand, plan_coders
 
 
 def test_a_table_is_a_grid_and_tables_add_up(store: ActivationStore) -> None:

@@ -14,6 +14,7 @@ from bsc.train.coders.bank import Bank
 from bsc.train.config import TrainConfig
 from bsc.train.run import Run
 from bsc.train.trainer import train_sweep
+from tests.raw import raw
 
 
 def config(store_path: Path, runs: Path, **fields: object) -> TrainConfig:
@@ -178,7 +179,7 @@ def test_impossible_runs_are_refused_and_leave_nothing(
 
 
 def test_an_interrupted_run_is_not_taken_for_a_finished_one(run: Run, tmp_path: Path) -> None:
-    record = run.config()
+    record = raw(run.config_path)
     del record["completed"]
     (tmp_path / "coders").mkdir()
     write_record(tmp_path / "config.json", record)
@@ -187,7 +188,7 @@ def test_an_interrupted_run_is_not_taken_for_a_finished_one(run: Run, tmp_path: 
 
 
 def test_a_coder_outside_of_the_run_is_not_loaded(run: Run, tmp_path: Path) -> None:
-    record = run.config()
+    record = raw(run.config_path)
     record["coders"][0]["name"] = "../../elsewhere"
     write_record(tmp_path / "config.json", record)
     with pytest.raises(StoreError, match="is no name"):

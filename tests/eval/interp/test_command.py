@@ -28,6 +28,7 @@ from bsc.records import write_record
 from bsc.train.run import Run
 from tests.conftest import make_model
 from tests.eval.interp.scripted import Scripted, loopback, rule
+from tests.raw import raw
 
 HOSTILE = "</div><script>alert(1)</script><img src=x onerror=alert(2)>"
 SMALL = ("--latents", "6", "--explain-windows", "6", "--test-windows", "6")
@@ -58,7 +59,7 @@ def test_it_scores_every_coder(scored: tuple[Run, Scripted]) -> None:
     run, script = scored
     folder = run.interp_folder / "simulated-loopback"
     result = json.loads((folder / "interp.json").read_text())
-    assert set(result["coders"]) == set(run.evaluation()["coders"])
+    assert set(result["coders"]) == set(raw(run.eval_path)["coders"])
     tests = [t for c in result["coders"].values() for t in c["tests"].values()]
     assert any(t["unweighted"]["mean"] is not None for t in tests)
     assert result["judge"]["simulated"] and result["judge"]["known_answers_right"] == "4 of 4"
@@ -88,7 +89,7 @@ def test_scores_can_order_the_bins_of_an_ablation(scored: tuple[Run, Scripted]) 
     from bsc.eval.figures.scores import read_scores
 
     run, _ = scored
-    widths = {c["name"]: c["coder"]["n_latents"] for c in run.config()["coders"]}
+    widths = {c["name"]: c["coder"]["n_latents"] for c in raw(run.config_path)["coders"]}
     found = read_scores(str(run.interp_folder / "offline" / "scores-predictability.csv"), widths)
     assert found is not None
     assert sum(int(np.isfinite(v).sum()) for v in found.values()) > 10
@@ -219,7 +220,9 @@ def test_a_run_that_is_not_evaluated_says_so(run: Run, capsys: pytest.CaptureFix
 
 
 def test_the_store_that_is_gone(evaluated_copy: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    write_record(evaluated_copy.config_path, evaluated_copy.config() | {"store": "/gone/acts"})
+    write_record(
+        evaluated_copy.config_path, raw(evaluated_copy.config_path) | {"store": "/gone/acts"}
+    )
     with pytest.raises(SystemExit) as done:
         main(["interp", str(evaluated_copy.folder)])
     assert done.value.code == 2 and "not there any more" in capsys.readouterr().err
