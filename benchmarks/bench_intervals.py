@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from bsc.array_file import read_arrays
+from bsc.eval.evaluation import EvaluationFolder
 from bsc.eval.figures.intervals import ratio_intervals
 from bsc.train.run import Run
 
@@ -42,7 +43,7 @@ def documents(run: Run) -> dict[str, dict[str, Array]]:
     arrays = read_arrays(run.eval_folder / "documents.safetensors", "Evaluate the run first.")
     predicted = arrays["predicted"].astype(np.float64)
     found = {}
-    for name in sorted(raw(run.eval_path)["coders"]):
+    for name in sorted(EvaluationFolder(run).read().coders):
         deviation = arrays[f"{name}/squared_deviation"]
         used, spliced = deviation > 0, predicted > 0
         found[name] = {

@@ -34,7 +34,7 @@ import torch
 
 from bsc.cache.capture.commit import advance, complete, create
 from bsc.cache.capture.staging import Staging
-from bsc.cache.capture.writer import SplitWriter
+from bsc.cache.capture.writer import SplitPart, SplitWriter
 from bsc.cache.store.folder import open_folder
 from bsc.cache.store.layout import (
     Grid,
@@ -91,7 +91,7 @@ def write_store(root: Path, grid: Grid, given: list[dict[str, torch.Tensor]], wi
            {"capture": made, "store_id": store_id_of(made)}, {})  # fmt: skip
     staging = Staging(len(SPECS), torch.device("cpu"))
     writer = SplitWriter(
-        folder, "train", SPECS, grid, staging, window=window, seed=0,
+        folder, SplitPart("train", SPECS, grid, window=window), staging,
         on_commit=lambda: advance(folder, "train", SPECS, grid, writers=1, window=window),
     )  # fmt: skip
     started = time.perf_counter()

@@ -42,9 +42,16 @@ class Option:
 
 
 def option(
-    default: Any, help_: str, panel: str | None = None, *, flag: str = "", shown: str = "",
-    parser: Callable[[str], Any] | None = None, metavar: str | None = None, **bounds: Any,
-) -> Any:  # fmt: skip
+    default: Any,
+    help_: str,
+    panel: str | None = None,
+    *,
+    flag: str = "",
+    shown: str = "",
+    parser: Callable[[str], Any] | None = None,
+    metavar: str | None = None,
+    **bounds: Any,
+) -> Any:
     """A field that is a flag.
 
     Args:

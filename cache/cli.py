@@ -196,9 +196,10 @@ def shuffle_check(
 def add_commands(app: typer.Typer) -> None:
     """Put the commands of this stage into the command line."""
     command(
-        app, _CAPTURE,
+        app,
+        _CAPTURE,
         epilog="Example: bsc cache --model SmolLM2-135M --text papers/ --tokens 100M --store acts",
-    )(cache)  # fmt: skip
+    )(cache)
     command(app, _CAPTURE, epilog="Example: bsc plan --model SmolLM2-135M --tokens 10B --probe")(
         plan
     )

@@ -80,8 +80,8 @@ def examples(
         Run.open(run), coder, latent, part=part, per_stratum=per_stratum, store=store, model=model
     )
     if as_json:
-        for context in found["contexts"]:
-            typer.echo(canonical_json(context, indent=None), nl=False)
+        for context in found.contexts:
+            typer.echo(canonical_json(context.to_json(), indent=None), nl=False)
     else:
         print_examples(found)
 
@@ -134,9 +134,11 @@ def report(
 def add_commands(app: typer.Typer) -> None:
     """Put the commands of this stage into the command line."""
     command(
-        app, {"config": "bsc.eval.config:EvalConfig"}, name="eval",
+        app,
+        {"config": "bsc.eval.config:EvalConfig"},
+        name="eval",
         epilog="Example: bsc eval runs/run --ce-tokens 1M",
-    )(evaluate)  # fmt: skip
+    )(evaluate)
     app.command(epilog="Example: bsc examples runs/run binary-k32 17")(examples)
     app.command(epilog="Example: bsc compare runs/run runs/other")(compare)
     app.command(epilog="Example: bsc report runs/run runs/other --out report.html")(report)

@@ -37,9 +37,12 @@ class EvalConfig(Config):
         4, "Latents above 10 % that are turned off one by one, per coder.", _ABLATION, ge=0
     )
     probes: tuple[str, ...] = option(
-        (EMBEDDED,), "Labelled texts (.csv, .jsonl); several times.", _PROBING, flag="--probe",
+        (EMBEDDED,),
+        "Labelled texts (.csv, .jsonl); several times.",
+        _PROBING,
+        flag="--probe",
         shown=EMBEDDED,
-    )  # fmt: skip
+    )
     """Sets of labelled texts for sparse probing: ``"stdlib"`` or files."""
     probe_texts: int = option(
         2_000, "Labelled texts of a class at most.", _PROBING, ge=4, parser=parse_count

@@ -74,9 +74,12 @@ def _rows(
             if coder.config.code != "binary":
                 hook = setting.hookpoint(name)
                 calibrations[name] = calibrate(
-                    coder, store.train, hook, without_tokens=setting.without_tokens,
+                    coder,
+                    store.train,
+                    hook,
+                    without_tokens=setting.without_tokens,
                     first=_first_training_row(store, hook),
-                )  # fmt: skip
+                )
             progress.advance(1)
     sums: dict[str, Sums] = {}
     codes: dict[str, Codes] = {}
@@ -93,10 +96,17 @@ def _rows(
             pieces = Pieces.open(folder.path / "rows" / hook, own)
             places = {n: Pieces.open(folder.codes(n), own) for n in coders}
             for done in pass_over_rows(
-                coders, calibrations, split, hook, document=document, pieces=pieces,
-                codes=places, seen=seen, max_rows=config.rows,
+                coders,
+                calibrations,
+                split,
+                hook,
+                document=document,
+                pieces=pieces,
+                codes=places,
+                seen=seen,
+                max_rows=config.rows,
                 without_tokens=setting.without_tokens,
-            ):  # fmt: skip
+            ):
                 progress.advance(done)
             sums |= add_up(pieces, len(ranges), list(coders), int(document.max()) + 1)
             codes |= {n: Codes(places[n], sums[n].counts) for n in coders}

@@ -38,8 +38,15 @@ def comparison_table(comparison: Comparison) -> None:
     """Print the differences between the coders of two runs on stdout."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("coder", no_wrap=True)
-    for name in ("FVU", "difference", "95 % interval", "delta CE", "difference", "95 % interval",
-                 "latents alike"):  # fmt: skip
+    for name in (
+        "FVU",
+        "difference",
+        "95 % interval",
+        "delta CE",
+        "difference",
+        "95 % interval",
+        "latents alike",
+    ):
         table.add_column(name, justify="right")
     for one in comparison.coders:
         cells = []

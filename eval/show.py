@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -12,7 +11,7 @@ from rich.text import Text
 from bsc.array_file import read_arrays
 from bsc.cache.model.models import load_tokenizer
 from bsc.errors import StoreError, UserError
-from bsc.eval.evaluation import EvaluationFolder
+from bsc.eval.evaluation import EvaluationFolder, ShownContext
 from bsc.eval.figures.division import PARTS
 from bsc.eval.figures.examples import Sample, Windows
 from bsc.eval.passes.codes import Codes
@@ -20,10 +19,11 @@ from bsc.eval.passes.pieces import Pieces
 from bsc.eval.passes.setting import open_store
 from bsc.formats import printable
 from bsc.train.run import Run
+from bsc.typed import Record
 
 # Control characters of a text must not reach the terminal.
 
-__all__ = ["latent_examples", "load_sample", "print_examples"]
+__all__ = ["LatentExamples", "latent_examples", "load_sample", "print_examples"]
 
 
 def load_sample(run: Run, coder: str) -> Sample:
@@ -41,6 +41,26 @@ def load_sample(run: Run, coder: str) -> Sample:
     return Sample(**read_arrays(path, folder.remedy))
 
 
+class LatentContext(ShownContext):
+    """A context in which a latent fires, and where it is."""
+
+    part: str
+    """``"explain"`` or ``"test"`` documents."""
+    row: int
+    """Of the drawn firing."""
+    margin: float
+    """Of the drawn firing."""
+
+
+class LatentExamples(Record):
+    """Contexts in which a latent fires."""
+
+    coder: str
+    latent: int
+    firings: int
+    contexts: list[LatentContext]
+
+
 def latent_examples(
     run: Run,
     coder: str,
@@ -50,7 +70,7 @@ def latent_examples(
     per_stratum: int = 1,
     store: str | Path | None = None,
     model: str | None = None,
-) -> dict[str, Any]:
+) -> LatentExamples:
     """Contexts in which a latent fires, for any latent of an evaluated coder.
 
     Args:
@@ -61,10 +81,6 @@ def latent_examples(
         per_stratum: contexts of each tenth of its firings at most.
         store: where the store is now; None: where it was in training.
         model: where the model is now, for its tokenizer; None: where it was at the capture.
-
-    Returns:
-        coder, latent, firings, contexts: stratum (9 is the strongest tenth), part, row, margin, and
-        text as [piece, margin or None, whether it is the row] pieces.
 
     Raises:
         UserError: there is no such coder, latent or part, or nothing to read it from.
@@ -86,32 +102,32 @@ def latent_examples(
     windows = Windows(opened.held_out, tokenizer)
     codes = Codes(Pieces(EvaluationFolder(run).codes(name)), np.zeros(n_latents, np.int64))
     firing = codes.of(latent)
-    contexts: list[dict[str, Any]] = []
+    contexts: list[LatentContext] = []
     for stratum in sorted(set(own.stratum.tolist()), reverse=True):
         contexts += [
-            {
-                "stratum": int(stratum),
-                "part": PARTS[own.part[i]],
-                "row": int(own.row[i]),
-                "margin": float(own.margin[i]),
-                "text": windows.marked(int(own.row[i]), *firing),
-            }
+            LatentContext(
+                stratum=int(stratum),
+                part=PARTS[own.part[i]],
+                row=int(own.row[i]),
+                margin=float(own.margin[i]),
+                text=windows.marked(int(own.row[i]), *firing),
+            )
             for i in np.flatnonzero(own.stratum == stratum)[:per_stratum]
         ]
-    return {"coder": name, "latent": latent, "firings": len(firing[0]), "contexts": contexts}
+    return LatentExamples(coder=name, latent=latent, firings=len(firing[0]), contexts=contexts)
 
 
-def print_examples(found: dict[str, Any]) -> None:
+def print_examples(found: LatentExamples) -> None:
     """Print contexts on stdout, firing tokens marked."""
     console = Console(highlight=False)
     console.print(
-        f"latent {found['latent']} of {found['coder']}: {found['firings']:,} firings"
-        + ("" if found["contexts"] else "; none in these documents")
+        f"latent {found.latent} of {found.coder}: {found.firings:,} firings"
+        + ("" if found.contexts else "; none in these documents")
     )
-    for context in found["contexts"]:
-        line = Text(f"{context['stratum'] + 1:>2}/10  {context['margin']:<8.3g} ", style="dim")
-        for piece, margin, drawn in context["text"]:
-            shown = printable(piece.replace("\n", "\u23ce"))
+    for context in found.contexts:
+        line = Text(f"{context.stratum + 1:>2}/10  {context.margin:<8.3g} ", style="dim")
+        for piece, margin, drawn in context.text:
+            shown = printable(str(piece).replace("\n", "\u23ce"))
             # Marked by brackets too, where there are no colours.
             line.append(
                 shown if margin is None else f"<<{shown}>>",

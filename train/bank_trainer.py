@@ -74,9 +74,12 @@ class Scale:
         if not all(units) or y.total_variance == 0:
             raise ConfigError(f"{hook}: its rows are all the same, so nothing can be learned.")
         return cls(
-            units[0], units[1], x.mean / units[0], y.mean / units[1],
+            units[0],
+            units[1],
+            x.mean / units[0],
+            y.mean / units[1],
             y.total_variance / units[1] ** 2,
-        )  # fmt: skip
+        )
 
 
 @dataclass
@@ -181,8 +184,9 @@ class BankTrainer:
         finite = self._finite(result.loss)
         frozen = []
         rows = torch.zeros(len(self.coders), dtype=torch.int64)
-        for c, loss, l0 in zip(active, result.loss[active].tolist(), result.l0[active].tolist(),
-                               strict=True):  # fmt: skip
+        for c, loss, l0 in zip(
+            active, result.loss[active].tolist(), result.l0[active].tolist(), strict=True
+        ):
             coder, progress = self.coders[c], self.progress[c]
             if not finite[c]:
                 progress.frozen_at = step
@@ -247,10 +251,13 @@ class BankTrainer:
             if progress.active and steps:
                 lines.append(
                     {
-                        "coder": coder.name, "fvu": loss / steps, "l0": l0 / steps, "dead": dead,
+                        "coder": coder.name,
+                        "fvu": loss / steps,
+                        "l0": l0 / steps,
+                        "dead": dead,
                         "lr": progress.lr,
                     }
-                )  # fmt: skip
+                )
         return lines
 
     @torch.no_grad()
@@ -332,10 +339,15 @@ class BankTrainer:
             if not all(t.isfinite().all() for t in exported.tensors.values()):
                 progress.frozen_at = step if progress.frozen_at is None else progress.frozen_at
             facts = about | {
-                "name": coder.name, "hookpoint": coder.hookpoint, "optimiser": coder.optimiser,
-                "lr": coder.lr, "seed": coder.seed, "rows": progress.rows,
-                "frozen_at_step": progress.frozen_at, "stopped_at_step": progress.stopped_at,
-            }  # fmt: skip
+                "name": coder.name,
+                "hookpoint": coder.hookpoint,
+                "optimiser": coder.optimiser,
+                "lr": coder.lr,
+                "seed": coder.seed,
+                "rows": progress.rows,
+                "frozen_at_step": progress.frozen_at,
+                "stopped_at_step": progress.stopped_at,
+            }
             exported.about.update(facts)
             trained.append(exported.in_units(x=self.scale.x, y=self.scale.y))
         return trained

@@ -86,9 +86,11 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[dict[str, Tensor
         return None
     try:
         latest = read_record(
-            path, "checkpoint", CHECKPOINT_VERSION,
+            path,
+            "checkpoint",
+            CHECKPOINT_VERSION,
             "It cannot be resumed; train the run again under another --name.",
-        )  # fmt: skip
+        )
         name, files, count = latest["folder"], latest["files"], int(latest["coders"])
         if not str(name).isdigit():
             raise ValueError(f"folder {name!r}")

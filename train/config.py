@@ -116,9 +116,13 @@ class TrainConfig(Config):
     """More rows than the store has are more passes."""
     batch_rows: int = option(2048, "Rows in a step.", _TRAINING, ge=1, le=2**24, parser=parse_count)
     micro_rows: int | None = option(
-        None, "Rows worked on at a time.", _TRAINING, ge=1, shown="what memory allows",
+        None,
+        "Rows worked on at a time.",
+        _TRAINING,
+        ge=1,
+        shown="what memory allows",
         parser=parse_count,
-    )  # fmt: skip
+    )
     """A step adds up the gradients of its batch. Bounds the
     memory, changes nothing but rounding (and batch top-k, which selects among these). None: as many
     as `bsc train --plan` says."""

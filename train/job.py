@@ -137,11 +137,22 @@ def make_job(
     mine = shares[rank]
     device = pick_device(config.device)
     memory = plan_memory(
-        mine, config.model_copy(update={"micro_rows": micro_rows or config.micro_rows}), device,
+        mine,
+        config.model_copy(update={"micro_rows": micro_rows or config.micro_rows}),
+        device,
         available_bytes(device),
-    )  # fmt: skip
+    )
     return Job(
-        config, store, planned, mine, run or Run(config.folder), rank, world,
-        {c.name: r for r, share in enumerate(shares) for c in share}, device, memory.micro_rows,
-        rows, steps,
-    )  # fmt: skip
+        config,
+        store,
+        planned,
+        mine,
+        run or Run(config.folder),
+        rank,
+        world,
+        {c.name: r for r, share in enumerate(shares) for c in share},
+        device,
+        memory.micro_rows,
+        rows,
+        steps,
+    )

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 
 from bsc.errors import StoreError, UserError
 from bsc.files import canonical_json, write_atomically
+from bsc.locks import lock_for_moments
 from bsc.train.memory import flops_per_row
-from bsc.train.run import Completed, PlannedCoder, Run, RunConfig, waiting_lock
+from bsc.train.run import Completed, PlannedCoder, Run, RunConfig
 from bsc.typed import write_typed
 
 __all__ = ["divide", "merge_parts"]
@@ -62,7 +63,7 @@ def merge_parts(run: Run, world: int) -> bool:
     Raises:
         StoreError: a part belongs to another run.
     """
-    with waiting_lock(run.folder):
+    with lock_for_moments(run.folder / ".merge.lock"):
         records: list[RunConfig] = []
         for rank in range(world):
             part = Run(run.part(rank, world))

@@ -64,19 +64,7 @@ def resume(
         UserError: the run cannot be resumed, or not like this. Nothing is changed then.
     """
     run = Run(Path(folder).resolve())
-    if not run.folder.is_dir():
-        near = Path("runs") / folder
-        hint = f" (did you mean {near}?)" if near.is_dir() else ""
-        raise StoreError(f"{folder}: no such run{hint}. `bsc train` makes one.")
-    part = Run(run.part(rank, world))
-    record = part.config() if part.config_path.exists() else None
-    if record is None or (record.rank, record.world) != (rank, world):
-        known = record or (run.config() if run.config_path.exists() else None)
-        had = known.world if known else 1
-        raise StoreError(
-            f"{folder}: nothing of rank {rank} of {world} here; it was trained by "
-            f"{had} process(es). Resume it as it was started, each with its --rank and --world."
-        )
+    record = _record(run, folder, rank, world)
     planned = list(record.coders)
     changes = dict(changes or {})
     tables = changes.pop("coders", None)
@@ -85,9 +73,15 @@ def resume(
         given = plan_coders(expand(tables, where, config.preset), ActivationStore(config.store))
         planned = _added(planned, given) if add_coders else _same_coders(planned, given, where)
     job = make_job(
-        config, where, rank=rank, world=world, planned=planned, micro_rows=record.micro_rows,
-        run=run, assigned=record.assigned,
-    )  # fmt: skip
+        config,
+        where,
+        rank=rank,
+        world=world,
+        planned=planned,
+        micro_rows=record.micro_rows,
+        run=run,
+        assigned=record.assigned,
+    )
     _check_store(job, record)
     if job.steps < record.steps:
         raise ConfigError(
@@ -111,6 +105,34 @@ def resume(
                 f"{record.completed.rows:,}; coders that were done or not finite stay so."
             )
     return run_job(job, checkpoint, new=False)
+
+
+def _record(run: Run, folder: str | Path, rank: int, world: int) -> RunConfig:
+    """What this process began.
+
+    Args:
+        run: the run.
+        folder: as the user called it.
+        rank: of this process.
+        world: number of processes.
+
+    Raises:
+        StoreError: there is no such run, or nothing of this rank.
+    """
+    if not run.folder.is_dir():
+        near = Path("runs") / folder
+        hint = f" (did you mean {near}?)" if near.is_dir() else ""
+        raise StoreError(f"{folder}: no such run{hint}. `bsc train` makes one.")
+    part = Run(run.part(rank, world))
+    record = part.config() if part.config_path.exists() else None
+    if record is None or (record.rank, record.world) != (rank, world):
+        known = record or (run.config() if run.config_path.exists() else None)
+        had = known.world if known else 1
+        raise StoreError(
+            f"{folder}: nothing of rank {rank} of {world} here; it was trained by "
+            f"{had} process(es). Resume it as it was started, each with its --rank and --world."
+        )
+    return record
 
 
 def _has_work(job: Job, state: dict[str, Any]) -> bool:

@@ -14,11 +14,7 @@ on/<name>/      the run on another store, after `bsc eval --on` (bsc.eval.elsewh
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +27,7 @@ from pydantic import field_validator
 from bsc.config import Config
 from bsc.errors import StoreError, UserError, nearest
 from bsc.files import check_new_folder
+from bsc.locks import FileLock, HeldError, holder
 from bsc.records import parse_json, parse_record, read_file
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
@@ -47,7 +44,6 @@ __all__ = [
     "as_run",
     "claim",
     "in_use",
-    "waiting_lock",
 ]
 
 RUN_VERSION = 2
@@ -366,55 +362,23 @@ def as_run(run: Run | str | Path) -> Run:
 
 def in_use(folder: Path) -> str | None:
     """Who holds a run's folder now; None where nobody does."""
-    try:
-        descriptor = os.open(folder / _LOCK, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except OSError:
-        return os.read(descriptor, 200).decode("utf-8", "replace").strip() or "another process"
-    finally:
-        os.close(descriptor)
+    return holder(folder / _LOCK)
 
 
 @contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Hold a run's folder while the block runs; the kernel lets go when the process ends, however.
+    """Hold a run's folder while the block runs.
 
     Raises:
         UserError: another process holds it.
     """
-    path = folder / _LOCK
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            holder = os.read(descriptor, 200).decode("utf-8", "replace").strip()
-            raise UserError(
-                f"{folder}: this run is in use ({holder or 'another process'}). Wait for it, or "
-                f"stop it."
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def waiting_lock(folder: Path) -> Iterator[None]:
-    """Hold a lock that is held for moments, waiting for it."""
-    descriptor = os.open(folder / ".merge.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = FileLock(folder / _LOCK)
+    except HeldError as held:
+        raise UserError(
+            f"{folder}: this run is in use ({held}). Wait for it, or stop it."
+        ) from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        lock.release(remove=True)

@@ -124,8 +124,11 @@ def run_job(
             + (f"; from step {loop.step:,}" if loop.step else "")
         )
         summaries = loop.run(ring)
-        about = {"store_id": job.store.store_id, "model": job.store.attributes["model"],
-                 "bsc": versions()["bsc"]}  # fmt: skip
+        about = {
+            "store_id": job.store.store_id,
+            "model": job.store.attributes["model"],
+            "bsc": versions()["bsc"],
+        }
         for bank in banks:
             for coder in bank.finish(about, loop.step):
                 coder.save(job.run.coder_folder(str(coder.about["name"])))
@@ -171,10 +174,13 @@ class _Loop:
             split.refresh()
             if split.rows:
                 loader = Loader(
-                    split, self.names, batch_rows=min(self.job.config.eval_rows, split.rows),
-                    seed=0, drop_last=False,
+                    split,
+                    self.names,
+                    batch_rows=min(self.job.config.eval_rows, split.rows),
+                    seed=0,
+                    drop_last=False,
                     without_tokens=left_out_tokens(self.job.store, self.job.config),
-                )  # fmt: skip
+                )
                 batches = loader.batches()
                 first = next(batches)
                 self._held_out = {n: t.clone() for n, t in zip(self.names, first, strict=True)}
@@ -187,8 +193,9 @@ class _Loop:
         self.seconds, self._waited = float(state["seconds"]), float(state["waited"])
         self._metrics_bytes = int(state["metrics_bytes"])
         self._saved_step = self.step
-        known = {c["name"]: (c["progress"], t) for c, t in
-                 zip(state["coders"], tensors, strict=True)}  # fmt: skip
+        known = {
+            c["name"]: (c["progress"], t) for c, t in zip(state["coders"], tensors, strict=True)
+        }
         for bank in self.banks:
             for c, coder in enumerate(bank.coders):
                 if coder.name in known:
@@ -222,22 +229,28 @@ class _Loop:
         job, config = self.job, self.job.config
         cuda = job.device.type == "cuda"
         loader = Loader(
-            job.store.train, self.names, batch_rows=config.batch_rows, seed=config.seed,
+            job.store.train,
+            self.names,
+            batch_rows=config.batch_rows,
+            seed=config.seed,
             without_tokens=left_out_tokens(job.store, config),
             # A ring must hold a group of shards and a window of the writer at the same time.
             shards_at_once=min(SHARDS_AT_ONCE, max(1, (job.store.ring or 64) // 2)),
-            pinned=cuda, ahead=2 if cuda else 0,
-        )  # fmt: skip
+            pinned=cuda,
+            ahead=2 if cuda else 0,
+        )
         source = loader.batches(self.cursor)
         if ring is not None:
             source = loader.ring_batches(ring, lambda: job.store.complete)
         label = f"train {len(job.mine)} coders"
         total = job.steps * config.batch_rows
         writer = MetricsWriter(
-            job.part / "metrics.jsonl", keep_bytes=self._metrics_bytes, name=config.name,
+            job.part / "metrics.jsonl",
+            keep_bytes=self._metrics_bytes,
+            name=config.name,
             tensorboard=job.part / "tensorboard" if config.tensorboard else None,
             wandb=config.wandb,
-        )  # fmt: skip
+        )
         with writer, _asked_to_stop() as stop:
             with training_view(label, total, self.step * config.batch_rows) as view:
                 view.figures.update(self._figures_before())
@@ -323,10 +336,15 @@ class _Loop:
                 f = figures.get(coder.name, {})
                 summaries.append(
                     CoderSummary(
-                        coder.name, f.get("fvu"), f.get("l0"), f.get("dead"), progress.frozen_at,
-                        f.get("held_out_fvu"), progress.stopped_at,
+                        coder.name,
+                        f.get("fvu"),
+                        f.get("l0"),
+                        f.get("dead"),
+                        progress.frozen_at,
+                        f.get("held_out_fvu"),
+                        progress.stopped_at,
                     )
-                )  # fmt: skip
+                )
         return summaries
 
 

@@ -84,10 +84,8 @@ def run_demo(out: Path) -> DemoResult:
         name="demo",
         dead_after=200_000,
         log_every=5,
-        coders=(
-            {"code": ["binary", "continuous"], "k": list(KS), "n_latents": N_LATENTS},
-        ),
-    )  # fmt: skip
+        coders=({"code": ["binary", "continuous"], "k": list(KS), "n_latents": N_LATENTS},),
+    )
     run, _ = timed("train", lambda: train_sweep(sweep, "bsc demo"))
     evaluation = timed("evaluate", lambda: evaluate(run, EVALUATION))
     scoring = InterpConfig(latents=LATENTS)

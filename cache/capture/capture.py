@@ -20,7 +20,7 @@ from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.capture.plan import CapturePlan, check_disk, check_open_files, plan_capture
 from bsc.cache.capture.source import NO_TEXT, Source, channel_scales, open_source
 from bsc.cache.capture.staging import Staging
-from bsc.cache.capture.writer import SplitWriter
+from bsc.cache.capture.writer import SplitPart, SplitStart, SplitWriter
 from bsc.cache.model.text import fingerprint, read_text
 from bsc.cache.model.tokens import ContextBatch, context_batches
 from bsc.cache.store.folder import StoreFolder, open_folder
@@ -79,11 +79,17 @@ def capture(config: CaptureConfig) -> CaptureResult:
         folder.check_new()
     source = open_source(config)
     plan = plan_capture(
-        source.hookpoints, tokens=config.tokens, held_out=config.text.held_out,
-        held_out_tokens=config.held_out_tokens, context=source.context,
-        batch_rows=source.batch * source.context, codec=config.codec, window=config.window,
-        writers=config.world, ring=config.ring,
-    )  # fmt: skip
+        source.hookpoints,
+        tokens=config.tokens,
+        held_out=config.text.held_out,
+        held_out_tokens=config.held_out_tokens,
+        context=source.context,
+        batch_rows=source.batch * source.context,
+        codec=config.codec,
+        window=config.window,
+        writers=config.world,
+        ring=config.ring,
+    )
     identity = _identity(config, source, plan)
     check_open_files(plan)
     if folder.exists(PROVENANCE):
@@ -92,7 +98,9 @@ def capture(config: CaptureConfig) -> CaptureResult:
         check_disk(str(folder), plan, folder.free_bytes())
         scales = channel_scales(config, source) if config.codec == "int8" else {}
         create(
-            folder, plan.arrays, store_attributes(identity),
+            folder,
+            plan.arrays,
+            store_attributes(identity),
             {
                 "store_id": store_id_of(identity),
                 "capture": identity,
@@ -101,7 +109,7 @@ def capture(config: CaptureConfig) -> CaptureResult:
                 "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             },
             {name: {"channel_scale": scale.tolist()} for name, scale in scales.items()},
-        )  # fmt: skip
+        )
     if read_end(folder, config.rank) is None:
         claim = folder.claim(config.rank)
         try:
@@ -151,10 +159,15 @@ def _already(
     # A finished store on a disk that cannot be written: there is nothing left to write.
     rows = completed["rows"]
     return CaptureResult(
-        store=str(folder), store_id=store_id, rows=rows["train"],
-        held_out_rows=rows.get("held_out", 0), bytes=0, seconds=time.perf_counter() - started,
-        dropped=0, complete=True,
-    )  # fmt: skip
+        store=str(folder),
+        store_id=store_id,
+        rows=rows["train"],
+        held_out_rows=rows.get("held_out", 0),
+        bytes=0,
+        seconds=time.perf_counter() - started,
+        dropped=0,
+        complete=True,
+    )
 
 
 def _device_name(device: torch.device) -> str:
@@ -187,33 +200,22 @@ def _write(
     )
     with ExitStack() as stack:
         staging = Staging(len(plan.specs("train")), source.lm.model.device)
-        ring = (
-            RingWriter(folder, plan.specs("train"), plan.grids["train"], plan.ring)
-            if plan.ring is not None
-            else None
-        )
-        writers: dict[Split, SplitWriter] = {}
-        for split, (specs, grid) in plan.arrays.items():
-            window = plan.windows[split]
-            writers[split] = SplitWriter(
-                folder, split, specs, grid, staging, rank=config.rank, writers=config.world,
-                window=window, seed=config.seed, channel_scales=scales, start=starts[split],
-                on_commit=partial(
-                    advance, folder, split, specs, grid, writers=config.world, window=window
-                ),
-                before_window=ring.wait_for_room if ring and split == "train" else None,
-            )  # fmt: skip
-            stack.callback(writers[split].abort)
+        writers = _writers(config, folder, plan, staging, scales, starts)
+        for writer in writers.values():
+            stack.callback(writer.abort)
         stack.callback(staging.close)  # first: nothing may write while shards are dropped
         batches = prefetched(
             context_batches(
-                read_text(config.text, config.rank, config.world), source.lm.tokenizer,
-                context=source.context, batch=source.batch, packing=config.packing,
+                read_text(config.text, config.rank, config.world),
+                source.lm.tokenizer,
+                context=source.context,
+                batch=source.batch,
+                packing=config.packing,
                 wanted={split: writer.owned_rows for split, writer in writers.items()},
                 starts={split: start.point for split, start in starts.items()},
             ),
             _READ_AHEAD,
-        )  # fmt: skip
+        )
         stack.callback(batches.close)
         try:
             dropped = _pump(config, batches, source, writers, _committed_bad(folder, plan))
@@ -247,6 +249,33 @@ def _write(
     return _result(config, folder, plan, store_id, started, written, sum(dropped.values()))
 
 
+def _writers(
+    config: CaptureConfig,
+    folder: StoreFolder,
+    plan: CapturePlan,
+    staging: Staging,
+    scales: Mapping[str, NDArray[np.float32]],
+    starts: Mapping[Split, SplitStart],
+) -> dict[Split, SplitWriter]:
+    """The writers of this process, one for each split."""
+    ring = None
+    if plan.ring is not None:
+        ring = RingWriter(folder, plan.specs("train"), plan.grids["train"], plan.ring)
+    writers: dict[Split, SplitWriter] = {}
+    for split, (specs, grid) in plan.arrays.items():
+        window, world = plan.windows[split], config.world
+        writers[split] = SplitWriter(
+            folder,
+            SplitPart(split, specs, grid, config.rank, world, window, config.seed),
+            staging,
+            channel_scales=scales,
+            start=starts[split],
+            on_commit=partial(advance, folder, split, specs, grid, writers=world, window=window),
+            before_window=ring.wait_for_room if ring and split == "train" else None,
+        )
+    return writers
+
+
 def _metadata(plan: CapturePlan) -> list[str]:
     """Keys of the files that are replaced while a store grows."""
     specs = [spec for specs, _ in plan.arrays.values() for spec in specs.values()]
@@ -255,9 +284,14 @@ def _metadata(plan: CapturePlan) -> list[str]:
 
 
 def _result(
-    config: CaptureConfig, folder: StoreFolder, plan: CapturePlan, store_id: str,
-    started: float, written: int = 0, dropped: int = 0,
-) -> CaptureResult:  # fmt: skip
+    config: CaptureConfig,
+    folder: StoreFolder,
+    plan: CapturePlan,
+    store_id: str,
+    started: float,
+    written: int = 0,
+    dropped: int = 0,
+) -> CaptureResult:
     """Finish the store if this was the last part, and say what it holds."""
     finished, committed = complete(folder, plan.arrays, plan.windows, writers=config.world)
     rows = {split: n * plan.grids[split].shard_rows for split, n in committed.items()}

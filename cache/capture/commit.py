@@ -158,9 +158,14 @@ def split_start(
 
 
 def advance(
-    folder: StoreFolder, split: Split, specs: Mapping[str, ArraySpec], grid: Grid, *,
-    writers: int, window: int,
-) -> int:  # fmt: skip
+    folder: StoreFolder,
+    split: Split,
+    specs: Mapping[str, ArraySpec],
+    grid: Grid,
+    *,
+    writers: int,
+    window: int,
+) -> int:
     """Move `shape` of every array to the end of the committed shards without a gap.
 
     Returns:
@@ -171,16 +176,20 @@ def advance(
 
 
 def _advance(
-    folder: StoreFolder, split: Split, specs: Mapping[str, ArraySpec], grid: Grid, *,
-    writers: int, window: int,
-) -> int:  # fmt: skip
+    folder: StoreFolder,
+    split: Split,
+    specs: Mapping[str, ArraySpec],
+    grid: Grid,
+    *,
+    writers: int,
+    window: int,
+) -> int:
     """`advance`, for those who hold the lock."""
     counts = _committed_windows(folder, split, writers)
     plans = [
-        window_sizes(len(owned), window) if (owned := owned_shards(grid.shards, r, writers))
-        else []
+        window_sizes(len(owned), window) if (owned := owned_shards(grid.shards, r, writers)) else []
         for r in range(writers)
-    ]  # fmt: skip
+    ]
     done = [
         _shards_of(folder, split, r, plan, n)
         for r, (plan, n) in enumerate(zip(plans, counts, strict=True))

@@ -42,9 +42,13 @@ class CaptureConfig(Config):
     )
     """At most 1 % fewer are captured."""
     held_out_tokens: int | None = option(
-        None, "Tokens of held-out documents to capture.", _ROWS, ge=0, parser=parse_count,
+        None,
+        "Tokens of held-out documents to capture.",
+        _ROWS,
+        ge=0,
+        parser=parse_count,
         shown="the held-out share of --tokens, at most 1,048,576",
-    )  # fmt: skip
+    )
     context: int | None = option(
         None, "Tokens in a context.", _ROWS, ge=1, shown="the model's, at most 2048"
     )

@@ -94,12 +94,17 @@ class Estimate:
     def to_json(self) -> dict[str, Any]:
         """The estimate for machines."""
         return self.plan.to_json() | {
-            "free_bytes": self.free, "fits": self.fits, "options": list(self.options),
-            "tokens_per_second": self.rate, "hours": self.hours,
-            "model_hours": self.model_hours, "disk_hours": self.disk_hours,
-            "disk_bytes_per_second": self.disk_rate, "disk_measured": self.disk_measured,
+            "free_bytes": self.free,
+            "fits": self.fits,
+            "options": list(self.options),
+            "tokens_per_second": self.rate,
+            "hours": self.hours,
+            "model_hours": self.model_hours,
+            "disk_hours": self.disk_hours,
+            "disk_bytes_per_second": self.disk_rate,
+            "disk_measured": self.disk_measured,
             "needed_disk_bytes_per_second": self.needed_disk_rate,
-        }  # fmt: skip
+        }
 
     def _time_lines(self) -> list[str]:
         """How long it takes, what that depends on, and which of the two is slower."""
@@ -178,17 +183,29 @@ def estimate(
     context = config.context or min(longest, MAX_DEFAULT_CONTEXT)
     batch = batch_contexts(config, context, device)
     plan = plan_capture(
-        hooks, tokens=config.tokens, held_out=config.text.held_out,
-        held_out_tokens=config.held_out_tokens, context=context, batch_rows=batch * context,
-        codec=config.codec, window=config.window, writers=config.world, ring=config.ring,
-    )  # fmt: skip
+        hooks,
+        tokens=config.tokens,
+        held_out=config.text.held_out,
+        held_out_tokens=config.held_out_tokens,
+        context=context,
+        batch_rows=batch * context,
+        codec=config.codec,
+        window=config.window,
+        writers=config.world,
+        ring=config.ring,
+    )
     available = open_folder(config.store).free_bytes() if free is None else free
     options = () if available is None else tuple(what_fits(plan, available))
     fits = available is None or plan.bytes <= 0.98 * available
     return Estimate(
-        plan, available, rate, disk_rate or ASSUMED_DISK_RATE, disk_rate is not None, fits,
+        plan,
+        available,
+        rate,
+        disk_rate or ASSUMED_DISK_RATE,
+        disk_rate is not None,
+        fits,
         () if fits else options,
-    )  # fmt: skip
+    )
 
 
 def _shapes(config: CaptureConfig) -> tuple[tuple[Hookpoint, ...], int]:
@@ -215,10 +232,13 @@ def _measure(config: CaptureConfig) -> float:
     """Tokens per second of the model on this machine, with its hooks, without the disk."""
     source = open_source(config)
     batches = context_batches(
-        read_text(config.text), source.lm.tokenizer, context=source.context, batch=source.batch,
+        read_text(config.text),
+        source.lm.tokenizer,
+        context=source.context,
+        batch=source.batch,
         wanted={"train": (PROBE_BATCHES + 1) * source.batch * source.context},
         packing=config.packing,
-    )  # fmt: skip
+    )
     tokens, seconds = 0, 0.0
     for i, batch in enumerate(islice(batches, PROBE_BATCHES + 1)):
         before = time.perf_counter()

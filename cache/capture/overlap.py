@@ -55,11 +55,16 @@ class Overlap(NamedTuple):
         """For provenance.json."""
         return {
             "train_rows": self.train_rows,
-            "rows": len(self.seen), "seen_rows": int(self.seen.sum()),
-            "ngram_tokens": NGRAM, "ngrams": self.ngrams, "seen_ngrams": self.seen_ngrams,
-            "run_tokens": LONG_RUN, "runs": self.long_runs, "seen_runs": self.seen_long_runs,
+            "rows": len(self.seen),
+            "seen_rows": int(self.seen.sum()),
+            "ngram_tokens": NGRAM,
+            "ngrams": self.ngrams,
+            "seen_ngrams": self.seen_ngrams,
+            "run_tokens": LONG_RUN,
+            "runs": self.long_runs,
+            "seen_runs": self.seen_long_runs,
             "xxh3_128": xxhash.xxh3_128_hexdigest(self.bits()),
-        }  # fmt: skip
+        }
 
 
 def seen_ngrams(

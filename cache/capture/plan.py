@@ -162,9 +162,14 @@ def plan_capture(
             raise UserError(f"--ring: takes one writer, not --world {writers}.")
         window = min(window, ring // 2)
     return CapturePlan(
-        hookpoints=hookpoints, grids=grids, codec=codec, window=window, writers=writers,
-        ring=ring, batch_rows=batch_rows,
-    )  # fmt: skip
+        hookpoints=hookpoints,
+        grids=grids,
+        codec=codec,
+        window=window,
+        writers=writers,
+        ring=ring,
+        batch_rows=batch_rows,
+    )
 
 
 _MAX_PASSES = 8

@@ -61,9 +61,13 @@ class Source:
         )
         assert ids is not None and position is not None
         inputs = forward_inputs(
-            ids, position, packing=self.packing, separation=self.separation, real=real,
+            ids,
+            position,
+            packing=self.packing,
+            separation=self.separation,
+            real=real,
             dtype=self.lm.model.dtype,
-        )  # fmt: skip
+        )
         rows = self.tap.rows(inputs)
         return rows if real is None else {n: r[real.reshape(-1)] for n, r in rows.items()}
 
@@ -86,9 +90,12 @@ def open_source(config: CaptureConfig) -> Source:
     resolve_model(config.model)
     device = pick_device(config.device)
     lm = load_model(
-        config.model, revision=config.revision, dtype=config.dtype, device=device,
+        config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=device,
         random_weights=config.random_weights,
-    )  # fmt: skip
+    )
     patterns = list(config.hookpoints) or list(default_hookpoints(lm.base))
     names = match_hookpoints(lm.base, patterns)
     if warning := warn_of_residual(lm.base, names):
@@ -125,9 +132,13 @@ def channel_scales(config: CaptureConfig, source: Source) -> dict[str, NDArray[n
     The same for every writer, whichever of them begins.
     """
     batches = context_batches(
-        read_text(config.text), source.lm.tokenizer, context=source.context, batch=source.batch,
-        wanted={"train": source.batch * source.context}, packing=config.packing,
-    )  # fmt: skip
+        read_text(config.text),
+        source.lm.tokenizer,
+        context=source.context,
+        batch=source.batch,
+        wanted={"train": source.batch * source.context},
+        packing=config.packing,
+    )
     scales = {}
     for batch in batches:
         for name, rows in source.rows(batch).items():

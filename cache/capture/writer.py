@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from bsc.cache.store.manifest import TextPoint, WindowRecord, write_window
 from bsc.cache.store.scatter import deal, owned_shards, window_sizes
 from bsc.cache.store.shard import ChannelSums, ShardRecord, ShardWriter
 
-__all__ = ["SplitStart", "SplitWriter"]
+__all__ = ["SplitPart", "SplitStart", "SplitWriter"]
 
 Block = Mapping[str, torch.Tensor]
 """Rows by array name, ``"layers.3.mlp/input"``: (n, width) bfloat16 or (n,) integers."""
@@ -70,9 +70,12 @@ class _ArrayWriter:
     """One array of a split. Every method runs on one thread, in the order of the calls."""
 
     def __init__(
-        self, folder: StoreFolder, specs: list[ArraySpec], grid: Grid,
+        self,
+        folder: StoreFolder,
+        specs: list[ArraySpec],
+        grid: Grid,
         channel_scale: NDArray[np.float32] | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder, self.specs, self.grid = folder, specs, grid
         self.channel_scale = channel_scale
         self.shards: list[_OpenShard] = []
@@ -153,21 +156,31 @@ class SplitStart:
     """Rows at the end of the text that filled no shard; known once the text has ended."""
 
 
+class SplitPart(NamedTuple):
+    """What of a split one writer writes."""
+
+    split: Split
+    specs: Mapping[str, ArraySpec]
+    grid: Grid
+    """Its division into shards, over all writers."""
+    rank: int = 0
+    """Of this writer."""
+    writers: int = 1
+    window: int = 1
+    """Shards to scatter over; 1 keeps the order of the rows."""
+    seed: int = 0
+    """Of the scatter."""
+
+
 class SplitWriter:
     """The shards of one split that one writer owns. Blocks go in, committed windows come out."""
 
     def __init__(
         self,
         folder: StoreFolder,
-        split: Split,
-        specs: Mapping[str, ArraySpec],
-        grid: Grid,
+        part: SplitPart,
         staging: Staging,
         *,
-        rank: int = 0,
-        writers: int = 1,
-        window: int,
-        seed: int,
         channel_scales: Mapping[str, NDArray[np.float32]] | None = None,
         start: SplitStart | None = None,
         on_commit: Callable[[], object] = lambda: None,
@@ -177,19 +190,14 @@ class SplitWriter:
 
         Args:
             folder: the store.
-            split: which split.
-            specs: its arrays.
-            grid: its division into shards, over all writers.
+            part: what of it this writer writes.
             staging: buffers and threads, shared by the splits of a store.
-            rank: of this writer.
-            writers: in all.
-            window: number of shards to scatter over; 1 keeps the order of the rows.
-            seed: of the scatter.
             channel_scales: by array name, for codec int8.
             start: what is committed already; None: nothing.
             on_commit: called after a window's manifest is there.
             before_window: called with the last shard of a window before it is opened; may wait.
         """
+        split, specs, grid, rank, writers, window, seed = part
         self.folder, self.split, self.grid, self.staging = folder, split, grid, staging
         self.seed, self.rank, self.scatter = seed, rank, window > 1
         owned = owned_shards(grid.shards, rank, writers)
@@ -284,9 +292,14 @@ class SplitWriter:
         if self.scatter:
             first = self._in_window % self._open
             dealt = deal(
-                rows, self._open, first,
-                seed=self.seed, rank=self.rank, window=self.window, block=self._block,
-            )  # fmt: skip
+                rows,
+                self._open,
+                first,
+                seed=self.seed,
+                rank=self.rank,
+                window=self.window,
+                block=self._block,
+            )
             order = torch.from_numpy(np.concatenate(dealt))
             bounds = np.cumsum([0, *(len(d) for d in dealt)])
         else:

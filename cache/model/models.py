@@ -145,6 +145,12 @@ def _commit(source: str, revision: str | None) -> str | None:
     return extract_commit_hash(path, None) or revision
 
 
+_CHECK_THE_HUB = (
+    "Check the name and the network, or give a local folder; HF_HUB_OFFLINE=1 uses what was "
+    "downloaded before."
+)
+
+
 def load_model(
     name: str,
     *,
@@ -208,12 +214,7 @@ def load_model(
         if local is None and not hub_answers():
             raise _unreachable(name, source) from error
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        hint = (
-            "Check the folder."
-            if local
-            else "Check the name and the network, or give a local folder; HF_HUB_OFFLINE=1 uses "
-            "what was downloaded before."
-        )
+        hint = "Check the folder." if local else _CHECK_THE_HUB
         raise UserError(
             f"--model {name}: {source} cannot be loaded: {first_line} {hint}"
         ) from error

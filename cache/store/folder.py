@@ -7,11 +7,9 @@ staged and then published. Keys are paths relative to the store, with slashes, o
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import socket
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -20,14 +18,14 @@ from pathlib import Path, PurePosixPath
 from typing_extensions import override
 
 from bsc.cache.store.layout import DATA, MANIFEST, PROVENANCE, README
-from bsc.errors import StoreError, UserError
+from bsc.errors import UserError
 from bsc.files import check_new_folder, fsync_folder, make_durable_folder, write_atomically
+from bsc.locks import FileLock, HeldError, lock_for_moments
 
 __all__ = ["PARTIAL", "LocalFolder", "StoreFolder", "open_folder", "process_is_gone"]
 
 PARTIAL = ".partial"
 _STORE_LOCK = "store.lock"
-_LOCK_WAIT_SECONDS = 600.0
 
 
 class StoreFolder(ABC):
@@ -293,7 +291,7 @@ class LocalFolder(StoreFolder):
 
     @override
     def locked(self) -> AbstractContextManager[None]:
-        return _FileLock(self.path(_STORE_LOCK))
+        return lock_for_moments(self.path(_STORE_LOCK))
 
     @override
     def drop_locks(self, writers: int) -> None:
@@ -303,69 +301,24 @@ class LocalFolder(StoreFolder):
 
 
 class _FileClaim(Claim):
-    """A lock on a file, held by the kernel until this process ends, however it ends."""
+    """A lock on a file."""
 
     def __init__(self, path: Path, store: LocalFolder, rank: int) -> None:
-        self.path = path
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = (
-                os.read(descriptor, 200).decode("utf-8", "replace").strip() or "another process"
-            )
-            os.close(descriptor)
+            self._lock = FileLock(path, again=False)
+        except HeldError as held:
             raise UserError(
-                f"{store}: {holder} is writing part {rank} of this store. Wait for it or stop it; "
+                f"{store}: {held} is writing part {rank} of this store. Wait for it or stop it; "
                 f"two captures cannot write the same part."
             ) from None
-        except OSError:
-            os.close(descriptor)
-            raise
-        if os.fstat(descriptor).st_nlink == 0:  # its part was finished between the two calls
-            os.close(descriptor)
-            raise UserError(f"{store}: part {rank} was finished just now by another process.")
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._descriptor = descriptor
+        except FileNotFoundError:
+            raise UserError(
+                f"{store}: part {rank} was finished just now by another process."
+            ) from None
 
     @override
     def release(self, *, remove: bool) -> None:
-        if self._descriptor >= 0:
-            if remove:
-                self.path.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-
-class _FileLock(AbstractContextManager[None]):
-    """A lock that is held for moments, so waiting for it is right."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        deadline = time.monotonic() + _LOCK_WAIT_SECONDS
-        while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The file may have been removed with the end of the capture: then lock the new one.
-                if os.fstat(descriptor).st_nlink:
-                    self._descriptor = descriptor
-                    return
-            except BlockingIOError:
-                pass
-            except OSError:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)
-            if time.monotonic() > deadline:
-                raise StoreError(f"{self.path}: held by another process for ten minutes.")
-            time.sleep(0.02)
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+        self._lock.release(remove=remove)
 
 
 def process_is_gone(process: int, host: str) -> bool:

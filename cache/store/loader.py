@@ -110,13 +110,14 @@ class Loader:
         self._buffers = [
             [
                 torch.empty(
-                    (batch_rows, int(split.spec(n).width or 0)), dtype=torch.bfloat16,
+                    (batch_rows, int(split.spec(n).width or 0)),
+                    dtype=torch.bfloat16,
                     pin_memory=pinned,
                 )
                 for n in names
             ]
             for _ in range(ahead + 2 if ahead else 1)
-        ]  # fmt: skip
+        ]
 
     def batches(self, start: Cursor = START) -> Iterator[tuple[torch.Tensor, ...]]:
         """Batches without end, epoch after epoch, from `start` on.

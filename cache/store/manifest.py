@@ -23,9 +23,20 @@ from bsc.errors import StoreError
 from bsc.files import canonical_json
 from bsc.records import check_seal, parse_json, parse_object, record_hash
 
-__all__ = ["PartEnd", "TextPoint", "WindowRecord", "parse_array_json", "read_array_json",
-           "read_end", "read_json", "read_provenance", "read_shard_hashes", "read_window",
-           "write_end", "write_window"]  # fmt: skip
+__all__ = [
+    "PartEnd",
+    "TextPoint",
+    "WindowRecord",
+    "parse_array_json",
+    "read_array_json",
+    "read_end",
+    "read_json",
+    "read_provenance",
+    "read_shard_hashes",
+    "read_window",
+    "write_end",
+    "write_window",
+]
 
 # Keys of canonical JSON are in order: what is looked for stands first and last.
 _LINE_START = re.compile(r'\{"array": ("(?:[^"\\]|\\.)*"), "bytes": (\d+), ')
@@ -121,9 +132,12 @@ def write_window(folder: StoreFolder, record: WindowRecord) -> None:
     """Commit a window whose shards are published."""
     lines = [canonical_json(shard.to_json(), indent=None) for shard in record.shards]
     last = {
-        "split": record.split, "rank": record.rank, "window": record.window,
-        "next": asdict(record.next), "dropped": record.dropped,
-    }  # fmt: skip
+        "split": record.split,
+        "rank": record.rank,
+        "window": record.window,
+        "next": asdict(record.next),
+        "dropped": record.dropped,
+    }
     folder.write_text(window_key(record.split, record.rank, record.window), _hashed(lines, last))
 
 

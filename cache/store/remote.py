@@ -42,10 +42,11 @@ _RETRY: Any = {
     "max_retries": 60,
     "retry_timeout": timedelta(minutes=5),
     "backoff": {
-        "init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=15),
+        "init_backoff": timedelta(milliseconds=200),
+        "max_backoff": timedelta(seconds=15),
         "base": 2,
     },
-}  # fmt: skip
+}
 """How long a service that answered before is waited for."""
 _LOCK_WAIT_SECONDS = 600.0
 

@@ -29,9 +29,15 @@ from bsc.cache.store.layout import ArraySpec, Grid, shard_key
 from bsc.errors import StoreError
 
 __all__ = [
-    "ChannelSums", "MappedRows", "ShardRecord", "ShardWriter", "decode_shard", "map_shard",
-    "piece_bytes", "read_index",
-]  # fmt: skip
+    "ChannelSums",
+    "MappedRows",
+    "ShardRecord",
+    "ShardWriter",
+    "decode_shard",
+    "map_shard",
+    "piece_bytes",
+    "read_index",
+]
 
 _CRC_BYTES = 4
 _WRITE_BYTES = 1 << 18

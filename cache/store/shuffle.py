@@ -105,6 +105,9 @@ def check_shuffle(
         independent = 1 + (batch_rows - 1) * float(np.square(shares).sum())
         expected = float((1 - (1 - shares) ** batch_rows).sum())
     return ShuffleQuality(
-        batches, batch_rows, float(np.mean(squares)) / independent, float(np.mean(distinct)),
+        batches,
+        batch_rows,
+        float(np.mean(squares)) / independent,
+        float(np.mean(distinct)),
         expected,
-    )  # fmt: skip
+    )

@@ -54,9 +54,14 @@ class StoreSplit:
     """The committed rows of one split."""
 
     def __init__(
-        self, folder: StoreFolder, split: Split, hookpoints: tuple[Hookpoint, ...], codec: Codec,
-        *, check: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        folder: StoreFolder,
+        split: Split,
+        hookpoints: tuple[Hookpoint, ...],
+        codec: Codec,
+        *,
+        check: bool = True,
+    ) -> None:
         """Read the metadata of every array.
 
         Args:
@@ -109,8 +114,13 @@ class StoreSplit:
                     if scale.shape != (spec.width,) or not np.isfinite(scale).all():
                         raise ValueError("channel_scale of another width, or not finite")
             except (
-                KeyError, IndexError, TypeError, ValueError, AssertionError, ZeroDivisionError,
-            ) as error:  # fmt: skip
+                KeyError,
+                IndexError,
+                TypeError,
+                ValueError,
+                AssertionError,
+                ZeroDivisionError,
+            ) as error:
                 raise StoreError(
                     f"{self.folder}/{key}: not the metadata of an array of a bsc store ({error!r})."
                 ) from None

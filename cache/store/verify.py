@@ -256,8 +256,9 @@ class _Check:
             provenance = self.store.provenance()
             grid = provenance["capture"]["grids"][split.split]
             if (split.grid.shard_rows, split.grid.chunk_rows) != (
-                grid["shard_rows"], grid["chunk_rows"],
-            ):  # fmt: skip
+                grid["shard_rows"],
+                grid["chunk_rows"],
+            ):
                 yield f"{self.folder}/{key}: another grid than {PROVENANCE} says"
         except (StoreError, KeyError, TypeError):
             return  # reported with the provenance

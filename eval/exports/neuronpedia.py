@@ -33,7 +33,11 @@ _WHEN = "1970-01-01T00:00:00"
 """The same every time, so that equal inputs give equal bytes."""
 
 
-def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
+Row = dict[str, Any]
+"""A line of a file, by field of the format."""
+
+
+def _lines(rows: Iterable[Row]) -> bytes:
     return "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode()
 
 
@@ -68,7 +72,7 @@ def write_neuronpedia(
         (place / kind).mkdir(parents=True)
     by = {"creatorId": creator, "createdAt": _WHEN}
     named = {"creatorName": creator}
-    heads: dict[str, dict[str, Any]] = {
+    heads: dict[str, Row] = {
         "release": {"name": source_set, "description": material.coder, "descriptionShort":
                     material.coder, "urls": [], **named, "creatorNameShort": creator, **by},
         "model": {"id": model, "instruct": False, "displayNameShort": model,
@@ -80,8 +84,8 @@ def write_neuronpedia(
     }  # fmt: skip
     for name, head in heads.items():
         write_atomically(place / f"{name}.jsonl", _lines([head]))
-    features: list[dict[str, Any]] = []
-    activations: list[dict[str, Any]] = []
+    features: list[Row] = []
+    activations: list[Row] = []
     drawn = load_sample(materials.run, material.coder)
     with stage("latents", material.code.n_latents, "latents") as progress:
         for latent in range(material.code.n_latents):
@@ -107,7 +111,7 @@ def write_neuronpedia(
     return place
 
 
-def _explanations(path: Path | None, coder: str, model: str, source: str) -> list[dict[str, Any]]:
+def _explanations(path: Path | None, coder: str, model: str, source: str) -> list[Row]:
     if path is None:
         return []
     found = []
@@ -132,9 +136,7 @@ def _explanations(path: Path | None, coder: str, model: str, source: str) -> lis
     return found
 
 
-def _activations(
-    material: Material, latent: int, own: Any, model: str, source: str
-) -> list[dict[str, Any]]:
+def _activations(material: Material, latent: int, own: Any, model: str, source: str) -> list[Row]:
     """Windows around sampled firings, as tokens with their values."""
     texts = material.texts
     rows, margins = material.code.of(latent)

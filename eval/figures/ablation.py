@@ -203,11 +203,16 @@ def ablate(
     for name, own in turned_off.items():
         bins, random = (
             ablation_figures(
-                groups, own.score, sums[name].counts, losses,
-                [f"{name}|{kind}{i}" for i in range(len(groups))], name, part,
+                groups,
+                own.score,
+                sums[name].counts,
+                losses,
+                [f"{name}|{kind}{i}" for i in range(len(groups))],
+                name,
+                part,
             )
             for kind, groups in (("bins", own.bins), ("random", own.random))
-        )  # fmt: skip
+        )
         figures = Ablation(
             score=Path(plan.score).name,
             predicted_tokens=int(part.counts.sum()),

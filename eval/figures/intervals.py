@@ -80,8 +80,10 @@ def ratio_intervals(
         factor = np.exp(t * _standard_error(np.log(without)))
         low = np.where(by_logarithm, ratio / factor, ratio - reach)
         high = np.where(by_logarithm, ratio * factor, ratio + reach)
-    return [[float(x), float(y)] if np.isfinite([x, y]).all() else None
-            for x, y in zip(low, high, strict=True)]  # fmt: skip
+    return [
+        [float(x), float(y)] if np.isfinite([x, y]).all() else None
+        for x, y in zip(low, high, strict=True)
+    ]
 
 
 def _standard_error(without: NDArray[np.float64]) -> NDArray[np.float64]:

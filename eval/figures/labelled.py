@@ -96,13 +96,17 @@ def read_sets(sources: Sequence[str]) -> list[LabelledTexts]:
     return found
 
 
-def _csv(file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+Fields = dict[str, Any]
+"""A labelled text as a user wrote it, unchecked."""
+
+
+def _csv(file: Iterable[str]) -> Iterator[tuple[int, Fields]]:
     reader = csv.DictReader(file)
     for row in reader:
         yield reader.line_num, row
 
 
-def _jsonl(file: Iterable[str], source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _jsonl(file: Iterable[str], source: str) -> Iterator[tuple[int, Fields]]:
     for number, line in enumerate(file, 1):
         if line.strip():
             try:

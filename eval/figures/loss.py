@@ -54,9 +54,12 @@ def loss_variants(setting: Setting, calibrations: Mapping[str, Calibration]) -> 
 
 
 def loss_sums(
-    setting: Setting, label: str, contexts: Contexts, variants: Mapping[str, Variant],
+    setting: Setting,
+    label: str,
+    contexts: Contexts,
+    variants: Mapping[str, Variant],
     pieces: Pieces,
-) -> dict[str, LossSums]:  # fmt: skip
+) -> dict[str, LossSums]:
     """Sums by document of every variant."""
     parts = []
     with stage(label, int(contexts.counts.sum()) * (len(variants) + 1), "predictions") as progress:

@@ -183,16 +183,26 @@ def pooled_codes(
             on = (code.value != 0).cpu()
             row = torch.arange(len(x)).repeat_interleave(on.sum(dim=1))
             by_coder[name].append(
-                _pool(text.numpy(), row.numpy(), code.latent.cpu()[on].numpy(),
-                      code.value.cpu()[on].double().numpy(), (len(part), coder.config.n_latents))
-            )  # fmt: skip
+                _pool(
+                    text.numpy(),
+                    row.numpy(),
+                    code.latent.cpu()[on].numpy(),
+                    code.value.cpu()[on].double().numpy(),
+                    (len(part), coder.config.n_latents),
+                )
+            )
         for side, found in by_side.items():
             x = rows[side][counted].double().cpu()
             n, width = x.shape
             found.append(
-                _pool(text.numpy(), np.repeat(np.arange(n), width), np.tile(np.arange(width), n),
-                      x.numpy().ravel(), (len(part), width))
-            )  # fmt: skip
+                _pool(
+                    text.numpy(),
+                    np.repeat(np.arange(n), width),
+                    np.tile(np.arange(width), n),
+                    x.numpy().ravel(),
+                    (len(part), width),
+                )
+            )
     return _stacked(by_coder), _stacked(by_side)
 
 
@@ -216,9 +226,12 @@ def _stacked(parts: Mapping[str, list[Features]]) -> dict[str, Features]:
 
 
 def _pool(
-    text: NDArray[np.int64], row: NDArray[np.int64], latent: NDArray[np.int64],
-    value: NDArray[np.float64], shape: tuple[int, int],
-) -> Features:  # fmt: skip
+    text: NDArray[np.int64],
+    row: NDArray[np.int64],
+    latent: NDArray[np.int64],
+    value: NDArray[np.float64],
+    shape: tuple[int, int],
+) -> Features:
     """Pool entries over the tokens of each text.
 
     Args:
@@ -274,9 +287,12 @@ def _fit(
 
 
 def _accuracy(
-    train: NDArray[np.float64], train_label: NDArray[np.int64], test: NDArray[np.float64],
-    test_label: NDArray[np.int64], strength: float,
-) -> float:  # fmt: skip
+    train: NDArray[np.float64],
+    train_label: NDArray[np.int64],
+    test: NDArray[np.float64],
+    test_label: NDArray[np.int64],
+    strength: float,
+) -> float:
     # The inputs are our own: checking them takes longer than fitting them.
     with config_context(assume_finite=True, skip_parameter_validation=True):
         regression = LogisticRegression(C=strength, max_iter=1000, solver="newton-cholesky")

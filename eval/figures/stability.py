@@ -121,9 +121,13 @@ def firing_jaccard(a: Codes, b: Codes, matching: Matching) -> NDArray[np.float64
 
 
 def stability_figures(
-    a: SparseCoder, b: SparseCoder, counts: tuple[NDArray[np.int64], NDArray[np.int64]],
-    codes: tuple[Codes, Codes] | None = None, *, seed: int = 0,
-) -> Likeness:  # fmt: skip
+    a: SparseCoder,
+    b: SparseCoder,
+    counts: tuple[NDArray[np.int64], NDArray[np.int64]],
+    codes: tuple[Codes, Codes] | None = None,
+    *,
+    seed: int = 0,
+) -> Likeness:
     """How alike two coders' latents are.
 
     Args:
@@ -201,9 +205,11 @@ def run_stability(
     with stage("stability", len(pairs), "pairs") as progress:
         for differs, a, b in pairs:
             likeness = stability_figures(
-                setting.coders[a], setting.coders[b], (codes[a].counts, codes[b].counts),
+                setting.coders[a],
+                setting.coders[b],
+                (codes[a].counts, codes[b].counts),
                 (codes[a], codes[b]),
-            )  # fmt: skip
+            )
             fvu, fvu_interval = fvu_difference(sums[a], sums[b])
             cost, cost_interval = added_loss(losses[a], losses[b], contexts)
             pair = combined(

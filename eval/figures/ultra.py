@@ -53,9 +53,12 @@ class RowFacts(NamedTuple):
 
     @classmethod
     def of(
-        cls, token_id: NDArray[Any], position: NDArray[Any], special: list[int],
+        cls,
+        token_id: NDArray[Any],
+        position: NDArray[Any],
+        special: list[int],
         read: NDArray[np.bool_],
-    ) -> RowFacts:  # fmt: skip
+    ) -> RowFacts:
         """Facts about rows from the token side of the store."""
         counts = np.bincount(token_id[read])
         common = np.argsort(-counts, kind="stable")[:COMMON_TOKENS]

@@ -67,8 +67,13 @@ def _number(value: Any) -> float:
     return np.nan if value is None else float(value)
 
 
-def _resampled(design: Design, values: NDArray[np.float64], noise: NDArray[np.float64],
-               parts: NDArray[np.bool_], seed: int) -> NDArray[np.float64]:  # fmt: skip
+def _resampled(
+    design: Design,
+    values: NDArray[np.float64],
+    noise: NDArray[np.float64],
+    parts: NDArray[np.bool_],
+    seed: int,
+) -> NDArray[np.float64]:
     """(resamples, columns) means over the latents of each column of `parts`.
 
     Latents that were drawn are drawn again. Those of a census would be the same in any sample: of
@@ -178,9 +183,13 @@ def _bounds(
 
 
 def frequency_adjusted(
-    design: Design, score: NDArray[np.float64], noise: NDArray[np.float64],
-    rates: NDArray[np.float64], *, seed: int = 0,
-) -> list[RatePoint]:  # fmt: skip
+    design: Design,
+    score: NDArray[np.float64],
+    noise: NDArray[np.float64],
+    rates: NDArray[np.float64],
+    *,
+    seed: int = 0,
+) -> list[RatePoint]:
     """Score of all firings of latents at or below a rate, against that rate.
 
     Args:

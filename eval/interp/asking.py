@@ -150,9 +150,14 @@ class Interpretation:
             if explanation is None and kind != "intruder":
                 continue
             found[kind] = test_questions(
-                material.texts, material.coder, evidence, explanation or "", kind,
-                items=self.config.items, seed=self.config.seed,
-            )  # fmt: skip
+                material.texts,
+                material.coder,
+                evidence,
+                explanation or "",
+                kind,
+                items=self.config.items,
+                seed=self.config.seed,
+            )
         return found
 
     # asking

@@ -38,14 +38,16 @@ def write_requests(path: Path, requests: Sequence[Request], asked: Interpretatio
                 "method": "POST",
                 "url": "/v1/chat/completions",
                 "body": {
-                    "model": asked.model, "messages": list(request.messages),
-                    "max_tokens": request.max_tokens, **asked.parameters,
+                    "model": asked.model,
+                    "messages": list(request.messages),
+                    "max_tokens": request.max_tokens,
+                    **asked.parameters,
                 },
             },
             indent=None,
         )
         for request in requests
-    ]  # fmt: skip
+    ]
     try:
         write_atomically(path, "".join(lines))
     except OSError as error:
@@ -65,9 +67,14 @@ def read_replies(path: Path) -> Iterator[tuple[str, Reply]]:
                     try:
                         yield _reply(parse_json(line, halves=True))
                     except (
-                        ValueError, KeyError, TypeError, IndexError, AttributeError,
-                        OverflowError, RecursionError,
-                    ) as error:  # fmt: skip
+                        ValueError,
+                        KeyError,
+                        TypeError,
+                        IndexError,
+                        AttributeError,
+                        OverflowError,
+                        RecursionError,
+                    ) as error:
                         raise UserError(
                             f"--import {path}, line {number}: expected custom_id, and "
                             f"response.body or reply ({error!r})."

@@ -116,10 +116,17 @@ class Texts:
 
 
 def gather(
-    texts: Texts, latent: int, row: NDArray[np.int64], value: NDArray[np.float32], *,
-    explain: int, test: int, marking: Marking = "all", graded: bool = False,
+    texts: Texts,
+    latent: int,
+    row: NDArray[np.int64],
+    value: NDArray[np.float32],
+    *,
+    explain: int,
+    test: int,
+    marking: Marking = "all",
+    graded: bool = False,
     negatives: Literal["auto", "silent", "active"] = "auto",
-) -> Evidence:  # fmt: skip
+) -> Evidence:
     """Windows of one latent.
 
     Args:
@@ -144,8 +151,9 @@ def gather(
     firing_document = texts.for_firing(row, latent)
 
     def drawn(which: NDArray[np.bool_], limit: int) -> list[tuple[int, Window]]:
-        return _drawn(texts, row, value, stratum, priority, which, limit,
-                      marking if graded else "all")  # fmt: skip
+        return _drawn(
+            texts, row, value, stratum, priority, which, limit, marking if graded else "all"
+        )
 
     windows = [w for _, w in drawn(explaining, explain)]
     around = drawn(texts.test[row] & firing_document, test)
@@ -168,9 +176,15 @@ def gather(
 
 
 def _drawn(
-    texts: Texts, row: NDArray[np.int64], value: NDArray[np.float32], stratum: NDArray[np.int64],
-    priority: NDArray[np.uint64], which: NDArray[np.bool_], limit: int, marking: Marking,
-) -> list[tuple[int, Window]]:  # fmt: skip
+    texts: Texts,
+    row: NDArray[np.int64],
+    value: NDArray[np.float32],
+    stratum: NDArray[np.int64],
+    priority: NDArray[np.uint64],
+    which: NDArray[np.bool_],
+    limit: int,
+    marking: Marking,
+) -> list[tuple[int, Window]]:
     """Windows around firings, as many of each stratum as can be, none overlapping another."""
     chosen = np.flatnonzero(which)
     # The first of every stratum, then the second of every one, and so on.

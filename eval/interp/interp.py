@@ -25,7 +25,7 @@ from bsc.eval.interp.judges.judge import Judge, NamedJudge
 from bsc.eval.interp.ledger import Ledger
 from bsc.eval.interp.material import Materials
 from bsc.eval.interp.results import write_results
-from bsc.eval.interp.scores import InterpFolder, Interpretability
+from bsc.eval.interp.scores import Interpretability, read_judged
 from bsc.progress import console
 from bsc.train.run import claim
 
@@ -124,7 +124,7 @@ def _folder(materials: Materials, model: str, name: str | None) -> Path:
     other = model
     if (folder / "interp.json").exists():
         with suppress(UserError):  # damaged: it is made again
-            other = InterpFolder(materials.run).read(folder).judge.model
+            other = read_judged(folder).judge.model
     if other != model:
         raise UserError(
             f"{folder}: results of another judge are here, {other}. Give another --name."
@@ -197,7 +197,7 @@ def import_replies(
                 f"{model}. Give the options of --export, with the same --judge-model."
             )
         folder = _folder(materials, model, name)
-        result = write_results(asked, {"model": model, "by": "files"}, folder)
+        result = write_results(asked, NamedJudge(model).facts, folder)
         left = len(asked.open_requests())
     console.print(
         f"{path}: {new} new answers, {known} known before, {foreign} of other questions"

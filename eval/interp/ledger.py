@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from bsc.errors import StoreError
+from bsc.eval.interp.judges.facts import Parameters
 from bsc.eval.interp.judges.prompts import PROMPTS_VERSION, Request
 from bsc.eval.interp.judges.reply import Reply
 from bsc.eval.passes.pieces import identity_of
@@ -30,7 +31,7 @@ _SYNC_EVERY = 1.0
 """Seconds between calls that make it survive a power cut, too; a kill it survives anyway."""
 
 
-def key_of(model: str, parameters: dict[str, Any], request: Request) -> str:
+def key_of(model: str, parameters: Parameters, request: Request) -> str:
     """Key of a question.
 
     Args:
@@ -119,10 +120,15 @@ class Ledger:
     def add(self, key: str, model: str, request: Request, reply: Reply) -> None:
         """Write an answer."""
         entry = {
-            "key": key, "model": model, "kind": request.kind, "coder": request.coder,
-            "latent": request.latent, "part": request.part, "prompts": PROMPTS_VERSION,
+            "key": key,
+            "model": model,
+            "kind": request.kind,
+            "coder": request.coder,
+            "latent": request.latent,
+            "part": request.part,
+            "prompts": PROMPTS_VERSION,
             **reply._asdict(),
-        }  # fmt: skip
+        }
         line = canonical_json(entry, indent=None).encode("utf-8", "replace")
         self._file.write(line)
         self._file.flush()
@@ -147,8 +153,10 @@ class Ledger:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.sync()
         self._file.close()

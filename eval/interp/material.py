@@ -52,10 +52,16 @@ class Material:
         row, value = self.code.of(latent)
         config = self.config
         found = self._gathered[latent] = gather(
-            self.texts, latent, row.astype(np.int64), value, explain=config.explain_windows,
-            test=config.test_windows, marking=config.marks, graded=latent < self.first_binary,
+            self.texts,
+            latent,
+            row.astype(np.int64),
+            value,
+            explain=config.explain_windows,
+            test=config.test_windows,
+            marking=config.marks,
+            graded=latent < self.first_binary,
             negatives=config.negatives,
-        )  # fmt: skip
+        )
         return found
 
 
@@ -97,9 +103,8 @@ class Materials:
         length = min(config.window, self.store.context)
         self.read = {h: rows_read(split, h, max_rows, without) for h in hooks}
         self._texts = {
-            h: Texts(self.windows, r, length=length, seed=config.seed)
-            for h, r in self.read.items()
-        }  # fmt: skip
+            h: Texts(self.windows, r, length=length, seed=config.seed) for h, r in self.read.items()
+        }
 
     def hookpoint(self, name: str) -> str:
         """Of a coder."""
@@ -128,10 +133,13 @@ class Materials:
             _just(config.only, counts)
             if config.only
             else choose(
-                counts, config.latents, census=config.census_rate * rows,
-                min_firings=config.min_firings, seed=config.seed,
+                counts,
+                config.latents,
+                census=config.census_rate * rows,
+                min_firings=config.min_firings,
+                seed=config.seed,
             )
-        )  # fmt: skip
+        )
         first_binary = self._planned[name].coder.first_binary
         return Material(name, code, counts, rows, chosen, texts, first_binary, config)
 

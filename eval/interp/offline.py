@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -40,11 +41,11 @@ from bsc.eval.interp.scores import (
     OfflineCoder,
     OverlapScores,
     PredictabilityScores,
+    read_offline,
 )
 from bsc.eval.passes.pieces import Pieces
 from bsc.files import write_atomically
 from bsc.progress import stage
-from bsc.train.run import Run
 from bsc.typed import combined, write_typed
 
 __all__ = ["LatentNumber", "offline_scores", "scores_csv"]
@@ -99,24 +100,25 @@ def offline_scores(materials: Materials) -> Offline:
         # Of latents that were named, for a look; they are no sample of the coder.
         return result
     if len(materials.names) < len(materials.every_name):
-        result = _with_other_coders(result, tables, materials.run)
+        result = _with_other_coders(result, tables, folder)
     for name, rows in tables.items():
         write_atomically(folder / f"scores-{name}.csv", scores_csv(rows))
     write_typed(folder / "offline.json", result)
     return result
 
 
-def _with_other_coders(result: Offline, tables: dict[str, list[LatentNumber]], run: Run) -> Offline:
+def _with_other_coders(
+    result: Offline, tables: dict[str, list[LatentNumber]], folder: Path
+) -> Offline:
     """With what was there of coders that were not computed now."""
-    folder = InterpFolder(run)
     try:
-        old = folder.read_offline()
-        if old is None or old.store_id != result.store_id:
+        old = read_offline(folder)
+        if old.store_id != result.store_id:
             return result
         others = {n: c for n, c in old.coders.items() if n not in result.coders}
         added: dict[str, list[LatentNumber]] = {}
         for name in tables:
-            with (folder.offline / f"scores-{name}.csv").open() as file:
+            with (folder / f"scores-{name}.csv").open() as file:
                 added[name] = [
                     LatentNumber(row["coder"], int(row["latent"]), float(row["score"]))
                     for row in csv.DictReader(file)
@@ -150,9 +152,13 @@ def _predictability(
         if hook not in contexts:
             windows = materials.windows
             contexts[hook] = contexts_of_tokens(
-                windows.ids, windows.doc_id, windows.position, materials.read[hook],
-                windows.part, seed=materials.config.seed,
-            )  # fmt: skip
+                windows.ids,
+                windows.doc_id,
+                windows.position,
+                materials.read[hook],
+                windows.part,
+                seed=materials.config.seed,
+            )
         scores = predictability(material.code, contexts[hook], seed=materials.config.seed)
         pieces.write(0, scores._asdict())
     return Predictability(**pieces.read(0))

@@ -35,9 +35,7 @@ def token_weights(texts: Texts, windows: Iterable[Window]) -> dict[int, float]:
 def _bags(texts: Texts, window: Window, weights: Mapping[int, float]) -> tuple[Bag, Bag]:
     """The marked tokens and all tokens of a window, of length one each."""
     ids = [int(i) for i in texts.windows.ids[window.start : window.start + window.tokens]]
-    return (
-        _unit(Counter(ids[m] for m in window.marks), weights), _unit(Counter(ids), weights)
-    )  # fmt: skip
+    return (_unit(Counter(ids[m] for m in window.marks), weights), _unit(Counter(ids), weights))
 
 
 def _unit(counts: Counter[int], weights: Mapping[int, float]) -> Bag:
@@ -68,11 +66,12 @@ def overlap_answers(
         alike = [
             sum(
                 _cosine(own[side], other[side])
-                for j, other in enumerate(bags) if j != i
+                for j, other in enumerate(bags)
+                if j != i
                 for side in (0, 1)
             )
             for i, own in enumerate(bags)
-        ]  # fmt: skip
+        ]
         least = np.isclose(alike, min(alike), rtol=0, atol=1e-12)
         found.append(float(least[intruder] / least.sum()))
     return found

@@ -63,9 +63,14 @@ class Predictability(NamedTuple):
 
 
 def contexts_of_tokens(
-    ids: NDArray[Any], doc_id: NDArray[Any], position: NDArray[np.int64], read: NDArray[np.bool_],
-    division: NDArray[np.uint8], *, seed: int = 0,
-) -> Contexts:  # fmt: skip
+    ids: NDArray[Any],
+    doc_id: NDArray[Any],
+    position: NDArray[np.int64],
+    read: NDArray[np.bool_],
+    division: NDArray[np.uint8],
+    *,
+    seed: int = 0,
+) -> Contexts:
     """Hash the local context of every row.
 
     Args:

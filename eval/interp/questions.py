@@ -80,9 +80,15 @@ def explain_question(texts: Texts, coder: str, evidence: Evidence, seed: int) ->
 
 
 def test_questions(
-    texts: Texts, coder: str, evidence: Evidence, explanation: str, kind: TestKind, *,
-    items: int, seed: int,
-) -> list[Question]:  # fmt: skip
+    texts: Texts,
+    coder: str,
+    evidence: Evidence,
+    explanation: str,
+    kind: TestKind,
+    *,
+    items: int,
+    seed: int,
+) -> list[Question]:
     """The questions of one test.
 
     Args:
@@ -187,8 +193,11 @@ def _probabilities(reply: Reply, n: int) -> list[float | None]:
     keyed = {int(m[1]): at.get(m.start(2)) for m in _KEYED.finditer(reply.text)}
     if keyed:
         return [keyed.get(i) for i in range(1, n + 1)]
-    digits = [p for place, p in sorted(at.items())
-              if reply.text[:place].rstrip().endswith(("[", ",")) or n == 1]  # fmt: skip
+    digits = [
+        p
+        for place, p in sorted(at.items())
+        if reply.text[:place].rstrip().endswith(("[", ",")) or n == 1
+    ]
     return list(digits) if len(digits) == n else [None] * n
 
 

@@ -22,30 +22,30 @@ from bsc.eval.interp.asking import Interpretation
 from bsc.eval.interp.config import InterpConfig, Prices, TestKind
 from bsc.eval.interp.cost import Meter
 from bsc.eval.interp.evidence import Evidence
+from bsc.eval.interp.judges.facts import JudgeFacts
 from bsc.eval.interp.judges.prompts import PROMPTS_VERSION
 from bsc.eval.interp.material import Material
 from bsc.eval.interp.offline import LatentNumber, scores_csv
 from bsc.eval.interp.questions import CHANCE, Question, read_answers, score
 from bsc.eval.interp.scores import (
     INTERP_VERSION,
-    InterpFolder,
     Interpretability,
     JudgedCoder,
     JudgedLatent,
-    JudgeFacts,
     LatentScore,
     SampledMeans,
     ShownQuestion,
     TestScores,
     Usage,
     judged_latents,
+    read_judged,
 )
 from bsc.files import write_atomically
 from bsc.formats import percent
 from bsc.progress import stage
 from bsc.typed import combined, write_typed
 
-__all__ = ["is_simulated", "write_results"]
+__all__ = ["write_results"]
 
 _ALWAYS = 0.9
 """A judge that answers the same to more than this share of either side is flagged."""
@@ -56,13 +56,13 @@ Scores = dict[str, list[LatentNumber]]
 
 
 def write_results(
-    asked: Interpretation, facts: Mapping[str, Any], folder: Path
+    asked: Interpretation, facts: JudgeFacts | None, folder: Path
 ) -> Interpretability:
     """Score what is in the ledger and write it into a folder.
 
     Args:
         asked: the questions, and where their answers are.
-        facts: about the judge.
+        facts: about the judge; None: it was not asked what it can do.
         folder: of the results; what was there of the same judge is replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,15 +98,15 @@ def write_results(
     every = kept | scored
     coders = {name: every[name] for name in asked.materials.every_name if name in every}
     # A judge that had nothing left to answer was not asked again what it can do.
-    known = {**(before.judge.to_json() if before else {}), **facts}
+    known = facts or JudgeFacts.of(asked.model)
+    if before is not None:
+        known = before.judge.model_copy(update={n: known[n] for n in known.model_fields_set})
     usage = Meter(Prices(), asked.ledger.entries(asked.model))
     result = Interpretability(
         version=INTERP_VERSION,
         prompts=PROMPTS_VERSION,
         store_id=asked.materials.store.store_id,
-        judge=JudgeFacts(
-            **(known | {"model": asked.model, "simulated": is_simulated(asked.model)})
-        ),
+        judge=known,
         parameters=asked.parameters,
         config=asked.config,
         power=POWER,
@@ -127,7 +127,7 @@ def write_results(
 def _before(asked: Interpretation, folder: Path) -> Interpretability | None:
     """An earlier scoring by this judge on this store; None where there is none to be used."""
     try:
-        old = InterpFolder(asked.materials.run).read(folder)
+        old = read_judged(folder)
     except UserError:
         return None
     same = (old.judge.model, old.store_id) == (asked.model, asked.materials.store.store_id)
@@ -267,11 +267,6 @@ def _test(kind: TestKind, material: Material, scores: Mapping[int, LatentScore])
         answers=dict(counts),
         **some,
     )
-
-
-def is_simulated(model: str) -> bool:
-    """Whether a judge says of itself, by its name, that it is none: ``simulated-...``."""
-    return model.lower().startswith("simulated")
 
 
 def _flags(coders: Mapping[str, JudgedCoder]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 from bsc.errors import StoreError
 from bsc.eval.evaluation import Interval
 from bsc.eval.interp.config import InterpConfig
+from bsc.eval.interp.judges.facts import JudgeFacts, Parameters
 from bsc.records import parse_json
 from bsc.train.run import Run
 from bsc.typed import Record, parse_typed, read_typed
@@ -27,7 +28,6 @@ __all__ = [
     "Coverage",
     "InterpFolder",
     "Interpretability",
-    "JudgeFacts",
     "JudgedCoder",
     "JudgedLatent",
     "LatentScore",
@@ -44,6 +44,8 @@ __all__ = [
     "Usage",
     "judged_latent",
     "judged_latents",
+    "read_judged",
+    "read_offline",
 ]
 
 INTERP_VERSION = 1
@@ -134,23 +136,6 @@ class JudgedCoder(Record):
     tests: dict[str, TestScores]
 
 
-class JudgeFacts(Record):
-    """Who answered; what it can do, where it was asked."""
-
-    model: str
-    simulated: bool
-    """Whether it says of itself that it is no judge."""
-    by: str | None = None
-    """``"files"``: the answers were imported."""
-    echoed_model: str | None = None
-    """What it calls itself."""
-    repeatable: bool | None = None
-    """Whether it said the same when it was asked again."""
-    probabilities: bool | None = None
-    structured_output: str | None = None
-    known_answers_right: str | None = None
-
-
 class Usage(Record):
     """What a judge has answered so far."""
 
@@ -168,7 +153,7 @@ class Interpretability(Record):
     """Version of the prompts."""
     store_id: str
     judge: JudgeFacts
-    parameters: dict[str, Any]
+    parameters: Parameters
     """That decide an answer."""
     config: InterpConfig
     power: float
@@ -287,9 +272,8 @@ class InterpFolder:
         Raises:
             StoreError: they are damaged, or not of the run.
         """
-        path = folder / "interp.json"
-        found = read_typed(Interpretability, path, "scores", INTERP_VERSION, self._remedy(folder))
-        self._check(path, found.store_id)
+        found = read_judged(folder, self._remedy(folder))
+        self._check(folder / "interp.json", found.store_id)
         return found
 
     def read_offline(self) -> Offline | None:
@@ -301,8 +285,7 @@ class InterpFolder:
         path = self.offline / "offline.json"
         if not path.exists():
             return None
-        remedy = self._remedy(self.offline)
-        found = read_typed(Offline, path, "scores", OFFLINE_VERSION, remedy)
+        found = read_offline(self.offline, self._remedy(self.offline))
         self._check(path, found.store_id)
         return found
 
@@ -315,6 +298,25 @@ class InterpFolder:
     def _check(self, path: Path, store_id: str) -> None:
         if store_id != self.run.config().store_id:
             raise StoreError(f"{path}: of another store than the run. {self._remedy(path.parent)}")
+
+
+def read_judged(folder: Path, remedy: str = "") -> Interpretability:
+    """Scores by a judge, of whatever run.
+
+    Raises:
+        StoreError: they are missing or damaged.
+    """
+    path = folder / "interp.json"
+    return read_typed(Interpretability, path, "scores", INTERP_VERSION, remedy)
+
+
+def read_offline(folder: Path, remedy: str = "") -> Offline:
+    """Scores without a language model, of whatever run.
+
+    Raises:
+        StoreError: they are missing or damaged.
+    """
+    return read_typed(Offline, folder / "offline.json", "scores", OFFLINE_VERSION, remedy)
 
 
 def judged_latents(path: Path) -> Iterator[tuple[int, JudgedLatent]]:

@@ -54,9 +54,13 @@ class Contexts(NamedTuple):
         """The first contexts, of up to `tokens` tokens, and one at least."""
         n = max(1, int(np.searchsorted(np.cumsum(self.real.sum(axis=1)), tokens, "right")))
         return self._replace(
-            token_id=self.token_id[:n], position=self.position[:n], real=self.real[:n],
-            predicted=self.predicted[:n], document=self.document[:n], unseen=self.unseen[:n],
-        )  # fmt: skip
+            token_id=self.token_id[:n],
+            position=self.position[:n],
+            real=self.real[:n],
+            predicted=self.predicted[:n],
+            document=self.document[:n],
+            unseen=self.unseen[:n],
+        )
 
     def inputs(self, part: slice, lm: LanguageModel) -> dict[str, torch.Tensor]:
         """Arguments of the model's forward pass for some of the contexts."""
@@ -101,15 +105,24 @@ def contexts_of(
         predicted = position[:, 1:] != 0
     document = document_numbers(split)[: n * length].reshape(shape)[:, 1:]
     return Contexts(
-        ids, position, np.ones(shape, bool), predicted, store.packing, separation, document,
+        ids,
+        position,
+        np.ones(shape, bool),
+        predicted,
+        store.packing,
+        separation,
+        document,
         unseen[: n * length].reshape(shape)[:, 1:],
-    )  # fmt: skip
+    )
 
 
 def _of_documents(
-    store: ActivationStore, ids: NDArray[np.int64], position: NDArray[np.int64],
-    unseen: NDArray[np.bool_], max_tokens: int,
-) -> Contexts:  # fmt: skip
+    store: ActivationStore,
+    ids: NDArray[np.int64],
+    position: NDArray[np.int64],
+    unseen: NDArray[np.bool_],
+    max_tokens: int,
+) -> Contexts:
     """Contexts of one document each, padded to the longest."""
     starts = np.flatnonzero(position == 0)
     ends = np.append(starts[1:], len(position))

@@ -34,10 +34,12 @@ class _CoderPiece:
         self.kinds = ["coder", "skip"]
         if calibration is not None:
             self.kinds += ["binarised", "quantised"]
-        self.channel = {k: torch.zeros(d_out, dtype=torch.float64, device=device)
-                        for k in self.kinds}  # fmt: skip
-        self.block = {k: torch.zeros(blocks, dtype=torch.float64, device=device)
-                      for k in self.kinds}  # fmt: skip
+        self.channel = {
+            k: torch.zeros(d_out, dtype=torch.float64, device=device) for k in self.kinds
+        }
+        self.block = {
+            k: torch.zeros(blocks, dtype=torch.float64, device=device) for k in self.kinds
+        }
         self.unseen = torch.zeros(blocks, dtype=torch.float64, device=device)
         self.counts = torch.zeros(coder.config.n_latents, dtype=torch.int64, device=device)
         empty = torch.empty(0, dtype=torch.int64)
@@ -64,16 +66,17 @@ class _CoderPiece:
         on = code.value != 0
         self.counts += torch.bincount(code.latent[on], minlength=len(self.counts))
         self.entries.append(
-            (index.repeat_interleave(on.sum(dim=1).cpu()), code.latent[on].cpu(),
-             code.margin[on].float().cpu())
-        )  # fmt: skip
+            (
+                index.repeat_interleave(on.sum(dim=1).cpu()),
+                code.latent[on].cpu(),
+                code.margin[on].float().cpu(),
+            )
+        )
 
     def sums(self) -> Arrays:
         found = {f"{k}/channel": v.cpu().numpy() for k, v in self.channel.items()}
         found |= {f"{k}/block": v.cpu().numpy() for k, v in self.block.items()}
-        return found | {
-            "counts": self.counts.cpu().numpy(), "unseen": self.unseen.cpu().numpy()
-        }  # fmt: skip
+        return found | {"counts": self.counts.cpu().numpy(), "unseen": self.unseen.cpu().numpy()}
 
     def code(self, start: int) -> Arrays:
         wide = self.coder.config.n_latents > 1 << 16
@@ -172,11 +175,13 @@ def pass_over_rows(
             for name, one in work.items():
                 codes[name].write(piece, one.code(first))
             sums: Arrays = {
-                "first_block": np.array([first_block]), "block_rows": block_rows.cpu().numpy(),
-                "total/channel": total.cpu().numpy(), "total/block": block_total.cpu().numpy(),
+                "first_block": np.array([first_block]),
+                "block_rows": block_rows.cpu().numpy(),
+                "total/channel": total.cpu().numpy(),
+                "total/block": block_total.cpu().numpy(),
                 "total/unseen": unseen_total.cpu().numpy(),
                 "unseen_rows": unseen_rows.cpu().numpy(),
-            }  # fmt: skip
+            }
             for i, one in enumerate(work.values()):
                 sums |= {f"{i}/{key}": value for key, value in one.sums().items()}
             pieces.write(piece, sums)
@@ -218,9 +223,10 @@ def add_up(pieces: Pieces, n_pieces: int, names: list[str], n_blocks: int) -> di
                 found[name] = Sums(
                     {k: np.zeros_like(own[f"{k}/channel"]) for k in kinds},
                     {k: np.zeros(n_blocks) for k in kinds},
-                    np.zeros(n_blocks), np.zeros_like(own["counts"]),
+                    np.zeros(n_blocks),
+                    np.zeros_like(own["counts"]),
                     {k: np.zeros(n_blocks) for k in ("total", "coder", "rows")},
-                )  # fmt: skip
+                )
             sums = found[name]
             here = slice(at, at + len(arrays["block_rows"]))
             for kind in sums.channel:

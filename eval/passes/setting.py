@@ -68,9 +68,13 @@ def matching_model(store: ActivationStore, name: str | None, device: torch.devic
     """
     saved = store.attributes["model"]
     lm = load_model(
-        name or str(saved["name"]), revision=saved["revision"], dtype=str(saved["dtype"]),
-        device=device, with_head=True, random_weights=saved.get("random_weights"),
-    )  # fmt: skip
+        name or str(saved["name"]),
+        revision=saved["revision"],
+        dtype=str(saved["dtype"]),
+        device=device,
+        with_head=True,
+        random_weights=saved.get("random_weights"),
+    )
     found = lm.identity()
     keys = ["revision", "weights_sha256"]
     if found["weights_sha256"] and not saved["weights_sha256"]:
@@ -165,9 +169,11 @@ def open_setting(
     separation: Separation = "positions"
     if opened.packing == "masked":
         separation = document_separation(
-            RowTap(lm.base, run.config().hookpoints).rows, dtype=lm.model.dtype, device=on,
+            RowTap(lm.base, run.config().hookpoints).rows,
+            dtype=lm.model.dtype,
+            device=on,
             vocabulary=int(lm.model.get_input_embeddings().weight.shape[0]),
-        )  # fmt: skip
+        )
     without = tuple(run.config().without_tokens)
     return Setting(run, opened, lm, coders, left_out, separation, without)
 

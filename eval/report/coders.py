@@ -134,9 +134,16 @@ def read_coders(runs: Sequence[Run]) -> list[ReportedCoder]:
 def _order(one: ReportedCoder) -> tuple[str | int, ...]:
     coder = one.planned.coder
     return (
-        one.model, one.planned.hookpoint, coder.site, coder.n_latents, coder.code, coder.k,
-        one.seed, one.run, one.name,
-    )  # fmt: skip
+        one.model,
+        one.planned.hookpoint,
+        coder.site,
+        coder.n_latents,
+        coder.code,
+        coder.k,
+        one.seed,
+        one.run,
+        one.name,
+    )
 
 
 def _coders_of(run: Run, label: str, points: int) -> list[ReportedCoder]:

@@ -82,8 +82,10 @@ class Drawing:
 
     def save(self, folder: Path) -> list[Path]:
         """Write NAME.svg and NAME.pdf."""
-        forms = {"svg": {"Date": None, "Creator": None},
-                 "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}  # fmt: skip
+        forms = {
+            "svg": {"Date": None, "Creator": None},
+            "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+        }
         paths = []
         for form, metadata in forms.items():
             paths.append(folder / f"{self.name}.{form}")
@@ -124,9 +126,12 @@ def one_legend(figure: Figure, axes: Sequence[Axes], columns: int = 6) -> None:
             found.setdefault(label, handle)
     if found:
         figure.legend(
-            found.values(), found, loc="outside lower center", ncols=min(columns, len(found)),
+            found.values(),
+            found,
+            loc="outside lower center",
+            ncols=min(columns, len(found)),
             fontsize=8,
-        )  # fmt: skip
+        )
 
 
 def left_label(axes: Sequence[Axes], text: str) -> None:

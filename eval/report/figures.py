@@ -86,9 +86,12 @@ def _draw(
 ) -> None:
     code = of_code[0].code
     style: dict[str, Any] = {
-        "color": COLOURS[code], "ls": "--" if curve.dashed else "-", "marker": MARKERS[code],
-        "ms": 4.5, "mfc": "none" if curve.dashed else COLOURS[code],
-    }  # fmt: skip
+        "color": COLOURS[code],
+        "ls": "--" if curve.dashed else "-",
+        "marker": MARKERS[code],
+        "ms": 4.5,
+        "mfc": "none" if curve.dashed else COLOURS[code],
+    }
     for variant in dict.fromkeys(c.variant for c in of_code):
         line = [c for c in of_code if c.variant == variant]
         points = []
@@ -103,9 +106,13 @@ def _draw(
         interval = coder.figures[curve.interval] if curve.interval else None
         low, high = interval or (value, value)
         axis.errorbar(
-            [x(coder)], [value], yerr=[[max(0, value - low)], [max(0, high - value)]],
-            **style, lw=1, capsize=2,
-        )  # fmt: skip
+            [x(coder)],
+            [value],
+            yerr=[[max(0, value - low)], [max(0, high - value)]],
+            **style,
+            lw=1,
+            capsize=2,
+        )
     axis.plot([], [], **style, label=label)
 
 
@@ -162,11 +169,13 @@ def training_curves(rows: Sequence[ReportedCoder]) -> Drawing:
             for coder in members:
                 rank = ks.index(coder.k) / max(1, len(ks) - 1)
                 axis.plot(
-                    [m.rows for m in coder.curve], [m.fvu for m in coder.curve],
-                    color=COLOURS[coder.code], lw=0.8 + rank, alpha=0.45 + 0.55 * rank,
-                    label=f"{coder.code}, k = {coder.k}"
-                    if coder.seed == members[0].seed else None,
-                )  # fmt: skip
+                    [m.rows for m in coder.curve],
+                    [m.fvu for m in coder.curve],
+                    color=COLOURS[coder.code],
+                    lw=0.8 + rank,
+                    alpha=0.45 + 0.55 * rank,
+                    label=f"{coder.code}, k = {coder.k}" if coder.seed == members[0].seed else None,
+                )
             last = [c.curve[-1].fvu for c in members if c.curve]
             words.append(f"{panel}: ends at {_extent(last)};" if last else "")
             axis.set_yscale("log")
@@ -229,8 +238,12 @@ def probing(name: str, found: Probing, rows: Sequence[ReportedCoder], run: str) 
 
     A column per way of pooling, a row per number of latents that a probe has.
     """
-    arms = {"sae_bench": "means as they are (SAEBench)", "mean": "means, standardised",
-            "max": "maxima, standardised", "last": "last token, standardised"}  # fmt: skip
+    arms = {
+        "sae_bench": "means as they are (SAEBench)",
+        "mean": "means, standardised",
+        "max": "maxima, standardised",
+        "last": "last token, standardised",
+    }
     own = [c for c in rows if c.run == run and c.name in found.coders]
     sizes = sorted({int(k) for c in own for k in found.coders[c.name]["sae_bench"]})
     ks = sorted({c.k for c in own})
@@ -245,8 +258,14 @@ def probing(name: str, found: Probing, rows: Sequence[ReportedCoder], run: str) 
                 values += _probed(axis, found, of_code, arm, str(size), len(ks) > 1)
             for i, (side, baseline) in enumerate(found.baselines.items()):
                 line = ("--", "-.")[i % 2]
-                axis.axhline(baseline[arm][str(size)].accuracy, color=INK, ls=line, lw=1.1,
-                             alpha=0.6, label=f"channels of {side}")  # fmt: skip
+                axis.axhline(
+                    baseline[arm][str(size)].accuracy,
+                    color=INK,
+                    ls=line,
+                    lw=1.1,
+                    alpha=0.6,
+                    label=f"channels of {side}",
+                )
             axis.axhline(0.5, color=INK, lw=0.7, ls=":", alpha=0.6)
             axis.set_xscale("log", base=2)
             axis.set_xticks(ks, [str(k) for k in ks])
@@ -282,12 +301,23 @@ def _probed(
         low, high = one.interval or (value, value)
         points.setdefault(coder.k, []).append(value)
         axis.errorbar(
-            [coder.k * shift], [value], yerr=[[max(0, value - low)], [max(0, high - value)]],
-            color=COLOURS[code], marker=MARKERS[code], ms=4, lw=1, capsize=2,
-        )  # fmt: skip
+            [coder.k * shift],
+            [value],
+            yerr=[[max(0, value - low)], [max(0, high - value)]],
+            color=COLOURS[code],
+            marker=MARKERS[code],
+            ms=4,
+            lw=1,
+            capsize=2,
+        )
     ks = sorted(points)
     axis.plot(
-        [k * shift for k in ks], [np.mean(points[k]) for k in ks], color=COLOURS[code],
-        marker=MARKERS[code], ms=4, lw=1.3 if joined else 0, label=code,
-    )  # fmt: skip
+        [k * shift for k in ks],
+        [np.mean(points[k]) for k in ks],
+        color=COLOURS[code],
+        marker=MARKERS[code],
+        ms=4,
+        lw=1.3 if joined else 0,
+        label=code,
+    )
     return [value for values in points.values() for value in values]

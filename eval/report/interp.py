@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bsc.eval.interp.config import TESTS
+from bsc.eval.interp.judges.facts import JudgeFacts
 from bsc.eval.interp.questions import CHANCE
 from bsc.eval.interp.scores import (
     AllMeans,
@@ -14,7 +15,6 @@ from bsc.eval.interp.scores import (
     InterpFolder,
     Interpretability,
     JudgedLatent,
-    JudgeFacts,
     Offline,
     OfflineCoder,
     RatePoint,

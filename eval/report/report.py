@@ -50,25 +50,42 @@ def drawings(
     k = "k, latents selected per token"
     codes = Curve("fvu", interval="fvu_interval")
     cost = Curve("delta_ce", interval="delta_ce_interval")
-    without = Curve("fvu_binarised", ("continuous", "hybrid"), "fvu_binarised_interval",
-                    "{code}, values removed", True)  # fmt: skip
-    cost_without = Curve("delta_ce_binarised", ("continuous", "hybrid"),
-                         "delta_ce_binarised_interval", "{code}, values removed", True)  # fmt: skip
+    without = Curve(
+        "fvu_binarised",
+        ("continuous", "hybrid"),
+        "fvu_binarised_interval",
+        "{code}, values removed",
+        True,
+    )
+    cost_without = Curve(
+        "delta_ce_binarised",
+        ("continuous", "hybrid"),
+        "delta_ce_binarised_interval",
+        "{code}, values removed",
+        True,
+    )
     fvu, nats = "FVU (held out)", "delta CE, nats per token"
     found = [
         figures.curves("delta-ce-k", rows, lambda c: c.k, k, nats, [cost]),
         figures.curves("fvu-k", rows, lambda c: c.k, k, fvu, [codes]),
         figures.curves("fvu-l0", rows, lambda c: c.figures.l0, "L0", fvu, [codes]),
-        figures.curves("fvu-bits", rows, lambda c: c.figures.bits, "bits per token", fvu,
-                       [Curve("fvu_quantised")]),
+        figures.curves(
+            "fvu-bits",
+            rows,
+            lambda c: c.figures.bits,
+            "bits per token",
+            fvu,
+            [Curve("fvu_quantised")],
+        ),
         figures.curves("delta-ce-l0", rows, lambda c: c.figures.l0, "L0", nats, [cost]),
-        figures.curves("delta-ce-bits", rows, lambda c: c.figures.bits, "bits per token", nats,
-                       [cost]),
+        figures.curves(
+            "delta-ce-bits", rows, lambda c: c.figures.bits, "bits per token", nats, [cost]
+        ),
         figures.curves("fvu-control", rows, lambda c: c.k, k, fvu, [codes, without]),
         figures.curves("delta-ce-control", rows, lambda c: c.k, k, nats, [cost, cost_without]),
         figures.firing_histograms(rows),
         figures.training_curves(rows),
-    ]  # fmt: skip
+    ]
     if ablation := figures.ablations(rows):
         found.append(ablation)
     for i, (run, label) in enumerate(zip(runs, run_labels(runs), strict=True)):
@@ -189,9 +206,7 @@ def render_report(runs: Sequence[Run]) -> str:
             strata=STRATA,
             runs=[
                 {"name": label, "config": run.config(), "evaluation": evaluation}
-                for run, label, evaluation in zip(
-                    runs, run_labels(runs), evaluations, strict=True
-                )
+                for run, label, evaluation in zip(runs, run_labels(runs), evaluations, strict=True)
             ],
             rows=rows,
             anchors={(row.run, row.name): row.anchor for row in rows},
@@ -204,7 +219,7 @@ def render_report(runs: Sequence[Run]) -> str:
             interp=interp,
             shown_ultra=max(4, ALL_ULTRA // len(rows)),
             examples=[(row, _marked(row, _thinned(row.examples, latents))) for row in rows],
-        )  # fmt: skip
+        )
     return printable(page, lines=True)
 
 

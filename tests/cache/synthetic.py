@@ -13,7 +13,7 @@ import torch
 
 from bsc.cache.capture.commit import advance, complete, create, split_start
 from bsc.cache.capture.staging import Staging
-from bsc.cache.capture.writer import SplitWriter
+from bsc.cache.capture.writer import SplitPart, SplitWriter
 from bsc.cache.store.folder import open_folder
 from bsc.cache.store.kinds import Codec
 from bsc.cache.store.layout import (
@@ -92,7 +92,7 @@ def make_store(
     start = split_start(folder, "train", grid, rank, writers, window)
     staging = Staging(len(specs), torch.device("cpu"))
     writer = SplitWriter(
-        folder, "train", specs, grid, staging, rank=rank, writers=writers, window=window, seed=3,
+        folder, SplitPart("train", specs, grid, rank, writers, window, seed=3), staging,
         channel_scales=scales if codec == "int8" else {}, start=start, before_window=before_window,
         on_commit=lambda: advance(folder, "train", specs, grid, writers=writers, window=window),
     )  # fmt: skip

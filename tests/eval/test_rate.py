@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from bsc.eval.evaluation import CoderFigures
 from bsc.eval.figures.firing import dead_rate_bound, firing_figures
 from bsc.eval.figures.rate import bit_figures, interpolated, matched, value_entropies
 from tests.eval.planted import latent_code
@@ -61,11 +62,12 @@ def test_nothing_is_extrapolated() -> None:
     assert interpolated(points, 16) == pytest.approx(0.3)
     assert interpolated(points, 7.9) is None and interpolated(points, 33) is None
     assert interpolated([], 8) is None
-    binary = [{"l0": 4.0, "fvu": 0.6}, {"l0": 16.0, "fvu": 0.5}]
-    others = [{"l0": 8.0, "fvu": 0.4}, {"l0": 32.0, "fvu": 0.2}]
-    assert matched(binary, others, "l0", "fvu") == [
-        {"at": 16.0, "binary": 0.5, "other": pytest.approx(0.3)}
-    ]
+    binary, others = (
+        [CoderFigures.model_construct(l0=l0, fvu=fvu) for l0, fvu in points]
+        for points in ([(4.0, 0.6), (16.0, 0.5)], [(8.0, 0.4), (32.0, 0.2)])
+    )
+    (found,) = matched(binary, others, "l0", "fvu")
+    assert found.at == 16 and found.binary == 0.5 and found.other == pytest.approx(0.3)
 
 
 def test_planted_rates_are_counted_and_dead_latents_bounded() -> None:

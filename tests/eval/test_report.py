@@ -14,6 +14,8 @@ import pytest
 
 from bsc.errors import StoreError
 from bsc.eval.evaluation import EVAL_VERSION
+from bsc.eval.interp.judges.facts import JudgeFacts
+from bsc.eval.interp.scores import Interpretability, SampledMean, SampledMeans
 from bsc.eval.report.coders import read_coders
 from bsc.eval.report.export import write_figures
 from bsc.eval.report.interp import Scored, ScoreSet
@@ -261,11 +263,12 @@ def test_the_caption_of_the_ablations_speaks_of_the_bars_that_there_are(
 def test_scores_of_a_single_k_stand_beside_each_other_with_their_names(evaluated: Run) -> None:
     rows = [r for r in read_coders([evaluated]) if r.k == 8]
     assert {r.code for r in rows} == {"binary", "continuous"}
-    mean = {"mean": 0.7, "interval": [0.6, 0.8]}
-    one = ScoreSet("detection", 0.5, {r.name: dict.fromkeys(("unweighted", "weighted"), mean)
-                                      for r in rows})  # fmt: skip
-    judge = {"model": "m", "simulated": False}
-    scored = Scored(rows[0].run, "m", "interp-0-0", {"judge": judge}, [one], [])
+    mean = SampledMean(mean=0.7, interval=[0.6, 0.8], latents=9, sd=0.1, needed=9)
+    means = SampledMeans(unweighted=mean, weighted=mean)
+    one = ScoreSet("detection", 0.5, {r.name: means for r in rows})
+    judge = JudgeFacts(model="m", simulated=False)
+    result = Interpretability.model_construct(judge=judge)
+    scored = Scored(rows[0].run, "m", "interp-0-0", result, [one], [])
     (axis,) = scores(scored, rows).figure.axes
     names = [label.get_text() for label in axis.get_xticklabels()]
     assert names == [
@@ -279,7 +282,7 @@ def test_scores_of_a_single_k_stand_beside_each_other_with_their_names(evaluated
     # It goes by the coders that were scored, not by those of the run.
     several = read_coders([evaluated])
     assert "line" not in scored.caption(several)
-    every = one._replace(coders={r.name: {} for r in several})
+    every = one._replace(coders={r.name: means for r in several})
     assert "solid lines" in scored._replace(sets=[every]).caption(several)
 
 

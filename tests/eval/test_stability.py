@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import bsc.eval.figures.stability
+from bsc.cache.store.layout import Hookpoint
 from bsc.eval.figures.stability import (
     comparable_pairs,
     firing_jaccard,
@@ -14,6 +16,9 @@ from bsc.eval.figures.stability import (
     stability_figures,
 )
 from bsc.train.coders.config import CoderConfig
+from bsc.train.config import SweepPoint
+from bsc.train.run import PlannedCoder
+from bsc.train.sweep import plan_coder
 from tests.eval.planted import saved_codes, zeros
 
 F, D = 60, 16
@@ -79,13 +84,15 @@ def test_the_jaccard_index_is_the_plain_one(tmp_path: Path) -> None:
 
 
 def test_pairs_differ_in_one_thing() -> None:
-    def planned(code: str, k: int, seed: int, lr: float = 0.1) -> dict[str, object]:
-        coder = {"site": "sae", "select": "topk", "code": code, "k": k, "n_latents": 8}
-        return {"hookpoint": "h", "seed": seed, "lr": lr, "coder": coder, "name": "x"}
+    def planned(name: str, code: Any, k: int, seed: int, **changes: Any) -> PlannedCoder:
+        point = SweepPoint(site="sae", code=code, k=k, n_latents=8, seed=seed, **changes)
+        return plan_coder(point, Hookpoint("h", 4, 4)).model_copy(update={"name": name})
 
-    coders = {
-        "b0": planned("binary", 4, 0), "b1": planned("binary", 4, 1),
-        "c0": planned("continuous", 4, 0),
-        "other k": planned("continuous", 8, 0), "other lr": planned("binary", 4, 5, lr=0.2),
-    }  # fmt: skip
+    coders = [
+        planned("b0", "binary", 4, 0),
+        planned("b1", "binary", 4, 1),
+        planned("c0", "continuous", 4, 0),
+        planned("other k", "continuous", 8, 0),
+        planned("other lr", "binary", 4, 5, lr=0.2),
+    ]
     assert sorted(comparable_pairs(coders)) == [("code", "b0", "c0"), ("seed", "b0", "b1")]

@@ -51,7 +51,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]
         coders=({"code": ["binary", "continuous"], "k": 8, "n_latents": 256},),
     ))  # fmt: skip
     config = EvalConfig(ablation_bins=0, ultra_ablations=0, probes=())
-    return run, evaluate(run, config)
+    return run, evaluate(run, config).to_json()
 
 
 def test_fvu_of_the_other_rows_is_that_of_the_rows(found: tuple[Run, dict[str, Any]]) -> None:

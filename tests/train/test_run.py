@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from bsc.records import write_record
 from bsc.train.resume import resume
 from bsc.train.run import Run, claim
 from bsc.train.trainer import train_sweep
+from bsc.typed import parse_typed
 from tests.raw import raw
 from tests.train.test_resume import CODERS, config
 
@@ -73,10 +75,13 @@ def test_the_config_of_hundreds_of_coders_is_checked_once(
     record["coders"] = [record["coders"][0] | {"name": f"layers.2.mlp/{i}"} for i in range(300)]
     write_record(tmp_path / "config.json", record)
     checked: list[object] = []
-    monkeypatch.setattr(
-        "bsc.train.run.parse_config", lambda kind, values, where: checked.append(values)
-    )
-    assert len([Run(tmp_path).config() for _ in range(5)]) == 5 and len(checked) == 300
+
+    def counted(kind: Any, value: Any, *rest: Any) -> Any:
+        checked.append(value)
+        return parse_typed(kind, value, *rest)
+
+    monkeypatch.setattr("bsc.train.run.parse_typed", counted)
+    assert len([Run(tmp_path).config() for _ in range(5)]) == 5 and len(checked) == 1
     record["coders"].pop()
     write_record(tmp_path / "config.json", record)
     assert len(Run(tmp_path).coder_names()) == 299 and len(checked) == 599

@@ -137,8 +137,9 @@ class Bank:
         for name in self.names(coder):
             part = slice(self.configs[coder].first_binary if name == "log_threshold" else 0, None)
             found[name] = (
-                self.parameters[name][coder][part], self.gradients[name][coder][part],
-            )  # fmt: skip
+                self.parameters[name][coder][part],
+                self.gradients[name][coder][part],
+            )
         return found
 
     def initialise(self, seeds: Sequence[int], mean_x: Tensor, mean_y: Tensor) -> None:

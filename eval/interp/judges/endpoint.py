@@ -29,6 +29,7 @@ from bsc.eval.interp.judges.connection import (
     Never,
     NotNow,
 )
+from bsc.eval.interp.judges.facts import JudgeFacts, Parameters
 from bsc.eval.interp.judges.gate import Gate
 from bsc.eval.interp.judges.prompts import CANARY, CANARY_ANSWERS, Request, answers_in, schema_of
 from bsc.eval.interp.judges.reply import Reply
@@ -39,9 +40,12 @@ __all__ = ["Endpoint"]
 Asked = Callable[[Request, Reply], None]
 Form = Literal["json_schema", "json_object", None]
 _AIDS: tuple[tuple[Form, bool], ...] = (
-    ("json_schema", True), ("json_schema", False), ("json_object", False), (None, True),
+    ("json_schema", True),
+    ("json_schema", False),
+    ("json_object", False),
+    (None, True),
     (None, False),
-)  # fmt: skip
+)
 """How a reply is held to its form, and whether probabilities are asked for, in order."""
 _UNSUPPORTED = (400, 422)
 """How servers say that they do not know a field."""
@@ -58,7 +62,7 @@ class Endpoint:
         """
         self.config = config
         self.model = config.model or ""
-        self.facts: dict[str, Any] = {}
+        self.facts: JudgeFacts | None = None
         self._logprobs = False
         self._structured: Form = None
         self._failures = 0.0
@@ -66,7 +70,7 @@ class Endpoint:
         self._echoed: str | None = None
 
     @property
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> Parameters:
         """That decide an answer; sent explicitly, since servers have defaults of their own."""
         return {"temperature": 0, "top_p": 1, "seed": 0}
 
@@ -142,9 +146,11 @@ class Endpoint:
         started, attempts = time.monotonic(), 0
         try:
             async for attempt in AsyncRetrying(
-                retry=retry_if_exception_type(NotNow), stop=self._enough, wait=self._wait,
+                retry=retry_if_exception_type(NotNow),
+                stop=self._enough,
+                wait=self._wait,
                 reraise=True,
-            ):  # fmt: skip
+            ):
                 with attempt:
                     attempts += 1
                     await gate.enter()
@@ -157,9 +163,11 @@ class Endpoint:
             return reply._replace(attempts=attempts, seconds=time.monotonic() - started)
         except (NotNow, Never) as error:
             return Reply(
-                "failed", attempts=attempts, seconds=time.monotonic() - started,
+                "failed",
+                attempts=attempts,
+                seconds=time.monotonic() - started,
                 error=Connection(self.config).safe(str(error)),
-            )  # fmt: skip
+            )
 
     def _enough(self, state: RetryCallState) -> bool:
         """Whether a request was attempted often enough."""
@@ -245,11 +253,11 @@ class Endpoint:
             self._logprobs = self._logprobs and bool(reply.yes)
             again = await self._reply(client, CANARY, gate)
         right = sum(a == b for a, b in zip(answers, CANARY_ANSWERS, strict=True))
-        self.facts = {
-            "model": self.model,
-            "echoed_model": self._echoed,
-            "repeatable": again.text == reply.text,
-            "probabilities": self._logprobs,
-            "structured_output": self._structured,
-            "known_answers_right": f"{right} of {CANARY.items}",
-        }
+        self.facts = JudgeFacts.of(
+            self.model,
+            echoed_model=self._echoed,
+            repeatable=again.text == reply.text,
+            probabilities=self._logprobs,
+            structured_output=self._structured,
+            known_answers_right=f"{right} of {CANARY.items}",
+        )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from bsc.errors import UserError, nearest
 from bsc.eval.interp.config import JudgeConfig
+from bsc.eval.interp.judges.facts import JudgeFacts, Parameters
 from bsc.eval.interp.judges.prompts import Request
 from bsc.eval.interp.judges.reply import Reply
 
@@ -20,11 +21,11 @@ class Judge(Protocol):
 
     model: str
     """Part of the key of every question."""
-    facts: dict[str, Any]
+    facts: JudgeFacts | None
     """What it can do, once it is connected."""
 
     @property
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> Parameters:
         """What decides its answers, part of the key too."""
 
     def connect(self) -> None:
@@ -40,8 +41,8 @@ class NamedJudge:
     def __init__(self, model: str) -> None:
         """By the name that its answers go by in the ledger."""
         self.model = model
-        self.facts: dict[str, Any] = {"model": model, "by": "files"}
-        self.parameters: dict[str, Any] = {"temperature": 0, "top_p": 1, "seed": 0}
+        self.facts: JudgeFacts | None = JudgeFacts.of(model, by="files")
+        self.parameters: Parameters = {"temperature": 0, "top_p": 1, "seed": 0}
 
     def connect(self) -> None:
         """There is nobody there."""

@@ -18,6 +18,7 @@ import torch
 from bsc.cache.model.models import load_model
 from bsc.devices import pick_device
 from bsc.errors import UserError
+from bsc.eval.interp.judges.facts import JudgeFacts, Parameters
 from bsc.eval.interp.judges.prompts import CANARY, Request
 from bsc.eval.interp.judges.reply import Reply
 
@@ -44,8 +45,8 @@ class LocalJudge:
         self._name, self._device = name, device
         self._lm: Any = None
         self.model = ""
-        self.facts: dict[str, Any] = {}
-        self.parameters: dict[str, Any] = {"answers": "logits", "explanations": "greedy"}
+        self.facts: JudgeFacts | None = None
+        self.parameters: Parameters = {"answers": "logits", "explanations": "greedy"}
         self.find_model()
 
     @property
@@ -72,10 +73,13 @@ class LocalJudge:
                 f"judge {self.model}: its context is {self._lm.context} tokens, and a short "
                 f"question takes {needed}. Use a model with a longer context."
             )
-        self.facts = {
-            "model": self.model, "echoed_model": self.model, "repeatable": True,
-            "probabilities": True, "structured_output": "logits",
-        }  # fmt: skip
+        self.facts = JudgeFacts.of(
+            self.model,
+            echoed_model=self.model,
+            repeatable=True,
+            probabilities=True,
+            structured_output="logits",
+        )
 
     def ask(self, requests: Iterable[Request], asked: Callable[[Request, Reply], None]) -> None:
         """Ask every request and hand each reply over as it comes."""
@@ -128,16 +132,25 @@ class LocalJudge:
             return replies
         ids, mask = self._inputs([prompts[i] for i in fitting])
         with torch.inference_mode():
-            logits = self._lm.model(
-                input_ids=ids, attention_mask=mask, use_cache=False,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            ).logits[:, -1].float()  # fmt: skip
+            logits = (
+                self._lm.model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    use_cache=False,
+                    position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                )
+                .logits[:, -1]
+                .float()
+            )
             shares = torch.softmax(logits[:, [b[same] for b in begun]], -1).tolist()
         for i, p in zip(fitting, shares, strict=True):
             best = choices[max(range(len(p)), key=p.__getitem__)]
             text = json.dumps({"intruder" if intruder else "1": best})
-            yes = [[float(c), q] for c, q in zip(choices, p, strict=True)] if intruder \
-                else [[float(text.index(":") + 2), p[1]]]  # fmt: skip
+            yes = (
+                [[float(c), q] for c, q in zip(choices, p, strict=True)]
+                if intruder
+                else [[float(text.index(":") + 2), p[1]]]
+            )
             replies[i] = Reply("ok", text, yes, prompt_tokens=len(prompts[i]), completion_tokens=1)
         return replies
 
@@ -156,14 +169,24 @@ class LocalJudge:
             ids, mask = self._inputs([prompt])
             with torch.inference_mode():
                 made = self._lm.model.generate(
-                    ids, attention_mask=mask, max_new_tokens=room, do_sample=False,
-                    temperature=None, top_p=None, top_k=None, pad_token_id=0,
-                )  # fmt: skip
+                    ids,
+                    attention_mask=mask,
+                    max_new_tokens=room,
+                    do_sample=False,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    pad_token_id=0,
+                )
             new = made[0, len(prompt) :]
             said = str(self._lm.tokenizer.decode(new, skip_special_tokens=True))
             sentence = said.split('"')[0].strip().split("\n")[0]
             replies.append(
-                Reply("ok", json.dumps({"explanation": sentence}), prompt_tokens=len(prompt),
-                      completion_tokens=len(new))
-            )  # fmt: skip
+                Reply(
+                    "ok",
+                    json.dumps({"explanation": sentence}),
+                    prompt_tokens=len(prompt),
+                    completion_tokens=len(new),
+                )
+            )
         return replies

@@ -132,9 +132,14 @@ def _quoted(runs: Runs, marks: tuple[str, str] | None) -> str:
 
 
 def _request(
-    kind: Kind, coder: str, latent: int, part: int, lines: list[str], items: int,
+    kind: Kind,
+    coder: str,
+    latent: int,
+    part: int,
+    lines: list[str],
+    items: int,
     marks: tuple[str, str],
-) -> Request:  # fmt: skip
+) -> Request:
     system = SYSTEM[kind].replace("OPEN", marks[0]).replace("CLOSE", marks[1])
     messages = (
         {"role": "system", "content": system},
@@ -152,9 +157,13 @@ def explain_request(coder: str, latent: int, excerpts: Sequence[Runs]) -> Reques
 
 
 def test_request(
-    kind: Literal["detection", "fuzzing"], coder: str, latent: int, part: int, explanation: str,
+    kind: Literal["detection", "fuzzing"],
+    coder: str,
+    latent: int,
+    part: int,
+    explanation: str,
     excerpts: Sequence[Runs],
-) -> Request:  # fmt: skip
+) -> Request:
     """Ask which of some excerpts fit an explanation."""
     marks = choose_marks(excerpts)
     shown = marks if kind == "fuzzing" else None
@@ -174,10 +183,18 @@ def intruder_request(coder: str, latent: int, part: int, excerpts: Sequence[Runs
 
 
 CANARY = test_request(
-    "detection", "", -1, 0, "the unit is active on names of colours",
-    [[("She painted the door blue.", False)], [("The train leaves at noon.", False)],
-     [("A red car stood outside.", False)], [("He counted to seven.", False)]],
-)  # fmt: skip
+    "detection",
+    "",
+    -1,
+    0,
+    "the unit is active on names of colours",
+    [
+        [("She painted the door blue.", False)],
+        [("The train leaves at noon.", False)],
+        [("A red car stood outside.", False)],
+        [("He counted to seven.", False)],
+    ],
+)
 CANARY_ANSWERS = (1, 0, 1, 0)
 """A question whose answers are known, asked before all others."""
 
@@ -192,9 +209,11 @@ def schema_of(request: Request) -> dict[str, Any]:
         answer = {"type": "integer", "enum": [0, 1]}
         properties = {str(i): answer for i in range(1, request.items + 1)}
     return {
-        "type": "object", "properties": properties, "required": list(properties),
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
         "additionalProperties": False,
-    }  # fmt: skip
+    }
 
 
 _THINKING = re.compile(r"<(/?)think(?:ing)?>", re.I)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from bsc.eval.interp.judges.facts import JudgeFacts
 from bsc.eval.interp.judges.judge import Judge
 from bsc.eval.interp.judges.prompts import CANARY, SYSTEM, Request
 from bsc.eval.interp.judges.reply import Reply
@@ -89,7 +90,8 @@ class Direct:
     """A judge that is called as a function."""
 
     def __init__(self, answer: Answer, model: str = "simulated-judge") -> None:
-        self.answer, self.model, self.facts = answer, model, {"model": model}
+        self.answer, self.model = answer, model
+        self.facts: JudgeFacts | None = JudgeFacts.of(model)
         self.parameters: dict[str, Any] = {}
         self.asked: list[Request] = []
 

@@ -13,6 +13,7 @@ from bsc.eval.interp.evidence import Texts
 from bsc.eval.interp.interp import interpret
 from bsc.eval.interp.judges.connection import EndpointConfig, JudgeStopped, is_endpoint
 from bsc.eval.interp.judges.endpoint import Endpoint
+from bsc.eval.interp.judges.facts import JudgeFacts
 from bsc.eval.interp.judges.reply import Reply
 from tests.eval.interp import planted
 from tests.eval.interp.scripted import Scripted, rule
@@ -25,10 +26,15 @@ def test_the_probe_sees_what_the_judge_can_do(script: Scripted) -> None:
     script.logprobs = True
     judge = endpoint(script)
     judge.connect()
-    assert judge.facts == {
-        "model": "simulated-loopback", "echoed_model": "simulated-loopback", "repeatable": True,
-        "probabilities": True, "structured_output": "json_schema", "known_answers_right": "4 of 4",
-    }  # fmt: skip
+    assert judge.facts == JudgeFacts(
+        model="simulated-loopback",
+        simulated=True,
+        echoed_model="simulated-loopback",
+        repeatable=True,
+        probabilities=True,
+        structured_output="json_schema",
+        known_answers_right="4 of 4",
+    )
     assert all(b["temperature"] == 0 and b["top_p"] == 1 for b in script.bodies)
     replies: list[Reply] = []
     judge.ask(requests(3), lambda q, r: replies.append(r))
@@ -39,11 +45,11 @@ def test_a_judge_that_knows_no_schema_is_asked_without(script: Scripted) -> None
     script.refuses = {"response_format", "logprobs"}
     judge = endpoint(script)
     judge.connect()
-    assert judge.facts["structured_output"] is None and not judge.facts["probabilities"]
+    assert judge.facts and judge.facts.structured_output is None and not judge.facts.probabilities
     script.refuses = {"logprobs"}
     judge = endpoint(script)
     judge.connect()
-    assert judge.facts["structured_output"] == "json_schema"
+    assert judge.facts and judge.facts.structured_output == "json_schema"
 
 
 def test_probabilities_become_an_auc(script: Scripted, where: Texts, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -22,13 +21,14 @@ from bsc.eval.interp.judges.gate import Gate
 from bsc.eval.interp.judges.prompts import Request
 from bsc.eval.interp.judges.reply import Reply
 from bsc.eval.interp.judges.wire import retry_after
+from bsc.eval.interp.scores import Interpretability
 from tests.eval.interp import planted
 from tests.eval.interp.scripted import Direct, Scripted, rule, uniform
 from tests.eval.interp.wired import endpoint, few_words, requests
 
 
 @pytest.fixture(scope="module")
-def right(where: Texts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def right(where: Texts, tmp_path_factory: pytest.TempPathFactory) -> Interpretability:
     """What the same judge gives when nothing goes wrong."""
     folder = tmp_path_factory.mktemp("right")
     return interpret(planted.materials(folder, few_words(where)), Direct(rule))
@@ -48,7 +48,7 @@ def once_each(kind: str, every: int = 3) -> Callable[[int, list[dict[str, str]]]
 
 @pytest.mark.parametrize("kind", ["429", "503", "500", "reset", "truncated"])
 def test_what_passes_is_asked_again_and_moves_no_score(
-    script: Scripted, where: Texts, tmp_path: Path, right: dict[str, Any], kind: str
+    script: Scripted, where: Texts, tmp_path: Path, right: Interpretability, kind: str
 ) -> None:
     script.fault = once_each(kind)
     found = interpret(planted.materials(tmp_path, few_words(where)), endpoint(script))
@@ -59,7 +59,7 @@ def test_what_passes_is_asked_again_and_moves_no_score(
 
 
 def test_a_hanging_judge_is_asked_again(
-    script: Scripted, where: Texts, tmp_path: Path, right: dict[str, Any]
+    script: Scripted, where: Texts, tmp_path: Path, right: Interpretability
 ) -> None:
     script.fault = lambda n, m: "hang" if n in (4, 9) else None
     judge = endpoint(script, timeout=0.3)
@@ -70,7 +70,7 @@ def test_a_hanging_judge_is_asked_again(
 
 @pytest.mark.parametrize("kind", ["fences", "think", "no usage"])
 def test_other_forms_of_the_same_answer(
-    script: Scripted, where: Texts, tmp_path: Path, right: dict[str, Any], kind: str
+    script: Scripted, where: Texts, tmp_path: Path, right: Interpretability, kind: str
 ) -> None:
     script.fault = lambda n, m: kind if n > 2 else None
     found = interpret(planted.materials(tmp_path, few_words(where)), endpoint(script))
@@ -113,7 +113,7 @@ def test_what_is_no_answer_is_no_score(
 
 
 def test_no_credit_stops_and_loses_nothing(
-    script: Scripted, where: Texts, tmp_path: Path, right: dict[str, Any]
+    script: Scripted, where: Texts, tmp_path: Path, right: Interpretability
 ) -> None:
     script.fault = lambda n, m: "402" if n >= 40 else None
     of = planted.materials(tmp_path, few_words(where))
@@ -255,7 +255,8 @@ def test_limits_at_the_start_are_no_sign_of_what_it_can_do(script: Scripted) -> 
     script.fault = lambda n, m: "429" if n < 4 else None
     judge = endpoint(script)
     judge.connect()
-    assert judge.facts["probabilities"] and judge.facts["structured_output"] == "json_schema"
+    assert judge.facts and judge.facts.probabilities
+    assert judge.facts.structured_output == "json_schema"
 
 
 def test_no_quota_is_no_limit_of_rates(script: Scripted) -> None:
@@ -267,7 +268,7 @@ def test_no_quota_is_no_limit_of_rates(script: Scripted) -> None:
 
 @pytest.mark.parametrize("fault", ["bad gzip", "bad retry-after", "half a character"])
 def test_no_server_causes_a_traceback(
-    script: Scripted, where: Texts, tmp_path: Path, right: dict[str, Any], fault: str
+    script: Scripted, where: Texts, tmp_path: Path, right: Interpretability, fault: str
 ) -> None:
     script.fault = once_each(fault) if fault != "half a character" else lambda n, m: fault
     found = interpret(planted.materials(tmp_path, few_words(where)), endpoint(script))

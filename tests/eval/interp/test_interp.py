@@ -24,6 +24,7 @@ from bsc.eval.interp.interp import (
 from bsc.eval.interp.judges.judge import NamedJudge
 from bsc.eval.interp.judges.prompts import Request
 from bsc.eval.interp.material import Material, Materials
+from bsc.eval.interp.scores import Interpretability
 from tests.eval.interp import planted
 from tests.eval.interp.scripted import (
     Answer,
@@ -50,8 +51,8 @@ def words(where: Texts, **config: Any) -> Material:
     return planted.material(where, planted.word_masks(where, WORDS), own)
 
 
-def mean(result: dict[str, Any], test: str, design: str = "unweighted") -> float:
-    return float(result["coders"]["coder"]["tests"][test][design]["mean"])
+def mean(result: Interpretability, test: str, design: str = "unweighted") -> float:
+    return float(result.coders["coder"].tests[test][design].mean)
 
 
 def test_true_explanations_are_near_one_and_others_near_chance(

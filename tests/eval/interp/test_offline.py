@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,17 @@ from bsc.eval.interp.evidence import Texts, Window
 from bsc.eval.interp.overlap import overlap_answers, token_weights
 from bsc.eval.interp.predictability import Contexts, contexts_of_tokens, predictability
 from bsc.eval.interp.questions import intruder_groups
-from bsc.records import write_record
+from bsc.eval.interp.scores import (
+    OFFLINE_VERSION,
+    AllMeans,
+    Coverage,
+    Offline,
+    OfflineCoder,
+    OverlapScores,
+    PredictabilityScores,
+    SampledMean,
+)
+from bsc.typed import write_typed
 from tests.eval.interp import planted
 
 
@@ -153,23 +162,29 @@ def test_ties_are_shared(where: Texts) -> None:
 
 
 def test_scores_of_the_run_are_written_and_merged(tmp_path: Path) -> None:
-    from bsc.eval.interp.offline import _add_other_coders
+    from bsc.eval.interp.offline import LatentNumber, _with_other_coders
 
-    result: dict[str, Any] = {
-        "version": 1,
-        "store_id": "s",
-        "coders": {"a": {"x": 1}},
-    }
-    old = result | {"coders": {"a": {"x": 0}, "b": {"x": 2}}}
-    write_record(tmp_path / "offline.json", old)
+    def coder(x: int) -> OfflineCoder:
+        mean = SampledMean(mean=None, interval=None, latents=0, sd=None, needed=None)
+        plain = AllMeans(unweighted=mean, weighted=mean)
+        return OfflineCoder(
+            settings={"x": x},
+            predictability=PredictabilityScores(
+                latents=0, coverage=Coverage(unweighted=0.0, weighted=0.0), auc=plain,
+                balanced_accuracy=plain,
+            ),
+            overlap=OverlapScores(unweighted=mean, weighted=mean, chance=0.2),
+        )  # fmt: skip
+
+    def scores(store: str, **coders: int) -> Offline:
+        found = {name: coder(x) for name, x in coders.items()}
+        return Offline(version=OFFLINE_VERSION, store_id=store, coders=found)
+
+    write_typed(tmp_path / "offline.json", scores("s", a=0, b=2))
     (tmp_path / "scores-overlap.csv").write_text("coder,latent,score\na,1,0.1\nb,2,0.2\n")
-    tables: dict[str, list[dict[str, object]]] = {
-        "overlap": [{"coder": "a", "latent": 1, "score": 9}]
-    }
-    _add_other_coders(result, tables, tmp_path)
-    assert result["coders"] == {"a": {"x": 1}, "b": {"x": 2}}
-    assert [r["coder"] for r in tables["overlap"]] == ["a", "b"]
+    tables = {"overlap": [LatentNumber("a", 1, 9.0)]}
+    merged = _with_other_coders(scores("s", a=1), tables, tmp_path)
+    assert {n: c.settings["x"] for n, c in merged.coders.items()} == {"a": 1, "b": 2}
+    assert tables["overlap"] == [("a", 1, 9.0), ("b", 2, 0.2)]
     # Of another store nothing is kept.
-    changed = result | {"store_id": "t", "coders": {"a": {}}}
-    _add_other_coders(changed, tables, tmp_path)
-    assert list(changed["coders"]) == ["a"]
+    assert list(_with_other_coders(scores("t", a=0), tables, tmp_path).coders) == ["a"]

@@ -8,6 +8,7 @@ import pytest
 from bsc.eval.interp.aggregate import estimate, frequency_adjusted, latents_needed, summary
 from bsc.eval.interp.questions import Answered, score
 from bsc.eval.interp.sampling import Chosen, Design, choose
+from bsc.eval.interp.scores import LatentScore
 
 
 def answers(tpr: float, fpr: float, n: int, rng: np.random.Generator) -> list[Answered]:
@@ -153,10 +154,12 @@ def test_the_curve_of_a_population_of_two_steps() -> None:
 def test_bounds_hold_what_is_missing() -> None:
     counts = np.array([100, 100, 100, 700, 10])
     chosen = choose(counts, 50, census=1.0, min_firings=50)
-    ok: dict[str, float | None] = {"score": 0.8, "low": 0.8, "high": 0.8, "noise": 0.01}
-    wide: dict[str, float | None] = {**ok, "low": 0.7, "high": 0.9}
-    none: dict[str, float | None] = {"score": None, "low": 0.0, "high": 1.0}
-    scores = {0: wide | {"low": 0.8, "high": 0.8}, 1: ok, 2: wide, 3: none}
+    ok = LatentScore(
+        state="ok", score=0.8, low=0.8, high=0.8, noise=0.01, excerpts=40, statuses={"ok": 40}
+    )
+    wide = ok.model_copy(update={"low": 0.7, "high": 0.9})
+    none = LatentScore(state="failed", score=None, low=0.0, high=1.0, excerpts=40, statuses={})
+    scores = {0: ok, 1: ok, 2: wide, 3: none}
     found = summary(scores, chosen, counts, 1_000, "score")
     assert found["weighted"]["mean"] == pytest.approx(0.8)
     assert found["weighted"]["coverage"] == pytest.approx(300 / 1_010)
