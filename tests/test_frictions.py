@@ -32,7 +32,7 @@ from bsc.records import check_seal, parse_json, read_record, write_record
 from bsc.train.config import TrainConfig
 from bsc.train.run import Run, claim
 from bsc.train.trainer import train_sweep
-from tests.cache.test_resume import config_of
+from tests.cache.captures import config_of
 from tests.raw import raw
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "vocab_size": 128}

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from bsc.cache.capture.commit import advance, check_same, complete, create, split_start
 from bsc.cache.capture.config import CaptureConfig
-from bsc.cache.capture.plan import CapturePlan, check_disk, check_open_files, plan_capture
-from bsc.cache.capture.source import NO_TEXT, Source, channel_scales, open_source
+from bsc.cache.capture.plan import CapturePlan, check_disk, check_open_files
+from bsc.cache.capture.source import NO_TEXT, Source, channel_scales, open_source, plan_of
 from bsc.cache.capture.staging import Staging
 from bsc.cache.capture.writer import SplitPart, SplitStart, SplitWriter
 from bsc.cache.model.text import fingerprint, read_text
@@ -78,18 +78,7 @@ def capture(config: CaptureConfig) -> CaptureResult:
     if not folder.exists(PROVENANCE):
         folder.check_new()
     source = open_source(config)
-    plan = plan_capture(
-        source.hookpoints,
-        tokens=config.tokens,
-        held_out=config.text.held_out,
-        held_out_tokens=config.held_out_tokens,
-        context=source.context,
-        batch_rows=source.batch * source.context,
-        codec=config.codec,
-        window=config.window,
-        writers=config.world,
-        ring=config.ring,
-    )
+    plan = plan_of(config, source.hookpoints, source.context, source.batch)
     identity = _identity(config, source, plan)
     check_open_files(plan)
     if folder.exists(PROVENANCE):

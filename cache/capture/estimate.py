@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from bsc.cache.capture.config import CaptureConfig
-from bsc.cache.capture.plan import CapturePlan, plan_capture, what_fits
-from bsc.cache.capture.source import MAX_DEFAULT_CONTEXT, batch_contexts, open_source
+from bsc.cache.capture.plan import CapturePlan, what_fits
+from bsc.cache.capture.source import batch_contexts, context_length, open_source, plan_of
 from bsc.cache.model.architectures import default_hookpoints
 from bsc.cache.model.attention import forward_inputs
 from bsc.cache.model.hookpoints import RowTap, match_hookpoints
@@ -180,20 +180,9 @@ def estimate(
         disk_rate = disk_rate or _measure_disk(config.store)
     hooks, longest = _shapes(config)
     device = pick_device(config.device)
-    context = config.context or min(longest, MAX_DEFAULT_CONTEXT)
+    context = context_length(config, longest)
     batch = batch_contexts(config, context, device)
-    plan = plan_capture(
-        hooks,
-        tokens=config.tokens,
-        held_out=config.text.held_out,
-        held_out_tokens=config.held_out_tokens,
-        context=context,
-        batch_rows=batch * context,
-        codec=config.codec,
-        window=config.window,
-        writers=config.world,
-        ring=config.ring,
-    )
+    plan = plan_of(config, hooks, context, batch)
     available = open_folder(config.store).free_bytes() if free is None else free
     options = () if available is None else tuple(what_fits(plan, available))
     fits = available is None or plan.bytes <= 0.98 * available

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from bsc.cache.capture.config import CaptureConfig
+from bsc.cache.capture.plan import CapturePlan, plan_capture
 from bsc.cache.model.architectures import default_hookpoints, warn_of_residual
 from bsc.cache.model.attention import Separation, document_separation, forward_inputs
 from bsc.cache.model.hookpoints import RowTap, match_hookpoints
@@ -26,7 +27,9 @@ __all__ = [
     "Source",
     "batch_contexts",
     "channel_scales",
+    "context_length",
     "open_source",
+    "plan_of",
 ]
 
 MAX_DEFAULT_CONTEXT = 2048
@@ -101,11 +104,7 @@ def open_source(config: CaptureConfig) -> Source:
     if warning := warn_of_residual(lm.base, names):
         console.print(warning, markup=False, highlight=False)
     tap = RowTap(lm.base, names)
-    context = config.context or min(lm.context, MAX_DEFAULT_CONTEXT)
-    if not 1 < context <= lm.context:
-        raise UserError(
-            f"--context {context}: the model takes contexts of 2 to {lm.context} tokens."
-        )
+    context = context_length(config, lm.context)
     rows = tap.rows({"input_ids": torch.zeros((1, 8), dtype=torch.int64, device=device)})
     hooks = tuple(
         Hookpoint(n, rows[f"{n}/input"].shape[1], rows[f"{n}/output"].shape[1]) for n in tap.names
@@ -118,6 +117,46 @@ def open_source(config: CaptureConfig) -> Source:
         )
     batch = batch_contexts(config, context, device)
     return Source(lm, tap, hooks, context, batch, config.packing, separation)
+
+
+def context_length(config: CaptureConfig, longest: int) -> int:
+    """Tokens in a context, of a model that takes up to `longest`.
+
+    Raises:
+        UserError: the model does not take what is asked for.
+    """
+    context = config.context or min(longest, MAX_DEFAULT_CONTEXT)
+    if not 1 < context <= longest:
+        raise UserError(f"--context {context}: the model takes contexts of 2 to {longest} tokens.")
+    return context
+
+
+def plan_of(
+    config: CaptureConfig, hookpoints: tuple[Hookpoint, ...], context: int, batch: int
+) -> CapturePlan:
+    """What a capture comes to.
+
+    Args:
+        config: what is asked for.
+        hookpoints: with their widths.
+        context: tokens in a context.
+        batch: contexts in a forward pass.
+
+    Raises:
+        UserError: it cannot be carried out.
+    """
+    return plan_capture(
+        hookpoints,
+        tokens=config.tokens,
+        held_out=config.text.held_out,
+        held_out_tokens=config.held_out_tokens,
+        context=context,
+        batch_rows=batch * context,
+        codec=config.codec,
+        window=config.window,
+        writers=config.world,
+        ring=config.ring,
+    )
 
 
 def batch_contexts(config: CaptureConfig, context: int, device: torch.device) -> int:

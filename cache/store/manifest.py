@@ -17,7 +17,7 @@ import xxhash
 
 from bsc.cache.store.folder import StoreFolder
 from bsc.cache.store.kinds import Split
-from bsc.cache.store.layout import MANIFEST, PROVENANCE, ArraySpec, array_key, end_key, window_key
+from bsc.cache.store.layout import PROVENANCE, ArraySpec, array_key, end_key, window_key
 from bsc.cache.store.shard import ShardRecord
 from bsc.errors import StoreError
 from bsc.files import canonical_json
@@ -239,11 +239,6 @@ def read_end(folder: StoreFolder, rank: int) -> PartEnd | None:
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"{folder}/{key}: cut or changed ({error})") from None
-
-
-def manifest_keys(folder: StoreFolder) -> list[str]:
-    """Every file of the manifest, in order."""
-    return sorted(folder.keys(MANIFEST))
 
 
 def read_json(folder: StoreFolder, key: str, what: str) -> dict[str, Any]:

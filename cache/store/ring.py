@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from bsc.cache.store.folder import PARTIAL, StoreFolder, process_is_gone
 from bsc.cache.store.layout import ArraySpec, Grid, shard_key
@@ -257,9 +256,3 @@ def reading(ring: RingReader) -> Iterator[RingReader]:
 def is_ring_file(key: str) -> bool:
     """Whether a file of a store belongs to its ring."""
     return key.startswith(f"{RING}/") and (key.endswith((".json", PARTIAL)))
-
-
-def ring_slots(attributes: dict[str, Any]) -> int | None:
-    """Slots of the ring of a store, or None where it has none."""
-    slots = attributes.get("ring")
-    return None if slots is None else int(slots)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from bsc.cache.store.split import StoreSplit
 from bsc.eval.figures.division import NEITHER, PARTS, divide
+from bsc.eval.passes.batches import text_starts
 from bsc.eval.passes.codes import LatentCode
 from bsc.eval.passes.pieces import Arrays
 from bsc.hashing import hash64
@@ -140,10 +141,7 @@ class Windows:
         self.ids = split.tokens("token_id")
         self.doc_id = split.tokens("doc_id")
         position = split.tokens("position").astype(np.int64)
-        # A text goes on while the document is the same and positions count up.
-        new = np.diff(position, prepend=-2) != 1
-        new |= np.diff(self.doc_id.astype(np.int64), prepend=-1) != 0
-        self.starts = np.flatnonzero(new)
+        self.starts = text_starts(self.doc_id, position)
         self.ends = np.append(self.starts[1:], len(position))
         self.position = position
         self.tokenizer = tokenizer

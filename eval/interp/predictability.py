@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from bsc.eval.figures.division import EXPLAIN, NEITHER
+from bsc.eval.passes.batches import text_starts
 from bsc.eval.passes.codes import LatentCode
 from bsc.hashing import hash64
 
@@ -82,9 +83,7 @@ def contexts_of_tokens(
         seed: of the hashes and of the halves.
     """
     n = len(ids)
-    new = np.diff(position, prepend=-2) != 1
-    new |= np.diff(doc_id.astype(np.int64), prepend=-1) != 0
-    starts = np.flatnonzero(new)
+    starts = text_starts(doc_id, position)
     since = np.arange(n) - np.repeat(starts, np.diff([*starts, n]))
     before = []
     for distance in range(4):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "row_batches",
     "rows_at_once",
     "rows_read",
+    "text_starts",
 ]
 
 PIECE_ROWS = 32_768
@@ -86,6 +87,18 @@ def row_batches(
                 x, y, number = x[chosen], y[chosen], number[chosen]
             if len(x):
                 yield RowBatch(x, y, number)
+
+
+def text_starts(doc_id: NDArray[Any], position: NDArray[np.int64]) -> NDArray[np.int64]:
+    """First row of every text: it goes on while the document is the same and positions count up.
+
+    Args:
+        doc_id: (rows,) document of each row.
+        position: (rows,) position in its text.
+    """
+    new = np.diff(position, prepend=-2) != 1
+    new |= np.diff(doc_id.astype(np.int64), prepend=-1) != 0
+    return np.flatnonzero(new)
 
 
 def document_numbers(split: StoreSplit) -> NDArray[np.int64]:

@@ -29,6 +29,7 @@ from bsc.cache.store.store import ActivationStore
 from bsc.files import canonical_json
 from bsc.records import sealed
 
+GRID = Grid(96, 24, 10)
 HOOKS = (Hookpoint("layers.0.mlp", 4, 6),)
 
 

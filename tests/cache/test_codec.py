@@ -14,8 +14,7 @@ from bsc.cache.store.codec import compress, decompress, dequantised, quantise
 from bsc.cache.store.kinds import CODECS
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import StoreError
-from tests.cache.synthetic import make_store
-from tests.cache.test_writer import GRID
+from tests.cache.synthetic import GRID, make_store
 
 
 def test_int8_is_as_good_as_it_says_and_lz4_is_smaller(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from bsc.cache.store.store import ActivationStore
 from bsc.cache.store.verify import verify
 from bsc.errors import StoreError, UserError
 from bsc.records import sealed
+from tests.cache.captures import config_of
 from tests.cache.synthetic import files_of
-from tests.cache.test_resume import config_of
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -16,7 +16,7 @@ from bsc.cache.model.text_source import TextSource
 from bsc.cache.store.kinds import CODECS, Codec
 from bsc.cli import main
 from bsc.errors import UserError
-from tests.cache.test_resume import config_of
+from tests.cache.captures import config_of
 
 
 @pytest.fixture(scope="module")

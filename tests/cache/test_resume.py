@@ -23,6 +23,7 @@ from bsc.cache.store.folder import LocalFolder
 from bsc.cache.store.store import ActivationStore
 from bsc.cache.store.verify import verify
 from bsc.errors import UserError
+from tests.cache.captures import config_of
 from tests.cache.synthetic import files_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -34,7 +35,7 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from bsc.cache.store.folder import LocalFolder
-from tests.cache.test_resume import config_of
+from tests.cache.captures import config_of
 
 steps = 0
 def count(method):
@@ -52,29 +53,6 @@ from bsc.cache.capture.capture import capture
 capture(config_of(sys.argv[1], Path(sys.argv[2])))
 print(steps)
 """
-
-
-def text_of(model: str, held_out: float = 0.2) -> TextSource:
-    """A corpus beside the model: 300 documents of different lengths."""
-    path = Path(model).parent / "corpus.jsonl"
-    if not path.exists():
-        rng = random.Random(0)
-        words = ["alpha", "beta", "gamma", "delta", "(x)", "return", "import", "None", "\n"]
-        lines = [
-            json.dumps({"text": " ".join(rng.choices(words, k=rng.randrange(1, 90)))})
-            for _ in range(300)
-        ]
-        path.write_text("\n".join(lines))
-    return TextSource(files=(str(path),), held_out=held_out)
-
-
-def config_of(model: str, store: Path, **other: object) -> CaptureConfig:
-    """Three windows of six shards, and held-out shards between them."""
-    fields: dict[str, object] = {
-        "text": text_of(model), "hookpoints": ("layers.1.mlp",),
-        "tokens": 3_600, "held_out_tokens": 1_200, "context": 32, "batch_tokens": 256, "window": 6,
-    }  # fmt: skip
-    return CaptureConfig(model=model, store=store, **(fields | other))  # type: ignore[arg-type]
 
 
 def child(model: Path, store: Path, steps: int) -> subprocess.CompletedProcess[str]:

@@ -27,9 +27,7 @@ from bsc.cache.store.store import ActivationStore
 from bsc.cache.store.verify import verify
 from bsc.errors import StoreError, UserError
 from bsc.files import canonical_json
-from tests.cache.synthetic import HOOKS, files_of, make_store, numbers
-
-GRID = Grid(96, 24, 10)
+from tests.cache.synthetic import GRID, HOOKS, files_of, make_store, numbers
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -17,7 +17,7 @@ from bsc.train.run import Run, claim
 from bsc.train.trainer import train_sweep
 from bsc.typed import parse_typed
 from tests.raw import raw
-from tests.train.test_resume import CODERS, config
+from tests.train.sweeps import CODERS, config
 
 
 def test_a_run_in_use_is_refused(store_path: Path, tmp_path: Path) -> None:
