@@ -65,7 +65,7 @@ def test_means_over_seeds_are_of_coders_that_differ_in_nothing_else(
     other = Run(Path(shutil.copytree(seeds.folder, tmp_path / "other")))
     found = compare_runs(seeds, other)
     assert [m["seeds"] for m in found["means"]] == [2, 2]
-    assert found["means"][0]["fvu"] == {"difference": 0.0, "interval": None}  # two seeds only
+    assert found.means[0].fvu.to_json() == {"difference": 0.0, "interval": None}  # two seeds only
 
 
 def test_on_the_command_line(

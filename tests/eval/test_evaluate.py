@@ -177,9 +177,9 @@ def test_wrong_settings_are_named_before_anything_is_read(
     run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     for flags, says in (
-        (["--ce-tokens", "0"], "bsc eval: ce_tokens: input should be greater than or equal to 1"),
+        (["--ce-tokens", "0"], "bsc eval: --ce-tokens: should be at least 1"),
         (["--probe", str(tmp_path / "no.csv")], "no such file"),
-        (["--rows", "0"], "bsc eval: rows"),
+        (["--rows", "0"], "bsc eval: --rows: should be at least 1"),
     ):
         with pytest.raises(SystemExit) as done:
             main(["eval", str(run.folder), *flags])

@@ -14,6 +14,7 @@ import pytest
 from bsc.errors import ConfigError, StoreError, UserError
 from bsc.eval.config import EvalConfig
 from bsc.eval.evaluate import evaluate
+from bsc.eval.evaluation import EvaluationFolder
 from bsc.train import checkpoint, trainer
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.config import TrainConfig
@@ -361,5 +362,5 @@ def test_figures_of_an_evaluation_do_not_outlive_more_training(
     assert raw(run.eval_path)["coders"]
     resume(run.folder, {"tokens": 5_120})
     with pytest.raises(StoreError, match="not evaluated yet"):
-        raw(run.eval_path)
+        EvaluationFolder(run).read()
     assert not run.eval_folder.exists()

@@ -17,6 +17,7 @@ from bsc.eval.interp.scores import (
     OFFLINE_VERSION,
     AllMeans,
     Coverage,
+    Mean,
     Offline,
     OfflineCoder,
     OverlapScores,
@@ -166,7 +167,9 @@ def test_scores_of_the_run_are_written_and_merged(tmp_path: Path) -> None:
 
     def coder(x: int) -> OfflineCoder:
         mean = SampledMean(mean=None, interval=None, latents=0, sd=None, needed=None)
-        plain = AllMeans(unweighted=mean, weighted=mean)
+        plain = AllMeans(
+            **dict.fromkeys(("unweighted", "weighted"), Mean(mean=None, interval=None))
+        )
         return OfflineCoder(
             settings={"x": x},
             predictability=PredictabilityScores(
