@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bsc.cache.store.kept import kept_moments
-from bsc.cache.store.split import Moments
 from bsc.cache.store.store import ActivationStore
-from bsc.errors import ConfigError, UserError
+from bsc.errors import UserError
 from bsc.train.coders import kernels
 from bsc.train.coders.bank import Bank
 from bsc.train.coders.coder import SparseCoder
@@ -23,9 +22,9 @@ from bsc.train.memory import EVALUATION_ROWS
 from bsc.train.optim import CoderOptimiser
 from bsc.train.run import PlannedCoder
 from bsc.train.schedule import annealed, lr_scale
-from bsc.train.sweep import left_out_tokens
+from bsc.train.training_rows import Scale, left_out_tokens
 
-__all__ = ["BankTrainer", "Progress", "Scale", "compiled_dot"]
+__all__ = ["BankTrainer", "HeldOut", "Progress", "compiled_dot"]
 
 _IMPROVEMENT = 0.999
 """A held-out FVU below this share of the best so far is an improvement."""
@@ -48,38 +47,6 @@ def compiled_dot(device: torch.device) -> Callable[[Tensor, Tensor, Entries], Te
             f"and an installation whose path has no blanks. Leave the flag out."
         ) from None
     return dot
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Means and units of the two sides of a hookpoint, from the sums of the store."""
-
-    x: float
-    y: float
-    mean_x: Tensor
-    mean_y: Tensor
-    variance_y: float
-    """Total variance of the targets in their unit: what errors are divided by."""
-
-    @classmethod
-    def of(cls, hook: str, x: Moments, y: Moments, normalise: str) -> Scale:
-        """From the moments of the two arrays; units are 1 unless `normalise` is ``"rms"``.
-
-        Raises:
-            ConfigError: the rows are all the same.
-        """
-        units = [
-            (m.total_variance / len(m.mean)) ** 0.5 if normalise == "rms" else 1.0 for m in (x, y)
-        ]
-        if not all(units) or y.total_variance == 0:
-            raise ConfigError(f"{hook}: its rows are all the same, so nothing can be learned.")
-        return cls(
-            units[0],
-            units[1],
-            x.mean / units[0],
-            y.mean / units[1],
-            y.total_variance / units[1] ** 2,
-        )
 
 
 @dataclass
@@ -107,6 +74,13 @@ class Progress:
     def active(self) -> bool:
         """Whether it still trains."""
         return self.frozen_at is None and self.stopped_at is None
+
+
+class HeldOut(NamedTuple):
+    """Figures of a coder on held-out rows."""
+
+    fvu: float
+    l0: float
 
 
 class BankTrainer:
@@ -261,14 +235,11 @@ class BankTrainer:
         return lines
 
     @torch.no_grad()
-    def evaluate(self, rows: Mapping[str, Tensor], step: int) -> dict[str, dict[str, float]]:
-        """FVU and L0 of every active coder, as it would be saved now, on held-out rows.
-
-        Also stops a coder whose `patience` is over.
+    def held_out(self, rows: Mapping[str, Tensor]) -> dict[int, HeldOut]:
+        """Figures of every active coder, as it would be saved now, by its place in the bank.
 
         Args:
-            rows: by array; the same rows every time.
-            step: after which this is.
+            rows: held-out ones by array; the same every time.
         """
         x = rows[self.x_name].to(self.device).float() / self.scale.x
         y = rows[self.y_name].to(self.device).float() / self.scale.y
@@ -276,7 +247,7 @@ class BankTrainer:
         if total == 0:  # one row, or all the same
             return {}
         found = {}
-        for c, (coder, progress) in enumerate(zip(self.coders, self.progress, strict=True)):
+        for c, progress in enumerate(self.progress):
             if not progress.active:
                 continue
             with self.optimisers[c].averaged():
@@ -287,26 +258,26 @@ class BankTrainer:
                 code = exported.encode(x[part])
                 error += float((exported.decode(code, x[part]) - y[part]).square().sum())
                 on += float((code.value != 0).sum())
-            fvu = error / total
-            if not isfinite(fvu):
+            found[c] = HeldOut(error / total, on / len(x))
+        return found
+
+    def stop_or_freeze(self, found: Mapping[int, HeldOut], step: int) -> None:
+        """Freeze coders whose held-out FVU is not finite; stop those whose patience is over.
+
+        Args:
+            found: held-out figures after this step.
+            step: of the run.
+        """
+        for c, figures in found.items():
+            coder, progress = self.coders[c], self.progress[c]
+            if not isfinite(figures.fvu):
                 progress.frozen_at = step
-                continue
-            found[coder.name] = {"held_out_fvu": fvu, "held_out_l0": on / len(x)}
-            if progress.best is None or fvu < _IMPROVEMENT * progress.best:
-                progress.best, progress.waited = fvu, 0
+            elif progress.best is None or figures.fvu < _IMPROVEMENT * progress.best:
+                progress.best, progress.waited = figures.fvu, 0
             else:
                 progress.waited += 1
                 if coder.patience is not None and progress.waited >= coder.patience:
                     progress.stopped_at = step
-        return found
-
-    def newly_frozen(self, step: int) -> list[str]:
-        """Names of coders that an evaluation after this step found to be not finite."""
-        return [
-            coder.name
-            for coder, progress in zip(self.coders, self.progress, strict=True)
-            if progress.frozen_at == step
-        ]
 
     def state(self, c: int) -> dict[str, Tensor]:
         """Every tensor that decides how coder `c` goes on, by name."""

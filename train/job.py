@@ -13,11 +13,12 @@ from bsc.cache.store.store import ActivationStore
 from bsc.devices import pick_device
 from bsc.errors import UserError
 from bsc.train.config import TrainConfig
-from bsc.train.memory import available_bytes, plan_memory
+from bsc.train.memory import MemoryPlan, available_bytes, plan_memory
 from bsc.train.metrics import check_targets
 from bsc.train.ranks import divide
 from bsc.train.run import RUN_VERSION, PlannedCoder, Run, RunConfig
-from bsc.train.sweep import expand, left_out_tokens, plan_coders
+from bsc.train.sweep import expand, plan_coders
+from bsc.train.training_rows import left_out_tokens
 from bsc.versions import versions
 
 __all__ = ["Job", "make_job"]
@@ -39,7 +40,10 @@ class Job:
     assigned: dict[str, int]
     """Rank of every coder of the run."""
     device: torch.device
-    micro_rows: int
+    memory: MemoryPlan
+    """Of the coders of this process."""
+    free: int
+    """Bytes of memory that may be used."""
     rows: int
     """Training rows of the store."""
     steps: int
@@ -61,7 +65,7 @@ class Job:
             rows=self.rows,
             steps=self.steps,
             batch_rows=config.batch_rows,
-            micro_rows=self.micro_rows,
+            micro_rows=self.memory.micro_rows,
             seed=config.seed,
             normalise=config.normalise,
             without_tokens=list(left_out_tokens(self.store, config)),
@@ -136,23 +140,20 @@ def make_job(
     shares = divide(planned, world, assigned or {})
     mine = shares[rank]
     device = pick_device(config.device)
-    memory = plan_memory(
-        mine,
-        config.model_copy(update={"micro_rows": micro_rows or config.micro_rows}),
-        device,
-        available_bytes(device),
-    )
+    free = available_bytes(device)
+    bounded = config.model_copy(update={"micro_rows": micro_rows or config.micro_rows})
     return Job(
-        config,
-        store,
-        planned,
-        mine,
-        run or Run(config.folder),
-        rank,
-        world,
-        {c.name: r for r, share in enumerate(shares) for c in share},
-        device,
-        memory.micro_rows,
-        rows,
-        steps,
+        config=config,
+        store=store,
+        planned=planned,
+        mine=mine,
+        run=run or Run(config.folder),
+        rank=rank,
+        world=world,
+        assigned={c.name: r for r, share in enumerate(shares) for c in share},
+        device=device,
+        memory=plan_memory(mine, bounded, device, free),
+        free=free,
+        rows=rows,
+        steps=steps,
     )

@@ -11,7 +11,7 @@ import torch
 from bsc.progress import format_bytes
 from bsc.train.bank_trainer import BankTrainer
 from bsc.train.job import Job
-from bsc.train.memory import available_bytes, flops_per_row, group_banks, plan_memory
+from bsc.train.memory import flops_per_row, group_banks
 
 __all__ = ["SweepPlan", "plan_sweep"]
 
@@ -78,9 +78,7 @@ def plan_sweep(job: Job, *, measure: bool = True) -> SweepPlan:
         job: the sweep, with the coders of this process.
         measure: whether to make the banks and time some steps on random rows.
     """
-    free = available_bytes(job.device)
-    config = job.config.model_copy(update={"micro_rows": job.micro_rows})
-    memory = plan_memory(job.mine, config, job.device, free)
+    memory, config = job.memory, job.config
     parts = {
         name: getattr(memory, name)
         for name in ("weights", "optimisers", "products", "workspace", "batches")
@@ -92,9 +90,9 @@ def plan_sweep(job: Job, *, measure: bool = True) -> SweepPlan:
         passes=job.steps * config.batch_rows / job.rows,
         steps=job.steps,
         batch_rows=config.batch_rows,
-        micro_rows=job.micro_rows,
+        micro_rows=memory.micro_rows,
         memory=parts | {"total": memory.total},
-        free=free,
+        free=job.free,
         checkpoint=memory.weights // 2 + memory.optimisers,
         flops_per_row=sum(flops_per_row(c.coder) for c in job.mine),
         rows_per_second=_measure(job) if measure else None,
@@ -104,7 +102,7 @@ def plan_sweep(job: Job, *, measure: bool = True) -> SweepPlan:
 def _measure(job: Job) -> float:
     """Rows per second of whole steps on random rows."""
     banks = [
-        BankTrainer(g, job.store, job.config, job.device, job.micro_rows)
+        BankTrainer(g, job.store, job.config, job.device, job.memory.micro_rows)
         for g in group_banks(job.mine)
     ]
     generator = torch.Generator().manual_seed(0)

@@ -11,12 +11,12 @@ from bsc.cache.store.store import ActivationStore
 from bsc.config import parse_config
 from bsc.errors import ConfigError
 from bsc.train.coders.config import BINARY_ONLY, CoderConfig
-from bsc.train.config import SweepPoint, TrainConfig
+from bsc.train.config import SweepPoint
 from bsc.train.preset import Preset, coder_defaults
 from bsc.train.run import PlannedCoder
 from bsc.train.schedule import default_decay, default_lr, default_warmup, paper_lr
 
-__all__ = ["coder_config", "expand", "left_out_tokens", "plan_coder", "plan_coders"]
+__all__ = ["coder_config", "expand", "plan_coder", "plan_coders"]
 
 
 def coder_config(point: SweepPoint, hook: Hookpoint) -> CoderConfig:
@@ -158,10 +158,3 @@ def _named(planned: list[PlannedCoder]) -> list[PlannedCoder]:
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ConfigError(f"two coders would be called {twice[0]}. Give their tables a `group`.")
     return named
-
-
-def left_out_tokens(store: ActivationStore, config: TrainConfig) -> tuple[int, ...]:
-    """Token ids whose rows a run does not read, in order."""
-    special = store.attributes["model"]["special_token_ids"]
-    named = {*config.without_tokens, *(special if config.without_special_tokens else ())}
-    return tuple(sorted(named))

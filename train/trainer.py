@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import islice
+from math import isfinite
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -34,7 +35,7 @@ from bsc.train.memory import group_banks
 from bsc.train.metrics import MetricsWriter
 from bsc.train.ranks import merge_parts
 from bsc.train.run import Completed, Run, RunConfig, claim
-from bsc.train.sweep import left_out_tokens
+from bsc.train.training_rows import left_out_tokens
 from bsc.typed import combined, write_typed
 from bsc.versions import versions
 
@@ -102,7 +103,7 @@ def run_job(
             keep_freed_memory()
         # Memory is taken before anything is written.
         banks = [
-            BankTrainer(group, job.store, job.config, job.device, job.micro_rows)
+            BankTrainer(group, job.store, job.config, job.device, job.memory.micro_rows)
             for group in group_banks(job.mine)
         ]
         loop = _Loop(job, banks)
@@ -311,11 +312,17 @@ class _Loop:
         lines = []
         for bank in self.banks:
             metrics = bank.take_metrics()
-            held_out = bank.evaluate(rows, self.step) if rows is not None else {}
-            for name in bank.newly_frozen(self.step):
-                console.print(f"{name}: not finite at step {self.step}; the others go on")
-            lines += [common | line | held_out.get(line["coder"], {}) for line in metrics]
+            held_out = bank.held_out(rows) if rows is not None else {}
+            bank.stop_or_freeze(held_out, self.step)
+            figures = {
+                bank.coders[c].name: {"held_out_fvu": f.fvu, "held_out_l0": f.l0}
+                for c, f in held_out.items()
+                if isfinite(f.fvu)
+            }
+            lines += [common | line | figures.get(line["coder"], {}) for line in metrics]
             for coder, progress in zip(bank.coders, bank.progress, strict=True):
+                if progress.frozen_at == self.step:
+                    console.print(f"{coder.name}: not finite at step {self.step}; the others go on")
                 if progress.stopped_at == self.step:
                     console.print(
                         f"{coder.name}: done at step {self.step}, its held-out FVU no longer falls"

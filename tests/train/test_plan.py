@@ -51,7 +51,7 @@ def watch():
 
 threading.Thread(target=watch, daemon=True).start()
 banks = [
-    BankTrainer(g, job.store, config, job.device, job.micro_rows) for g in group_banks(job.mine)
+    BankTrainer(g, job.store, config, job.device, job.memory.micro_rows) for g in group_banks(job.mine)
 ]
 names = {n: b.bank.d_in for b in banks for n in (b.x_name, b.y_name)}
 batch = {n: torch.randn(config.batch_rows, d).bfloat16() for n, d in names.items()}
@@ -59,7 +59,7 @@ held_out = {n: torch.randn(config.eval_rows, d).bfloat16() for n, d in names.ite
 for step in range(3):
     for bank in banks:
         bank.step(batch, step, 3)
-        bank.evaluate(held_out, step)
+        bank.held_out(held_out)
 stop.set()
 print(planned, peak[0] - before)
 """

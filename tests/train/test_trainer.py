@@ -197,7 +197,7 @@ def test_a_coder_outside_of_the_run_is_not_loaded(run: Run, tmp_path: Path) -> N
 
 def test_rows_that_are_all_the_same_are_refused(store_path: Path, tmp_path: Path) -> None:
     from bsc.cache.store.split import Moments
-    from bsc.train.bank_trainer import Scale
+    from bsc.train.training_rows import Scale
 
     flat = Moments(10, torch.ones(4).double(), torch.zeros(4).double())
     some = Moments(10, torch.ones(4).double(), torch.ones(4).double())
