@@ -104,7 +104,7 @@ def _split(split: StoreSplit) -> dict[str, Any]:
 
 
 def _side(store: ActivationStore, name: str) -> dict[str, float]:
-    """Of the training rows: length of the mean row, and root mean square distance from it."""
+    """Length of the mean training row, and root mean square distance of rows from it."""
     if not store.train.rows:
         return {}
     moments = store.train.moments(name)

@@ -153,7 +153,7 @@ class _Flag(NamedTuple):
         return "__".join(self.place)
 
     def parameter(self) -> inspect.Parameter:
-        """Of the generated function."""
+        """Parameter of the generated function."""
         return inspect.Parameter(
             self.name,
             inspect.Parameter.KEYWORD_ONLY,

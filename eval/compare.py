@@ -61,7 +61,7 @@ class Difference(Record):
     first: float
     second: float
     difference: float
-    """Of the second from the first."""
+    """The second less the first."""
     interval: Interval = None
     """Paired by document, of figures that are sums over documents."""
 

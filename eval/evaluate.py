@@ -114,7 +114,7 @@ def _rows(
 
 
 def _first_training_row(store: ActivationStore, hook: str) -> int:
-    """Of a ring the first shards are gone."""
+    """First training row that is there: the first shards of a ring are gone."""
     if store.ring is None:
         return 0
     spec = store.train.spec(f"{hook}/input")
@@ -140,7 +140,7 @@ def _check_room(setting: Setting, rows: int) -> None:
 
 
 def _coder_hash(run: Run, name: str) -> str:
-    """Of a coder's files."""
+    """Hash of a coder's files."""
     digest = hashlib.sha256()
     for path in sorted(run.coder_folder(name).glob("co*.*")):  # coder.safetensors, config.json
         digest.update(path.read_bytes())

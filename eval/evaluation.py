@@ -68,7 +68,7 @@ class Fidelity(Record):
     fvu_gain: float
     """What the latents add to it."""
     fvu_quantised: float
-    """Of the code of which `bits` is the size."""
+    """FVU of the quantised code, whose size `bits` is."""
     fvu_binarised: float | None = None
     """Where a code has values: each replaced by its latent's mean."""
     fvu_binarised_interval: Interval = None
@@ -103,7 +103,7 @@ class Firing(Record):
     ultra_per_token: float
     """Firings per row of latents with a rate above 10 %."""
     log10_rate_histogram: Histogram
-    """Of the latents that fired."""
+    """Histogram of log10 of the firing rates of the latents that fired."""
 
 
 class LossFigures(Record):
@@ -149,7 +149,7 @@ class UltraLatent(Record):
     """Share of the entropy of its firing that the position explains."""
     token_share: float
     special_share: float
-    """Of its firings, those on special tokens."""
+    """Share of its firings that are on special tokens."""
     token_entropy: float
     """Bits, over the common tokens."""
     token_entropy_all: float
@@ -159,7 +159,7 @@ class UltraLatent(Record):
     decoder_cosine: float
     encoder_cosine: float
     component_share: float
-    """Of its decoder row, in the first principal components of the output."""
+    """Share of its decoder row that lies in the first principal components of the output."""
     component: int
     what: str
     """The diagnosis in words."""
@@ -205,7 +205,7 @@ class CoderFigures(Fidelity, Firing, LossFigures, LatentFigures):
 
 
 class Accuracy(Record):
-    """Of a probe."""
+    """How often a probe is right."""
 
     accuracy: float
     """Mean over classes."""

@@ -47,9 +47,9 @@ class LatentContext(ShownContext):
     part: str
     """``"explain"`` or ``"test"`` documents."""
     row: int
-    """Of the drawn firing."""
+    """Row of the drawn firing."""
     margin: float
-    """Of the drawn firing."""
+    """Margin of the drawn firing."""
 
 
 class LatentExamples(Record):

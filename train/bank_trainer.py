@@ -66,9 +66,9 @@ class Progress:
     rows: int = 0
     """Rows that it was trained on."""
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    """Of loss, of L0, and number of steps, since the last line of metrics."""
+    """Sums of loss and of L0, and number of steps, since the last line of metrics."""
     lr: float = 0.0
-    """Of the last step."""
+    """Learning rate of the last step."""
 
     @property
     def active(self) -> bool:

@@ -109,7 +109,7 @@ class TrainConfig(Config):
     preset: Preset | None = option(
         None, "'paper': every setting that is not given is the paper's.", _RUN, shown="ours"
     )
-    """Of the run and of its coders."""
+    """This goes for the run and for its coders."""
     tokens: int | None = option(
         None, "Rows to train on.", _TRAINING, ge=1, shown="each once", parser=parse_count
     )
@@ -165,7 +165,7 @@ class TrainConfig(Config):
         flag="--check/--no-check",
     )
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the products; parameters and sums are float32 either way. fp32 is the reference."""
+    """Precision of the products; parameters and sums are float32 either way. fp32 is the reference."""
     compile: bool = option(False, "torch.compile what gains by it.", _TRAINING)
     """The result differs by rounding alone."""
     checkpoint_every: int | None = option(

@@ -41,7 +41,7 @@ class Job:
     """Rank of every coder of the run."""
     device: torch.device
     memory: MemoryPlan
-    """Of the coders of this process."""
+    """Memory that the coders of this process take."""
     free: int
     """Bytes of memory that may be used."""
     rows: int

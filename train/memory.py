@@ -36,7 +36,7 @@ _LIBRARIES = 64 << 20
 EVALUATION_ROWS = 256
 """Rows of an evaluation that are worked on at a time, in float32."""
 _SHARE = 0.9
-"""Of the free memory that a plan may use."""
+"""Share of the free memory that a plan may use."""
 
 
 def group_banks(planned: Sequence[PlannedCoder]) -> list[list[PlannedCoder]]:

@@ -156,7 +156,7 @@ class _Loop:
         """Steps that were taken."""
         self.cursor = START
         self.seconds = 0.0
-        """Of training, those before a resume included."""
+        """Seconds of training, those before a resume included."""
         self._metrics_bytes = 0
         self._saved_step: int | None = None
         self._waited = 0.0

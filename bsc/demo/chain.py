@@ -35,7 +35,7 @@ EVALUATION = EvalConfig(
 )
 N_LATENTS = 1_536
 LATENTS = 20
-"""Of each coder, drawn for the overlap score."""
+"""Latents of each coder that are drawn for the overlap score."""
 KS = (8, 16, 32, 64)
 
 

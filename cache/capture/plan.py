@@ -18,7 +18,7 @@ from bsc.progress import format_bytes
 __all__ = ["CapturePlan", "check_disk", "check_open_files", "plan_capture", "what_fits"]
 
 MIN_SHARDS = 16
-"""Of the training split: a scatter over fewer shuffles little."""
+"""Fewest shards of the training split: a scatter over fewer shuffles little."""
 MAX_HELD_OUT_ROWS = 1 << 20
 HELD_OUT_SHARDS = 16
 _DISK_SHARE = 0.98

@@ -164,12 +164,12 @@ class SplitPart(NamedTuple):
     grid: Grid
     """Its division into shards, over all writers."""
     rank: int = 0
-    """Of this writer."""
+    """Number of this writer."""
     writers: int = 1
     window: int = 1
     """Shards to scatter over; 1 keeps the order of the rows."""
     seed: int = 0
-    """Of the scatter."""
+    """Seed of the scatter."""
 
 
 class SplitWriter:

@@ -45,7 +45,7 @@ class LanguageModel:
     revision: str | None
     """Commit on the hub; None for a folder."""
     weights_sha256: str | None
-    """Of the safetensors files of a local folder, in the order of their names; of random
+    """SHA-256 of the safetensors files of a local folder, in the order of their names; of random
     weights, of the base model's tensors."""
     model: Any
     """The transformers model, on its device, in evaluation mode."""

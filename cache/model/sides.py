@@ -31,7 +31,7 @@ SHINGLE_BYTES = 64
 _SHARED = 0.05
 """Share of a document's shingles that may stand in training documents."""
 _SAMPLE = np.uint64(15)
-"""Of shingles in a corpus those are looked at whose hash has none of these bits: a sixteenth."""
+"""Only shingles whose hash has none of these bits are looked at in a corpus: a sixteenth."""
 
 
 def _shingles(text: str) -> NDArray[np.uint64]:

@@ -50,7 +50,7 @@ class TextDocument(NamedTuple):
     """A document with its place in the stream."""
 
     number: int
-    """Of the document: rank, rank + writers, ... in the order of the stream."""
+    """Number of the document in the order of the stream: rank, rank + writers, and so on."""
     text: str
     """What decides the side: of chat messages their contents, of token ids the numbers."""
     held_out: bool

@@ -41,7 +41,8 @@ class ContextBatch(NamedTuple):
     token_id: NDArray[np.int64]
     doc_id: NDArray[np.int64]
     position: NDArray[np.int64]
-    """Of the token in its context, from 0; with packing masked in its document's part of it."""
+    """Position of the token from 0 in its context, or with packing masked in its document's part of
+    it."""
     ngram: NDArray[np.uint64]
     """Hash of the 16 tokens of the document that end here, or 0 (model/ngrams.py)."""
     real: NDArray[np.bool_] | None

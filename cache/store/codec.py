@@ -23,7 +23,7 @@ __all__ = ["QMAX", "compress", "decompress", "dequantise", "quantise"]
 
 QMAX = 127
 _HEADER_BYTES = 16
-"""Of a Blosc frame; bytes 4 to 7 are the size of what it holds."""
+"""Bytes of the header of a Blosc frame; bytes 4 to 7 are the size of what it holds."""
 _BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.BITSHUFFLE, blocksize=0)
 
 

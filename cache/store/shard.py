@@ -61,7 +61,7 @@ class ChannelSums:
     non_finite_rows: int = 0
     """Rows that hold such a value."""
     sum_sq_error: NDArray[np.float64] | None = None
-    """Of lossy codecs: squared difference of stored and captured values."""
+    """For lossy codecs, the squared difference of stored and captured values."""
 
     def __post_init__(self) -> None:
         self.sum = np.zeros(self.width)
@@ -142,13 +142,13 @@ class ShardRecord:
     bytes: int
     """Size of the file, footer included."""
     xxh3_128: str
-    """Of the whole file, as 32 hexadecimal digits."""
+    """Hash of the whole file, as 32 hexadecimal digits."""
     chunk_xxh3_64: tuple[str, ...]
-    """Of each chunk, as 16 hexadecimal digits."""
+    """Hash of each chunk, as 16 hexadecimal digits."""
     window: int
     """Number of the scatter window that the rows come from."""
     sums: ChannelSums | None
-    """Of activations; None for the token arrays."""
+    """Sums over the channels of activations; None for the token arrays."""
 
     def to_json(self) -> dict[str, Any]:
         """The line, as a value."""

@@ -30,7 +30,7 @@ __all__ = ["write_delphi_cache"]
 
 SMALLEST = 1e-5
 FIRINGS_AT_ONCE = 1 << 24
-"""Of a file at most, unless a single latent has more: 14 bytes each in memory."""
+"""Firings in a file at most, unless a single latent has more: 14 bytes each in memory."""
 _LARGEST = float(np.finfo(np.float16).max)
 
 

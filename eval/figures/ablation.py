@@ -137,7 +137,7 @@ class Ablated(NamedTuple):
 
     figures: Ablation
     singles: list[tuple[float, Interval]]
-    """Of the most frequent latents, one by one: added loss and its interval."""
+    """Added loss without each of the most frequent latents, and its interval."""
 
 
 class _TurnedOff(NamedTuple):

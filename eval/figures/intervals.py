@@ -38,7 +38,10 @@ MIN_BLOCKS = 8
 
 
 def degrees_of_freedom(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of a standard error of a mean with these weights, (documents,) or by column; at least 1.
+    """Degrees of freedom of the standard error of a mean; at least 1.
+
+    Args:
+        weights: (documents,), or (documents, columns).
 
     >>> degrees_of_freedom(np.ones(10)).item(), degrees_of_freedom(np.array([8, 1, 1, 1])).item()
     (9.0, 1.0)

@@ -20,7 +20,7 @@ _PACKAGES = (
 """In every Python from 3.11 on; `builtins` are docstrings and `topics` the prose of `help()`."""
 _SNIPPET = 400
 _MIN_TEXTS = 4
-"""Of a class, so that both sides of the split have two."""
+"""Fewest texts of a class, so that both sides of the split have two."""
 
 
 class LabelledTexts(NamedTuple):

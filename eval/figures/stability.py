@@ -105,7 +105,7 @@ def _nearest(a: Tensor, b: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]
 
 
 def firing_jaccard(a: Codes, b: Codes, matching: Matching) -> NDArray[np.float64]:
-    """Of each matched pair, rows where both fire over rows where either does."""
+    """Rows where both latents of a matched pair fire over rows where either does, by pair."""
     size_b = len(b.counts)
     to_b = np.full(len(a.counts), -1)
     to_b[matching.a] = matching.b

@@ -28,7 +28,7 @@ from bsc.train.coders.coder import SparseCoder
 __all__ = ["RowFacts", "diagnose", "explained_share", "principal_components", "ultra_latents"]
 
 MAX_LATENTS = 64
-"""Of a coder, the most frequent ones first."""
+"""Latents of a coder at most, the most frequent ones first."""
 COMPONENTS = 10
 COMMON_TOKENS = 512
 COMPONENT_ROWS = 65_536

@@ -52,7 +52,7 @@ class Interpretation:
         self._given = self._given_explanations()
 
     def key(self, request: Request) -> str:
-        """Of a question to this judge, in the ledger."""
+        """Key of a question to this judge, in the ledger."""
         return key_of(self.model, self.parameters, request)
 
     def _given_explanations(self) -> dict[tuple[str, int], str] | None:

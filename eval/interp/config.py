@@ -111,7 +111,7 @@ class Prices(Config):
         return self
 
     def cost(self, prompt: float, cached: float, completion: float) -> float:
-        """Of so many tokens, the cached ones among those of the prompt."""
+        """Price of so many tokens, the cached ones among those of the prompt."""
         kept = self.price_in if self.price_cached is None else self.price_cached
         return (
             (prompt - cached) * self.price_in + cached * kept + completion * self.price_out

@@ -28,7 +28,7 @@ class Estimate(Config):
     requests: int = 0
     prompt_tokens: float = 0
     shared_tokens: float = 0
-    """Of the prompts' tokens those that a request has in common with the one before it."""
+    """Tokens of the prompts that a request has in common with the one before it."""
     completion_tokens: float = 0
 
     def plus(self, other: Estimate) -> Estimate:

@@ -230,7 +230,7 @@ class _Places:
     def like(
         self, window: Window
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
-        """Of each row the start of a window, whether it is like the other, and whether the latent
+        """The start of a window for each row, whether it is like the other, and whether the latent
         is silent in all of it."""
         texts = self.texts
         first = window.start == int(texts.text_start[window.start])

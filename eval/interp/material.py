@@ -30,7 +30,7 @@ __all__ = ["Material", "Materials"]
 
 @dataclass(frozen=True)
 class Material:
-    """Of one coder."""
+    """What the scoring of one coder works with."""
 
     coder: str
     code: LatentCode
@@ -66,7 +66,7 @@ class Material:
 
 
 class Materials:
-    """Of all coders, made one by one."""
+    """Materials of all coders, made one by one."""
 
     def __init__(
         self, run: Run, config: InterpConfig, *, store: str | Path | None, model: str | None
@@ -107,7 +107,7 @@ class Materials:
         }
 
     def hookpoint(self, name: str) -> str:
-        """Of a coder."""
+        """Hookpoint of a coder."""
         return self._planned[name].hookpoint
 
     def identity(self, name: str) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def scores_csv(rows: list[LatentNumber]) -> str:
 def _predictability(
     materials: Materials, material: Material, contexts: dict[str, Contexts]
 ) -> Predictability:
-    """Of all latents of a coder, computed once."""
+    """Predictability of all latents of a coder, computed once."""
     identity = {"version": OFFLINE_VERSION, **materials.identity(material.coder)}
     folder = materials.run.interp_folder / "offline" / material.coder
     pieces = Pieces.open(folder, identity)
@@ -190,7 +190,7 @@ def _figures(scores: Predictability, counts: NDArray[np.int64]) -> Predictabilit
 
 
 def _overlap(material: Material) -> dict[int, LatentScore]:
-    """Of the latents that were drawn, by the questions that a judge's intruder test has."""
+    """Overlap scores of the drawn latents, by the questions that a judge's intruder test has."""
     evidence = [material.evidence(i) for i in material.chosen.latents()]
     weights = token_weights(
         material.texts, (w for one in evidence for w in (*one.firing, *one.silent))

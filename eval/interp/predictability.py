@@ -57,7 +57,7 @@ class Contexts(NamedTuple):
 
 
 class Predictability(NamedTuple):
-    """Of all latents of a coder; NaN where there are too few firings."""
+    """Scores of all latents of a coder; NaN where there are too few firings."""
 
     auc: NDArray[np.float64]
     balanced_accuracy: NDArray[np.float64]

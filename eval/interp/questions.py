@@ -52,7 +52,7 @@ class Question(NamedTuple):
     request: Request
     excerpts: tuple[tuple[tuple[str, bool], ...], ...]
     truth: tuple[int, ...]
-    """Of each excerpt 1 where the latent fires; of an intruder question its number alone."""
+    """1 for each excerpt in which the latent fires, else 0; the number of the intruder alone for an intruder question."""
 
 
 class Answered(NamedTuple):
@@ -188,7 +188,7 @@ _KEYED = re.compile(r'"(\d{1,3})"\s*:\s*"?([01])')
 
 
 def _probabilities(reply: Reply, n: int) -> list[float | None]:
-    """Of each excerpt, by the key that stands before a digit, or else by the order of a list."""
+    """Probability of 1 for each excerpt, by the key before a digit, or else by the order of a list."""
     at = {int(place): p for place, p in reply.yes or []}
     keyed = {int(m[1]): at.get(m.start(2)) for m in _KEYED.finditer(reply.text)}
     if keyed:

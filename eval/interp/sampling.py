@@ -33,7 +33,7 @@ class Design(NamedTuple):
 
     latent: NDArray[np.int64]
     weight: NDArray[np.float64]
-    """Of each latent's score in the estimate: what it stands for in the population."""
+    """Weight of each latent's score in the estimate: what it stands for in the population."""
     census: NDArray[np.bool_]
     """Taken with certainty, so nothing would change about them in another sample."""
     population: int

@@ -157,7 +157,7 @@ class Interpretability(Record):
     """That decide an answer."""
     config: InterpConfig
     power: float
-    """Of `needed`."""
+    """Power of the test that `needed` is for."""
     missing_share_for_bounds: float
     coders: dict[str, JudgedCoder]
     usage: Usage
@@ -169,7 +169,7 @@ class ShownQuestion(Record):
     """A question to a judge, and what it answered."""
 
     excerpts: list[list[list[str | bool]]]
-    """Of each excerpt its runs: text, and whether it is marked."""
+    """Runs of each excerpt: text, and whether it is marked."""
     truth: list[int]
     answers: list[int | None]
     reply: str | None

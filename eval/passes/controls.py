@@ -34,7 +34,7 @@ CALIBRATION_ROWS = 65_536
 
 
 class Calibration(NamedTuple):
-    """Of one coder, on training rows."""
+    """Numbers of one coder, measured on training rows."""
 
     mean_value: Tensor
     """(F,) mean value of a latent where it fires; the mean of all latents where it never did."""

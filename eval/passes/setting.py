@@ -48,11 +48,11 @@ class Setting:
 
     @property
     def hookpoints(self) -> list[str]:
-        """Of the coders, in their order."""
+        """Hookpoints of the coders, in their order."""
         return list(dict.fromkeys(str(c.about["hookpoint"]) for c in self.coders.values()))
 
     def hookpoint(self, name: str) -> str:
-        """Of a coder."""
+        """Hookpoint of a coder."""
         return str(self.coders[name].about["hookpoint"])
 
     def coders_at(self, hookpoint: str) -> dict[str, SparseCoder]:

@@ -15,7 +15,7 @@ from bsc.train.run import PlannedCoder, Run, RunConfig
 __all__ = ["CurvePoint", "ReportedCoder", "by_panel", "read_coders", "run_labels"]
 
 ALL_CURVE_POINTS = 4_000
-"""Of the training curves of all coders together."""
+"""Points of the training curves of all coders together."""
 
 
 class CurvePoint(NamedTuple):

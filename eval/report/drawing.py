@@ -52,7 +52,7 @@ class Drawing:
     """One figure of the report."""
 
     name: str
-    """Of its files."""
+    """Name of its files."""
     alt: str
     """What it shows, in words with the numbers in them, for who cannot see it."""
     figure: Figure

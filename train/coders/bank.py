@@ -84,11 +84,11 @@ class Bank:
         self.k = [c.k for c in configs]
         """Latents that each coder selects now; a schedule may change it."""
         self.temperature = [c.temperature for c in configs]
-        """Of each coder's surrogate now."""
+        """Temperature of each coder's surrogate now."""
         self.dead: Tensor | None = None
         """(C, F) bool: latents that AuxK trains; None: none."""
         self.generators: list[torch.Generator] | None = None
-        """Of the noise of each gumbel coder; None: no noise."""
+        """Generators of the noise of each gumbel coder; None: no noise."""
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         shapes = parameter_shapes(first.model_copy(update={"code": "continuous"}))
         shapes.pop("select_threshold", None)

@@ -136,7 +136,7 @@ class SparseCoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the tensors."""
+        """Type of the tensors."""
         return self.W_enc.dtype
 
     def to(self, device: str | torch.device) -> SparseCoder:

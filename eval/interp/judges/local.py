@@ -51,7 +51,7 @@ class LocalJudge:
 
     @property
     def label(self) -> str:
-        """Of its results."""
+        """Name of its results."""
         return self._name.rstrip("/").split("/")[-1]
 
     def find_model(self) -> None:

@@ -110,7 +110,7 @@ class Request(NamedTuple):
 
     @property
     def characters(self) -> int:
-        """Of all messages."""
+        """Characters of all messages."""
         return sum(len(m["content"]) for m in self.messages)
 
 
