@@ -79,7 +79,7 @@ def _server(latency: float, pipe: Pipe) -> None:
 
 
 def prompts(n: int) -> list[Request]:
-    """Fuzzing questions of five windows of 32 tokens each, all different."""
+    """Fuzzing questions of five excerpts of 32 tokens each, all different."""
     words = [[(f" word{j} {i}", j == 9) for j in range(32)] for i in range(5)]
     return [test_request("fuzzing", "coder", i, 0, f"words like {i}", words) for i in range(n)]
 

@@ -338,7 +338,7 @@ def _write_sums(
         write_firing_counts(setting.run, name, own.counts)
         arrays |= {
             f"{name}/nats": losses[name].nats,
-            f"{name}/squared_error": own.block["coder"],
-            f"{name}/squared_deviation": own.block["total"],
+            f"{name}/squared_error": own.by_document["coder"],
+            f"{name}/squared_deviation": own.by_document["total"],
         }
     write_arrays(EvaluationFolder(setting.run).documents, arrays)

@@ -13,7 +13,7 @@ from bsc.cache.model.models import load_tokenizer
 from bsc.errors import StoreError, UserError
 from bsc.eval.evaluation import EvaluationFolder, ShownContext
 from bsc.eval.figures.division import PARTS
-from bsc.eval.figures.examples import Sample, Windows
+from bsc.eval.figures.examples import Sample, SplitText
 from bsc.eval.passes.codes import Codes
 from bsc.eval.passes.pieces import Pieces
 from bsc.eval.passes.setting import open_store
@@ -99,7 +99,7 @@ def latent_examples(
     tokenizer = load_tokenizer(
         model or str(opened.attributes["model"]["name"]), opened.attributes["model"]["revision"]
     )
-    windows = Windows(opened.held_out, tokenizer)
+    split_text = SplitText(opened.held_out, tokenizer)
     codes = Codes(Pieces(EvaluationFolder(run).codes(name)), np.zeros(n_latents, np.int64))
     firing = codes.of(latent)
     contexts: list[LatentContext] = []
@@ -110,7 +110,7 @@ def latent_examples(
                 part=PARTS[own.part[i]],
                 row=int(own.row[i]),
                 margin=float(own.margin[i]),
-                text=windows.marked(int(own.row[i]), *firing),
+                text=split_text.marked(int(own.row[i]), *firing),
             )
             for i in np.flatnonzero(own.stratum == stratum)[:per_stratum]
         ]

@@ -165,7 +165,8 @@ class TrainConfig(Config):
         flag="--check/--no-check",
     )
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Precision of the products; parameters and sums are float32 either way. fp32 is the reference."""
+    """Precision of the products. Parameters and sums are float32 either way; fp32 is the
+    reference."""
     compile: bool = option(False, "torch.compile what gains by it.", _TRAINING)
     """The result differs by rounding alone."""
     checkpoint_every: int | None = option(

@@ -59,7 +59,7 @@ def _contexts(materials: Materials, read: NDArray[np.bool_]) -> tuple[
 def _splits(code: LatentCode) -> Iterator[tuple[int, int]]:
     """Ranges of latents, [first, last), none without a firing."""
     first = 0
-    for _, last in code.blocks(FIRINGS_AT_ONCE, 1 << 15):
+    for _, last in code.ranges(FIRINGS_AT_ONCE, 1 << 15):
         # delphi cannot read a file of no firings: such latents go with others.
         if code.offsets[last] > code.offsets[first] and (
             last == code.n_latents or code.offsets[-1] > code.offsets[last]

@@ -4,7 +4,7 @@
     <model>/<source>/{features,activations,explanations}/batch-0.jsonl.gz
 
 Fields that need what bsc does not compute (logits, correlated neurons) are empty. Examples are the
-windows of all documents, by tenth of a latent's firings; of a binary latent every firing is 1.
+excerpts of all documents, by tenth of a latent's firings; of a binary latent every firing is 1.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _explanations(path: Path | None, coder: str, model: str, source: str) -> lis
 
 
 def _activations(material: Material, latent: int, own: Any, model: str, source: str) -> list[Row]:
-    """Windows around sampled firings, as tokens with their values."""
+    """Excerpts around sampled firings, as tokens with their values."""
     texts = material.texts
     rows, margins = material.code.of(latent)
     if len(rows) == 0:
@@ -148,7 +148,7 @@ def _activations(material: Material, latent: int, own: Any, model: str, source: 
     for stratum in range(STRATA - 1, -1, -1):
         for i in np.flatnonzero(own.stratum == stratum)[:PER_STRATUM]:
             row = int(own.row[i])
-            low, high = texts.windows.around(row)
+            low, high = texts.split_text.around(row)
             here = slice(*np.searchsorted(rows, [low, high]))
             values = np.zeros(high - low)
             values[rows[here].astype(np.int64) - low] = 1.0 if binary else margins[here]
@@ -156,7 +156,7 @@ def _activations(material: Material, latent: int, own: Any, model: str, source: 
             found.append(
                 {
                     "id": "c" + hashlib.sha256(key.encode()).hexdigest()[:24],
-                    "tokens": texts.windows.each(low, high), "modelId": model, "layer": source,
+                    "tokens": texts.split_text.each(low, high), "modelId": model, "layer": source,
                     "index": str(latent), "values": [round(float(v), 4) for v in values],
                     "maxValue": round(float(values.max()), 4),
                     "maxValueTokenIndex": int(values.argmax()),

@@ -27,7 +27,7 @@ from bsc.hashing import hash64
 __all__ = [
     "STRATA",
     "Sample",
-    "Windows",
+    "SplitText",
     "choose_latents",
     "sample",
 ]
@@ -99,7 +99,7 @@ def sample(
         seed: of the draw.
     """
     drawn: list[list[NDArray[Any]]] = []
-    for first, last in code.blocks():
+    for first, last in code.ranges():
         here = slice(int(code.offsets[first]), int(code.offsets[last]))
         n = np.diff(code.offsets[first : last + 1])
         latent = np.repeat(np.arange(first, last), n)
@@ -133,7 +133,7 @@ def choose_latents(counts: NDArray[np.int64], n: int) -> list[int]:
     return [int(i) for i in dict.fromkeys(ranked[ranks])]
 
 
-class Windows:
+class SplitText:
     """The text around rows of a split."""
 
     def __init__(self, split: StoreSplit, tokenizer: Any) -> None:

@@ -28,10 +28,10 @@ def fvu(sums: Sums, kind: str = "coder") -> float:
 def fidelity_figures(sums: Sums) -> Fidelity:
     """FVU of a coder with its interval over documents, and of what belongs beside it."""
     kinds = [k for k in sums.channel if k != "total"]
-    used = sums.block_rows > 0
+    used = sums.document_rows > 0
     intervals = ratio_intervals(
-        np.stack([sums.block[k][used] for k in kinds], axis=1),
-        sums.block["total"][used],
+        np.stack([sums.by_document[k][used] for k in kinds], axis=1),
+        sums.by_document["total"][used],
         positive=True,
     )
     interval = dict(zip(kinds, intervals, strict=True))
@@ -67,8 +67,8 @@ def fvu_difference(a: Sums, b: Sums) -> tuple[float, Interval]:
 
     Paired: what is hard to reconstruct for both does not widen it.
     """
-    used = a.block_rows > 0
+    used = a.document_rows > 0
     (interval,) = ratio_intervals(
-        (a.block["coder"] - b.block["coder"])[used, None], a.block["total"][used]
+        (a.by_document["coder"] - b.by_document["coder"])[used, None], a.by_document["total"][used]
     )
     return fvu(a) - fvu(b), interval

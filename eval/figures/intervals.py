@@ -26,14 +26,14 @@ from bsc.eval.evaluation import Interval
 
 __all__ = [
     "LEVEL",
-    "MIN_BLOCKS",
+    "MIN_SAMPLE",
     "degrees_of_freedom",
     "ratio_intervals",
     "value_interval",
 ]
 
 LEVEL = 0.95
-MIN_BLOCKS = 8
+MIN_SAMPLE = 8
 """Below this many documents, seeds or classes no interval is given: none is invented."""
 
 
@@ -72,7 +72,7 @@ def ratio_intervals(
     used = (denominators != 0).any(axis=1)
     numerators, denominators = numerators[used], denominators[used]
     n, columns = numerators.shape
-    if n < MIN_BLOCKS:
+    if n < MIN_SAMPLE:
         return [None] * columns
     a, b = numerators.sum(axis=0), denominators.sum(axis=0)
     by_logarithm = positive & (a > numerators.max(axis=0))  # else the logarithm may be of 0

@@ -13,7 +13,7 @@ from bsc.eval.evaluation import (
     ShownLatent,
     UltraLatent,
 )
-from bsc.eval.figures.examples import Sample, Windows, choose_latents, sample
+from bsc.eval.figures.examples import Sample, SplitText, choose_latents, sample
 from bsc.eval.figures.rate import bit_figures
 from bsc.eval.figures.ultra import RowFacts, diagnose, principal_components, ultra_latents
 from bsc.eval.passes.batches import rows_read
@@ -39,14 +39,14 @@ def latent_figures(
 ) -> tuple[dict[str, LatentFigures], dict[str, list[ShownLatent]]]:
     """Figures and examples of every coder; leaves samples of its firings on disk."""
     split, folder = setting.split, EvaluationFolder(setting.run)
-    windows = Windows(split, setting.lm.tokenizer)
+    split_text = SplitText(split, setting.lm.tokenizer)
     special = list(setting.store.attributes["model"]["special_token_ids"])
     figures: dict[str, LatentFigures] = {}
     shown: dict[str, list[ShownLatent]] = {}
     with stage("latents", len(setting.coders), "coders") as progress:
         for hook in setting.hookpoints:
             read = rows_read(split, hook, max_rows, setting.without_tokens)
-            facts = RowFacts.of(split.tokens("token_id"), windows.position, special, read)
+            facts = RowFacts.of(split.tokens("token_id"), split_text.position, special, read)
             components, share = principal_components(split, hook, max_rows, setting.without_tokens)
             for name, coder in setting.coders_at(hook).items():
                 code, own = codes[name].by_latent(), sums[name]
@@ -59,11 +59,11 @@ def latent_figures(
                     ultra=diagnose(coder, code, facts, components, latents),
                     components_share=share,
                 )
-                drawn = sample(code, windows.part)
+                drawn = sample(code, split_text.part)
                 path = folder.sample(name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_arrays(path, drawn.arrays())
-                shown[name] = _shown(windows, code, drawn, own)
+                shown[name] = _shown(split_text, code, drawn, own)
                 progress.advance(1, name)
     return figures, shown
 
@@ -78,7 +78,7 @@ def with_single_ablations(
     return figures.model_copy(update={"ultra": ultra})
 
 
-def _shown(windows: Windows, code: LatentCode, drawn: Sample, sums: Sums) -> list[ShownLatent]:
+def _shown(split_text: SplitText, code: LatentCode, drawn: Sample, sums: Sums) -> list[ShownLatent]:
     """Some latents across the range of rates, each with one context of each stratum."""
     found = []
     for latent in choose_latents(sums.counts, SHOWN_LATENTS):
@@ -86,7 +86,7 @@ def _shown(windows: Windows, code: LatentCode, drawn: Sample, sums: Sums) -> lis
         contexts = []
         for stratum in sorted(set(own.stratum.tolist()), reverse=True):
             row = int(own.row[own.stratum == stratum][0])
-            text = windows.marked(row, *code.of(latent))
+            text = split_text.marked(row, *code.of(latent))
             contexts.append(ShownContext(stratum=int(stratum), text=text))
         rate = int(sums.counts[latent]) / sums.rows
         found.append(ShownLatent(latent=latent, rate=rate, contexts=contexts))

@@ -42,7 +42,7 @@ def value_entropies(code: LatentCode, step: NDArray[np.float64]) -> NDArray[np.f
         step: (F,) of the quantiser; a latent of step 0 has entropy 0.
     """
     entropies = np.zeros(code.n_latents)
-    for first, last in code.blocks():
+    for first, last in code.ranges():
         here = slice(int(code.offsets[first]), int(code.offsets[last]))
         n = np.diff(code.offsets[first : last + 1])
         latent = np.repeat(np.arange(last - first), n)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from bsc.eval.evaluation import Interval
-from bsc.eval.figures.intervals import LEVEL, MIN_BLOCKS
+from bsc.eval.figures.intervals import LEVEL, MIN_SAMPLE
 from bsc.eval.interp.sampling import Chosen, Design
 from bsc.eval.interp.scores import LatentScore, RatePoint, SampledMean, SampledMeans
 from bsc.typed import combined
@@ -93,7 +93,7 @@ def _resampled(
         return np.asarray(top / bottom)
 
 
-def _blocks(design: Design, parts: NDArray[np.bool_]) -> NDArray[np.int64]:
+def _sizes(design: Design, parts: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Latents that the interval of each column rests on: those that were drawn, if any."""
     drawn = parts[~design.census].sum(axis=0)
     return np.asarray(np.where(drawn > 0, drawn, parts.sum(axis=0)))
@@ -114,10 +114,10 @@ def _widened_quantiles(n: int) -> tuple[float, float]:
     return low, 1 - low
 
 
-def _intervals(resampled: NDArray[np.float64], blocks: NDArray[np.int64]) -> list[Interval]:
+def _intervals(resampled: NDArray[np.float64], sizes: NDArray[np.int64]) -> list[Interval]:
     found: list[Interval] = []
-    for column, n in zip(resampled.T, blocks, strict=True):
-        if n < MIN_BLOCKS or np.isnan(column).mean() > 0.01:
+    for column, n in zip(resampled.T, sizes, strict=True):
+        if n < MIN_SAMPLE or np.isnan(column).mean() > 0.01:
             found.append(None)
             continue
         low, high = np.nanquantile(column, _widened_quantiles(int(n)))
@@ -145,7 +145,7 @@ def estimate(
     v, w = values[there], kept.weight
     noise = np.nan_to_num(noise[there])
     every = np.ones((len(v), 1), bool)
-    interval = _intervals(_resampled(kept, v, noise, every, seed), _blocks(kept, every))[0]
+    interval = _intervals(_resampled(kept, v, noise, every, seed), _sizes(kept, every))[0]
     mean = float((w * v).sum() / w.sum())
     # What varies in another sample: latents that were drawn; of a census their excerpts.
     drawn = v[~kept.census]
@@ -214,7 +214,7 @@ def frequency_adjusted(
         levels = np.unique(np.quantile(p, np.linspace(0, 1, MAX_CURVE), method="higher"))
     parts = p[:, None] <= levels[None, :]
     resampled = _resampled(kept, v, np.nan_to_num(noise[there]), parts, seed)
-    intervals = _intervals(resampled, _blocks(kept, parts))
+    intervals = _intervals(resampled, _sizes(kept, parts))
     return [
         RatePoint(
             rate=float(level),

@@ -64,17 +64,17 @@ class InterpConfig(Config):
         flag="--test",
         shown="all three",
     )
-    explain_windows: int = option(20, "Windows to explain from.", _TESTS, ge=5)
-    test_windows: int = option(20, "Windows of either kind to test on.", _TESTS, ge=5)
-    window: int = option(32, "Tokens of a window.", _TESTS, ge=2)
-    items: int = option(5, "Windows in a request.", _TESTS, ge=1, le=50)
+    explain_excerpts: int = option(20, "Excerpts to explain from.", _TESTS, ge=5)
+    test_excerpts: int = option(20, "Excerpts of either kind to test on.", _TESTS, ge=5)
+    excerpt_tokens: int = option(32, "Tokens of an excerpt.", _TESTS, ge=2)
+    items: int = option(5, "Excerpts in a request.", _TESTS, ge=1, le=50)
     marks: Marking = option("all", "Marked tokens: all that fire, or strong.", _TESTS)
-    """strong: those of at least 0.3 of the window's largest."""
+    """strong: those of at least 0.3 of the excerpt's largest."""
     negatives: Literal["auto", "silent", "active"] = option(
-        "auto", "Fuzzing: against silent windows, active ones, or auto.", _TESTS
+        "auto", "Fuzzing: against silent excerpts, active ones, or auto.", _TESTS
     )
-    """Against silent windows, against silent tokens of active windows, or against the latter where
-    the former hardly exist."""
+    """Against silent excerpts, against silent tokens of active excerpts, or against the latter
+    where the former hardly exist."""
     explanations: str = option(
         "own", "own, shuffled, blank, or a file of coder, latent, explanation.", _TESTS
     )

@@ -1,4 +1,4 @@
-"""What the scoring of a run works with: of each coder the latents that were drawn, their windows
+"""What the scoring of a run works with: of each coder the latents that were drawn, their excerpts
 and their firings, from what `bsc eval` left on disk. No model is needed, only its tokenizer."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bsc.cache.model.models import load_tokenizer
 from bsc.errors import StoreError, UserError
 from bsc.eval.evaluation import Evaluation, EvaluationFolder
-from bsc.eval.figures.examples import Windows
+from bsc.eval.figures.examples import SplitText
 from bsc.eval.figures.firing import firing_counts
 from bsc.eval.interp.config import InterpConfig
 from bsc.eval.interp.evidence import Evidence, Texts, gather
@@ -46,7 +46,7 @@ class Material:
     _gathered: dict[int, Evidence] = field(default_factory=dict)
 
     def evidence(self, latent: int) -> Evidence:
-        """Windows of a latent."""
+        """Excerpts of a latent."""
         if latent in self._gathered:
             return self._gathered[latent]
         row, value = self.code.of(latent)
@@ -56,8 +56,8 @@ class Material:
             latent,
             row.astype(np.int64),
             value,
-            explain=config.explain_windows,
-            test=config.test_windows,
+            explain=config.explain_excerpts,
+            test=config.test_excerpts,
             marking=config.marks,
             graded=latent < self.first_binary,
             negatives=config.negatives,
@@ -96,14 +96,15 @@ class Materials:
         saved = self.store.attributes["model"]
         tokenizer = load_tokenizer(model or str(saved["name"]), saved["revision"])
         split = self.store.held_out
-        self.windows = Windows(split, tokenizer)
+        self.split_text = SplitText(split, tokenizer)
         without = tuple(run.config().without_tokens)
         hooks = dict.fromkeys(self.hookpoint(n) for n in self.names)
         max_rows = evaluation.config.rows
-        length = min(config.window, self.store.context)
+        length = min(config.excerpt_tokens, self.store.context)
         self.read = {h: rows_read(split, h, max_rows, without) for h in hooks}
         self._texts = {
-            h: Texts(self.windows, r, length=length, seed=config.seed) for h, r in self.read.items()
+            h: Texts(self.split_text, r, length=length, seed=config.seed)
+            for h, r in self.read.items()
         }
 
     def hookpoint(self, name: str) -> str:

@@ -50,7 +50,7 @@ from bsc.typed import combined, write_typed
 
 __all__ = ["LatentNumber", "offline_scores", "scores_csv"]
 
-_DECIDING = ("latents", "census_rate", "min_firings", "test_windows", "window", "seed")
+_DECIDING = ("latents", "census_rate", "min_firings", "test_excerpts", "excerpt_tokens", "seed")
 """What of the config changes an offline score. Marks are part of the overlap, so they are always
 those of all firing tokens."""
 
@@ -150,13 +150,13 @@ def _predictability(
     if not pieces.done(0):
         hook = materials.hookpoint(material.coder)
         if hook not in contexts:
-            windows = materials.windows
+            split_text = materials.split_text
             contexts[hook] = contexts_of_tokens(
-                windows.ids,
-                windows.doc_id,
-                windows.position,
+                split_text.ids,
+                split_text.doc_id,
+                split_text.position,
                 materials.read[hook],
-                windows.part,
+                split_text.part,
                 seed=materials.config.seed,
             )
         scores = predictability(material.code, contexts[hook], seed=materials.config.seed)

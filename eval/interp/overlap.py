@@ -1,8 +1,8 @@
 """An intruder test that is answered by counting shared tokens, without any model.
 
-Of five windows, in four of which a latent fires, the intruder is taken to be the one that shares
+Of five excerpts, in four of which a latent fires, the intruder is taken to be the one that shares
 the least with the others: the marked tokens, and all tokens, each as a bag whose entries weigh what
-they tell (inverse document frequency over the windows of the coder), compared by cosine. A latent
+they tell (inverse document frequency over the excerpts of the coder), compared by cosine. A latent
 of one word or of one topic is told from silence by this; one of a meaning that many words can have
 is not. It is a floor to hold the judge's intruder score against, never a score by a language model.
 """
@@ -14,28 +14,28 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from bsc.eval.interp.evidence import Texts, Window
+from bsc.eval.interp.evidence import Excerpt, Texts
 
 __all__ = ["overlap_answers", "token_weights"]
 
 Bag = dict[int, float]
 
 
-def token_weights(texts: Texts, windows: Iterable[Window]) -> dict[int, float]:
-    """log(windows / windows with the token), of every token of some windows."""
+def token_weights(texts: Texts, excerpts: Iterable[Excerpt]) -> dict[int, float]:
+    """log(excerpts / excerpts with the token), of every token of some excerpts."""
     seen: Counter[int] = Counter()
     n = 0
-    for window in windows:
+    for excerpt in excerpts:
         n += 1
-        ids = texts.windows.ids[window.start : window.start + window.tokens]
+        ids = texts.split_text.ids[excerpt.start : excerpt.start + excerpt.tokens]
         seen.update({int(i) for i in ids})
     return {token: float(np.log((n + 1) / count)) for token, count in seen.items()}
 
 
-def _bags(texts: Texts, window: Window, weights: Mapping[int, float]) -> tuple[Bag, Bag]:
-    """The marked tokens and all tokens of a window, of length one each."""
-    ids = [int(i) for i in texts.windows.ids[window.start : window.start + window.tokens]]
-    return (_unit(Counter(ids[m] for m in window.marks), weights), _unit(Counter(ids), weights))
+def _bags(texts: Texts, excerpt: Excerpt, weights: Mapping[int, float]) -> tuple[Bag, Bag]:
+    """The marked tokens and all tokens of an excerpt, of length one each."""
+    ids = [int(i) for i in texts.split_text.ids[excerpt.start : excerpt.start + excerpt.tokens]]
+    return (_unit(Counter(ids[m] for m in excerpt.marks), weights), _unit(Counter(ids), weights))
 
 
 def _unit(counts: Counter[int], weights: Mapping[int, float]) -> Bag:
@@ -51,18 +51,18 @@ def _cosine(a: Bag, b: Bag) -> float:
 
 
 def overlap_answers(
-    texts: Texts, groups: Sequence[tuple[Sequence[Window], int]], weights: Mapping[int, float]
+    texts: Texts, groups: Sequence[tuple[Sequence[Excerpt], int]], weights: Mapping[int, float]
 ) -> list[float]:
-    """How right the choice is in each group: 1, 0, or a share where several windows tie.
+    """How right the choice is in each group: 1, 0, or a share where several excerpts tie.
 
     Args:
         texts: of the split.
-        groups: windows, and which of them the intruder is.
+        groups: excerpts, and which of them the intruder is.
         weights: of `token_weights`.
     """
     found = []
-    for windows, intruder in groups:
-        bags = [_bags(texts, w, weights) for w in windows]
+    for excerpts, intruder in groups:
+        bags = [_bags(texts, w, weights) for w in excerpts]
         alike = [
             sum(
                 _cosine(own[side], other[side])

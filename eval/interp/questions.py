@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from bsc.eval.interp.config import TestKind
-from bsc.eval.interp.evidence import MIN_WINDOWS, Evidence, Texts, Window
+from bsc.eval.interp.evidence import MIN_EXCERPTS, Evidence, Excerpt, Texts
 from bsc.eval.interp.judges.prompts import (
     Request,
     answers_in,
@@ -52,7 +52,8 @@ class Question(NamedTuple):
     request: Request
     excerpts: tuple[tuple[tuple[str, bool], ...], ...]
     truth: tuple[int, ...]
-    """1 for each excerpt in which the latent fires, else 0; the number of the intruder alone for an intruder question."""
+    """1 for each excerpt in which the latent fires, else 0; for an intruder question its number
+    alone."""
 
 
 class Answered(NamedTuple):
@@ -67,16 +68,16 @@ class Answered(NamedTuple):
     """Probability of 1, where the judge gives one."""
 
 
-def _excerpt(texts: Texts, window: Window) -> tuple[tuple[str, bool], ...]:
-    return tuple(texts.windows.runs(window.start, window.tokens, window.marks))
+def _runs(texts: Texts, excerpt: Excerpt) -> tuple[tuple[str, bool], ...]:
+    return tuple(texts.split_text.runs(excerpt.start, excerpt.tokens, excerpt.marks))
 
 
 def explain_question(texts: Texts, coder: str, evidence: Evidence, seed: int) -> Question:
     """Ask for an explanation. The order of the excerpts says nothing about their strength."""
     rng = np.random.Generator(np.random.Philox(key=[seed, evidence.latent]))
     order = rng.permutation(len(evidence.explain))
-    excerpts = tuple(_excerpt(texts, evidence.explain[i]) for i in order)
-    return Question(explain_request(coder, evidence.latent, excerpts), excerpts, ())
+    shown = tuple(_runs(texts, evidence.explain[i]) for i in order)
+    return Question(explain_request(coder, evidence.latent, shown), shown, ())
 
 
 def test_questions(
@@ -94,7 +95,7 @@ def test_questions(
     Args:
         texts: of the split.
         coder: its name.
-        evidence: windows of the latent.
+        evidence: excerpts of the latent.
         explanation: what its excerpts are judged by; the intruder test needs none.
         kind: of test.
         items: excerpts in one request.
@@ -106,24 +107,24 @@ def test_questions(
     latent = evidence.latent
     rng = question_rng(seed, latent, kind)
     firing, silent = _both_sides(evidence, kind)
-    if min(len(firing), len(silent)) < MIN_WINDOWS:
+    if min(len(firing), len(silent)) < MIN_EXCERPTS:
         return []
     if kind == "intruder":
         found = []
-        for part, (windows, place) in enumerate(intruder_groups(evidence, rng)):
-            excerpts = tuple(_excerpt(texts, w) for w in windows)
-            request = intruder_request(coder, latent, part, excerpts)
-            found.append(Question(request, excerpts, (place + 1,)))
+        for part, (excerpts, place) in enumerate(intruder_groups(evidence, rng)):
+            shown = tuple(_runs(texts, w) for w in excerpts)
+            request = intruder_request(coder, latent, part, shown)
+            found.append(Question(request, shown, (place + 1,)))
         return found
-    windows = [*firing, *silent]
+    excerpts = [*firing, *silent]
     truth = [1] * len(firing) + [0] * len(silent)
-    order = rng.permutation(len(windows))
+    order = rng.permutation(len(excerpts))
     found = []
     for part, start in enumerate(range(0, len(order), items)):
         here = order[start : start + items]
-        excerpts = tuple(_excerpt(texts, windows[i]) for i in here)
-        request = test_request(kind, coder, latent, part, explanation, excerpts)
-        found.append(Question(request, excerpts, tuple(truth[i] for i in here)))
+        shown = tuple(_runs(texts, excerpts[i]) for i in here)
+        request = test_request(kind, coder, latent, part, explanation, shown)
+        found.append(Question(request, shown, tuple(truth[i] for i in here)))
     return found
 
 
@@ -132,20 +133,22 @@ def question_rng(seed: int, latent: int, kind: TestKind) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, latent << 8 | _SALT[kind]]))
 
 
-def _both_sides(evidence: Evidence, kind: TestKind) -> tuple[list[Window], list[Window]]:
+def _both_sides(evidence: Evidence, kind: TestKind) -> tuple[list[Excerpt], list[Excerpt]]:
     if kind == "fuzzing" and evidence.silent_token:
         return evidence.firing_token, evidence.silent_token
     return evidence.firing, evidence.silent
 
 
-def intruder_groups(evidence: Evidence, rng: np.random.Generator) -> list[tuple[list[Window], int]]:
-    """Five windows of like strength, one of them replaced by its silent partner, and which one.
+def intruder_groups(
+    evidence: Evidence, rng: np.random.Generator
+) -> list[tuple[list[Excerpt], int]]:
+    """Five excerpts of like strength, one of them replaced by its silent partner, and which one.
 
     The partner has the marks, the length and the edges of the one that it replaces, so the five
-    look like any five windows in which the latent fires.
+    look like any five excerpts in which the latent fires.
 
     Args:
-        evidence: windows of the latent.
+        evidence: excerpts of the latent.
         rng: for the choice of the one, and of the order.
     """
     firing, silent, size = evidence.firing, evidence.silent, INTRUDER_EXCERPTS
@@ -154,9 +157,9 @@ def intruder_groups(evidence: Evidence, rng: np.random.Generator) -> list[tuple[
     for start in range(0, len(order) - size + 1, size):
         group = [order[start + int(i)] for i in rng.permutation(size)]
         place = int(rng.integers(size))
-        windows = [firing[i] for i in group]
-        windows[place] = silent[group[place]]
-        found.append((windows, place))
+        excerpts = [firing[i] for i in group]
+        excerpts[place] = silent[group[place]]
+        found.append((excerpts, place))
     return found
 
 
@@ -188,7 +191,7 @@ _KEYED = re.compile(r'"(\d{1,3})"\s*:\s*"?([01])')
 
 
 def _probabilities(reply: Reply, n: int) -> list[float | None]:
-    """Probability of 1 for each excerpt, by the key before a digit, or else by the order of a list."""
+    """Probability of 1 for each excerpt, by the key before a digit, or by the order of a list."""
     at = {int(place): p for place, p in reply.yes or []}
     keyed = {int(m[1]): at.get(m.start(2)) for m in _KEYED.finditer(reply.text)}
     if keyed:

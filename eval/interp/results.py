@@ -168,7 +168,7 @@ def _latents(asked: Interpretation, material: Material) -> Iterator[JudgedLatent
                 shown[kind] = _scored(asked, tests[kind], kind, evidence)
                 continue
             why = evidence.why_not or (
-                "too few windows without a firing" if kind in tests else "no explanation"
+                "too few excerpts without a firing" if kind in tests else "no explanation"
             )
             shown[kind] = LatentScore(
                 state=state if why == "no explanation" else "unscorable",
@@ -285,12 +285,12 @@ def _flags(coders: Mapping[str, JudgedCoder]) -> list[str]:
         tpr, tnr = np.mean(known, axis=0)
         if 1 - tnr > _ALWAYS and tpr > _ALWAYS:
             found.append(
-                f"{kind}: it says yes to nearly everything ({percent(1 - tnr)} of the windows "
+                f"{kind}: it says yes to nearly everything ({percent(1 - tnr)} of the excerpts "
                 f"without a firing)"
             )
         elif tpr < 1 - _ALWAYS and tnr > _ALWAYS:
             found.append(
-                f"{kind}: it says no to nearly everything ({percent(1 - tpr)} of the windows with "
+                f"{kind}: it says no to nearly everything ({percent(1 - tpr)} of the excerpts with "
                 f"a firing)"
             )
     answers: Counter[str] = Counter()

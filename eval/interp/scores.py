@@ -48,8 +48,8 @@ __all__ = [
     "read_offline",
 ]
 
-INTERP_VERSION = 1
-OFFLINE_VERSION = 1
+INTERP_VERSION = 2
+OFFLINE_VERSION = 2
 
 
 class Mean(Record):
@@ -197,7 +197,7 @@ class LatentScore(Record):
     f1: float | None = None
     auc: float | None = None
     negatives: str | None = None
-    """Fuzzing: against ``"silent"`` or ``"active"`` windows."""
+    """Fuzzing: against ``"silent"`` or ``"active"`` excerpts."""
     questions: list[ShownQuestion] | None = None
 
 

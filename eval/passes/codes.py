@@ -59,7 +59,7 @@ class LatentCode:
         here = slice(int(self.offsets[latent]), int(self.offsets[latent + 1]))
         return self.row[here], self.margin[here]
 
-    def blocks(self, firings: int = 1 << 22, latents: int = 1 << 17) -> Iterator[tuple[int, int]]:
+    def ranges(self, firings: int = 1 << 22, latents: int = 1 << 17) -> Iterator[tuple[int, int]]:
         """Ranges of latents to work on at a time: about `firings` firings, `latents` at most."""
         start = 0
         while start < self.n_latents:

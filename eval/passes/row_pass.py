@@ -28,7 +28,7 @@ __all__ = ["Sums", "add_up", "pass_over_rows"]
 class _CoderPiece:
     """Sums and code of one coder over one piece."""
 
-    def __init__(self, coder: SparseCoder, calibration: Calibration | None, blocks: int) -> None:
+    def __init__(self, coder: SparseCoder, calibration: Calibration | None, documents: int) -> None:
         self.coder, self.calibration = coder, calibration
         device, d_out = coder.W_enc.device, coder.config.d_out
         self.kinds = ["coder", "skip"]
@@ -37,15 +37,15 @@ class _CoderPiece:
         self.channel = {
             k: torch.zeros(d_out, dtype=torch.float64, device=device) for k in self.kinds
         }
-        self.block = {
-            k: torch.zeros(blocks, dtype=torch.float64, device=device) for k in self.kinds
+        self.by_document = {
+            k: torch.zeros(documents, dtype=torch.float64, device=device) for k in self.kinds
         }
-        self.unseen = torch.zeros(blocks, dtype=torch.float64, device=device)
+        self.unseen = torch.zeros(documents, dtype=torch.float64, device=device)
         self.counts = torch.zeros(coder.config.n_latents, dtype=torch.int64, device=device)
         empty = torch.empty(0, dtype=torch.int64)
         self.entries = [(empty, empty, torch.empty(0))]
 
-    def add(self, batch: RowBatch, x: Tensor, y: Tensor, block: Tensor, unseen: Tensor) -> None:
+    def add(self, batch: RowBatch, x: Tensor, y: Tensor, document: Tensor, unseen: Tensor) -> None:
         coder, calibration = self.coder, self.calibration
         code = coder.encode(x)
         rest = y - coder.skip(x)
@@ -57,9 +57,9 @@ class _CoderPiece:
             squared = error.square()
             self.channel[kind] += squared.sum(dim=0, dtype=torch.float64)
             by_row = squared.sum(dim=1, dtype=torch.float64)
-            self.block[kind].index_add_(0, block, by_row)
+            self.by_document[kind].index_add_(0, document, by_row)
             if kind == "coder":
-                self.unseen.index_add_(0, block, by_row * unseen)
+                self.unseen.index_add_(0, document, by_row * unseen)
         self._keep(code, batch.number)
 
     def _keep(self, code: Code, index: Tensor) -> None:
@@ -75,7 +75,7 @@ class _CoderPiece:
 
     def sums(self) -> Arrays:
         found = {f"{k}/channel": v.cpu().numpy() for k, v in self.channel.items()}
-        found |= {f"{k}/block": v.cpu().numpy() for k, v in self.block.items()}
+        found |= {f"{k}/block": v.cpu().numpy() for k, v in self.by_document.items()}
         return found | {"counts": self.counts.cpu().numpy(), "unseen": self.unseen.cpu().numpy()}
 
     def code(self, start: int) -> Arrays:
@@ -147,38 +147,41 @@ def pass_over_rows(
         if piece in todo:
             assert mean is not None
             own_documents = torch.from_numpy(document[first:last])
-            first_block = int(own_documents.min())
-            blocks = int(own_documents.max()) - first_block + 1
+            first_document = int(own_documents.min())
+            documents = int(own_documents.max()) - first_document + 1
             total = torch.zeros_like(mean)
-            block_total = torch.zeros(blocks, dtype=torch.float64, device=device)
-            block_rows = torch.zeros_like(block_total)
-            unseen_total, unseen_rows = torch.zeros_like(block_total), torch.zeros_like(block_total)
+            document_total = torch.zeros(documents, dtype=torch.float64, device=device)
+            document_rows = torch.zeros_like(document_total)
+            unseen_total, unseen_rows = (
+                torch.zeros_like(document_total),
+                torch.zeros_like(document_total),
+            )
             is_unseen = torch.ones(last - first, dtype=torch.float64)
             if seen is not None:
                 is_unseen = torch.from_numpy(~seen[first:last]).double()
-            work = {n: _CoderPiece(c, calibrations.get(n), blocks) for n, c in coders.items()}
+            work = {n: _CoderPiece(c, calibrations.get(n), documents) for n, c in coders.items()}
             for batch in row_batches(
                 split, hookpoint, widest, without_tokens, first=first, last=last
             ):
                 x, y = batch.x.to(device, dtype), batch.y.to(device, dtype)
-                block = (own_documents[batch.number - first] - first_block).to(device)
+                of_row = (own_documents[batch.number - first] - first_document).to(device)
                 unseen = is_unseen[batch.number - first].to(device)
                 squared = (y.double() - mean).square()
                 total += squared.sum(dim=0)
-                block_total.index_add_(0, block, squared.sum(dim=1))
-                block_rows += torch.bincount(block, minlength=blocks)
-                unseen_total.index_add_(0, block, squared.sum(dim=1) * unseen)
-                unseen_rows.index_add_(0, block, unseen)
+                document_total.index_add_(0, of_row, squared.sum(dim=1))
+                document_rows += torch.bincount(of_row, minlength=documents)
+                unseen_total.index_add_(0, of_row, squared.sum(dim=1) * unseen)
+                unseen_rows.index_add_(0, of_row, unseen)
                 for one in work.values():
                     side = y if one.coder.config.side == "output" else x
-                    one.add(batch, side, y, block, unseen)
+                    one.add(batch, side, y, of_row, unseen)
             for name, one in work.items():
                 codes[name].write(piece, one.code(first))
             sums: Arrays = {
-                "first_block": np.array([first_block]),
-                "block_rows": block_rows.cpu().numpy(),
+                "first_block": np.array([first_document]),
+                "block_rows": document_rows.cpu().numpy(),
                 "total/channel": total.cpu().numpy(),
-                "total/block": block_total.cpu().numpy(),
+                "total/block": document_total.cpu().numpy(),
                 "total/unseen": unseen_total.cpu().numpy(),
                 "unseen_rows": unseen_rows.cpu().numpy(),
             }
@@ -193,9 +196,9 @@ class Sums(NamedTuple):
 
     channel: dict[str, NDArray[Any]]
     """By kind (total, coder, skip, and binarised, quantised): (d_out,) squared error."""
-    block: dict[str, NDArray[Any]]
+    by_document: dict[str, NDArray[Any]]
     """The same by document: (documents,)."""
-    block_rows: NDArray[Any]
+    document_rows: NDArray[Any]
     """(documents,) rows of each document."""
     counts: NDArray[Any]
     """(F,) int64: rows in which each latent is not 0."""
@@ -206,10 +209,10 @@ class Sums(NamedTuple):
     @property
     def rows(self) -> int:
         """Rows that were evaluated."""
-        return int(self.block_rows.sum())
+        return int(self.document_rows.sum())
 
 
-def add_up(pieces: Pieces, n_pieces: int, names: list[str], n_blocks: int) -> dict[str, Sums]:
+def add_up(pieces: Pieces, n_pieces: int, names: list[str], n_documents: int) -> dict[str, Sums]:
     """The sums of every coder of a pass, in the order in which `pass_over_rows` had them."""
     found: dict[str, Sums] = {}
     for piece in range(n_pieces):
@@ -222,17 +225,17 @@ def add_up(pieces: Pieces, n_pieces: int, names: list[str], n_blocks: int) -> di
                 kinds = [k.removesuffix("/channel") for k in own if k.endswith("/channel")]
                 found[name] = Sums(
                     {k: np.zeros_like(own[f"{k}/channel"]) for k in kinds},
-                    {k: np.zeros(n_blocks) for k in kinds},
-                    np.zeros(n_blocks),
+                    {k: np.zeros(n_documents) for k in kinds},
+                    np.zeros(n_documents),
                     np.zeros_like(own["counts"]),
-                    {k: np.zeros(n_blocks) for k in ("total", "coder", "rows")},
+                    {k: np.zeros(n_documents) for k in ("total", "coder", "rows")},
                 )
             sums = found[name]
             here = slice(at, at + len(arrays["block_rows"]))
             for kind in sums.channel:
                 sums.channel[kind][...] += own[f"{kind}/channel"]
-                sums.block[kind][here] += own[f"{kind}/block"]
-            sums.block_rows[here] += arrays["block_rows"]
+                sums.by_document[kind][here] += own[f"{kind}/block"]
+            sums.document_rows[here] += arrays["block_rows"]
             sums.unseen["total"][here] += arrays["total/unseen"]
             sums.unseen["coder"][here] += own["unseen"]
             sums.unseen["rows"][here] += arrays["unseen_rows"]

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from bsc.errors import UserError
 from bsc.eval.evaluation import EvaluationFolder, ShownLatent
 from bsc.eval.figures.examples import STRATA
-from bsc.eval.figures.intervals import MIN_BLOCKS
+from bsc.eval.figures.intervals import MIN_SAMPLE
 from bsc.eval.report import figures
 from bsc.eval.report.coders import ReportedCoder, read_coders, run_labels
 from bsc.eval.report.drawing import COLOURS, Drawing
@@ -143,7 +143,7 @@ def _ablation_bars(rows: Sequence[ReportedCoder]) -> str:
     if any(b.delta_ce_interval for b in having):
         return "Bars are 95 % intervals over documents."
     return (
-        f"There are no intervals: the tokens of the ablations are of fewer than {MIN_BLOCKS} "
+        f"There are no intervals: the tokens of the ablations are of fewer than {MIN_SAMPLE} "
         f"documents (--ablation-tokens takes more)."
     )
 

@@ -32,9 +32,9 @@ def test_a_code_sorted_by_latent_is_the_plain_transpose(
 def test_blocks_cover_every_latent_once() -> None:
     dense = np.ones((10, 9), np.float32)
     dense[:, 4:7] = 0
-    blocks = list(latent_code(dense).blocks(firings=25))
+    blocks = list(latent_code(dense).ranges(firings=25))
     assert [i for a, b in blocks for i in range(a, b)] == list(range(9)) and len(blocks) > 2
-    assert [i for a, b in latent_code(dense).blocks(1) for i in range(a, b)] == list(range(9))
+    assert [i for a, b in latent_code(dense).ranges(1) for i in range(a, b)] == list(range(9))
 
 
 def test_pieces_of_something_else_are_thrown_away(tmp_path: Path) -> None:

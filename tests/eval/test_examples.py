@@ -12,7 +12,7 @@ from bsc.eval.figures.division import EXPLAIN, NEITHER, PARTS, TEST, divide
 from bsc.eval.figures.examples import (
     PER_STRATUM,
     STRATA,
-    Windows,
+    SplitText,
     choose_latents,
     sample,
 )
@@ -116,7 +116,7 @@ def test_the_sample_does_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -
     dense, doc = planted()
     code = latent_code(dense)
     whole = sample(code, parts(doc))
-    monkeypatch.setattr(LatentCode, "blocks", lambda self: ((i, i + 1) for i in range(4)))
+    monkeypatch.setattr(LatentCode, "ranges", lambda self: ((i, i + 1) for i in range(4)))
     again = sample(code, parts(doc)).arrays()
     for name, values in whole.arrays().items():
         assert np.array_equal(values, again[name])
@@ -140,11 +140,11 @@ def test_tokens_are_decoded_with_what_is_before_them() -> None:
             )
             return raw.decode(errors="replace").replace("\u2581", " ").removeprefix(" ")
 
-    windows = Windows.__new__(Windows)
-    windows.tokenizer = Tokenizer()
-    windows.ids = np.array([0, 1, 2, 4, 5, 3], np.uint32)
-    windows.starts, windows.ends = np.array([0]), np.array([6])
-    pieces = windows.marked(1, np.array([1, 4]), np.array([2.0, 3.0]))
+    split_text = SplitText.__new__(SplitText)
+    split_text.tokenizer = Tokenizer()
+    split_text.ids = np.array([0, 1, 2, 4, 5, 3], np.uint32)
+    split_text.starts, split_text.ends = np.array([0]), np.array([6])
+    pieces = split_text.marked(1, np.array([1, 4]), np.array([2.0, 3.0]))
     assert pieces == [
         ["the", None, False], [" cat", 2.0, True], ["s", None, False], ["\u20ac", 3.0, False],
         [" sat", None, False],
@@ -153,16 +153,16 @@ def test_tokens_are_decoded_with_what_is_before_them() -> None:
 
 def test_windows_end_with_the_document_and_mark_firing_tokens(store: ActivationStore) -> None:
     split = store.held_out
-    windows = Windows(split, load_tokenizer(str(store.attributes["model"]["name"])))
+    split_text = SplitText(split, load_tokenizer(str(store.attributes["model"]["name"])))
     ids, doc = split.tokens("token_id"), split.tokens("doc_id")
     firing = np.arange(0, split.rows, 3).astype(np.uint32)
     margin = firing.astype(np.float32) + 1
     for row in (0, 3, 300, 33, split.rows - 1):
-        low, high = windows.around(row)
+        low, high = split_text.around(row)
         assert low <= row < high and len(set(doc[low:high])) == 1
-        pieces = windows.marked(row, firing, margin)
+        pieces = split_text.marked(row, firing, margin)
         marked = [v for _, v, _ in pieces if v is not None]
         assert any(v == row + 1 and d for _, v, d in pieces) == (row % 3 == 0)
         assert marked == [i + 1 for i in range(low, high) if i % 3 == 0]
-        text = windows.tokenizer.decode([int(i) for i in ids[low:high]])
+        text = split_text.tokenizer.decode([int(i) for i in ids[low:high]])
         assert "".join(p for p, *_ in pieces).replace("\ufffd", "") == text.replace("\ufffd", "")

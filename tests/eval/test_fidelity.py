@@ -138,7 +138,7 @@ def test_the_interval_of_fvu_is_about_that_of_resampled_contexts(
     coder = run.coder(run.coder_names()[0])
     sums, _ = measure(store, {"one": coder}, tmp_path)
     low, high = fidelity_figures(sums["one"])["fvu_interval"]
-    error, total = (sums["one"].block[k] for k in ("coder", "total"))
+    error, total = (sums["one"].by_document[k] for k in ("coder", "total"))
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, len(error), size=(4_000, len(error)))
     plain = np.quantile(error[drawn].sum(1) / total[drawn].sum(1), [0.025, 0.975])
@@ -165,7 +165,7 @@ def test_an_interrupted_pass_goes_on_and_gives_the_same(
     assert (tmp_path / "cut" / "rows" / "00000.safetensors").stat().st_mtime_ns == first
     for name in coders:
         assert np.array_equal(again[name].counts, whole[name].counts)
-        assert np.array_equal(again[name].block["coder"], whole[name].block["coder"])
+        assert np.array_equal(again[name].by_document["coder"], whole[name].by_document["coder"])
 
 
 def test_planted_firing_is_counted(store: ActivationStore, tmp_path: Path) -> None:

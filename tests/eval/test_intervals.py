@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from bsc.eval.figures.intervals import (
-    MIN_BLOCKS,
+    MIN_SAMPLE,
     degrees_of_freedom,
     ratio_intervals,
     value_interval,
@@ -45,13 +45,13 @@ def test_an_interval_over_tokens_would_be_too_short() -> None:
 
 
 def test_no_interval_is_invented_from_few_contexts() -> None:
-    ones = np.ones((MIN_BLOCKS - 1, 2))
-    assert ratio_intervals(ones, np.ones(MIN_BLOCKS - 1)) == [None, None]
+    ones = np.ones((MIN_SAMPLE - 1, 2))
+    assert ratio_intervals(ones, np.ones(MIN_SAMPLE - 1)) == [None, None]
     # Documents without a token are none.
-    empty = np.append(np.ones(MIN_BLOCKS - 1), np.zeros(5))
+    empty = np.append(np.ones(MIN_SAMPLE - 1), np.zeros(5))
     assert ratio_intervals(empty[:, None], empty) == [None]
     assert value_interval(np.array([0.5])) is None
-    assert value_interval(np.full(MIN_BLOCKS, 0.5)) == [0.5, 0.5]
+    assert value_interval(np.full(MIN_SAMPLE, 0.5)) == [0.5, 0.5]
 
 
 POPULATIONS = json.loads((Path(__file__).parent / "documents.json").read_text())

@@ -53,7 +53,7 @@ def test_blocks_of_latents_do_not_change_entropies(monkeypatch: pytest.MonkeyPat
     dense = rng.random((500, 20)).astype(np.float32) * (rng.random((500, 20)) < 0.3)
     code, step = latent_code(dense), np.full(20, 0.2)
     whole = value_entropies(code, step)
-    monkeypatch.setattr(LatentCode, "blocks", lambda self: ((i, i + 1) for i in range(20)))
+    monkeypatch.setattr(LatentCode, "ranges", lambda self: ((i, i + 1) for i in range(20)))
     assert np.array_equal(whole, value_entropies(code, step))
 
 

@@ -51,7 +51,8 @@ def watch():
 
 threading.Thread(target=watch, daemon=True).start()
 banks = [
-    BankTrainer(g, job.store, config, job.device, job.memory.micro_rows) for g in group_banks(job.mine)
+    BankTrainer(g, job.store, config, job.device, job.memory.micro_rows)
+    for g in group_banks(job.mine)
 ]
 names = {n: b.bank.d_in for b in banks for n in (b.x_name, b.y_name)}
 batch = {n: torch.randn(config.batch_rows, d).bfloat16() for n, d in names.items()}

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsc.cache.model.ngrams import token_ngrams
-from bsc.eval.figures.examples import Windows
+from bsc.eval.figures.examples import SplitText
 from bsc.eval.interp.config import InterpConfig
 from bsc.eval.interp.evidence import Texts
 from bsc.eval.interp.material import Material, Materials
@@ -46,7 +46,7 @@ def texts(
     }
     split = cast(Any, SimpleNamespace(tokens=columns.__getitem__))
     read = np.ones(len(ids), bool)
-    return Texts(Windows(split, Tokenizer()), read, length=length, seed=seed)
+    return Texts(SplitText(split, Tokenizer()), read, length=length, seed=seed)
 
 
 def code_of(
@@ -62,7 +62,7 @@ def code_of(
 
 def word_masks(where: Texts, words: list[int]) -> list[NDArray[np.bool_]]:
     """Latents of one word each."""
-    return [where.windows.ids == w for w in words]
+    return [where.split_text.ids == w for w in words]
 
 
 def material(
@@ -70,7 +70,7 @@ def material(
     coder: str = "coder", *, values: NDArray[np.float32] | None = None, first_binary: int = 0,
 ) -> Material:  # fmt: skip
     """Of a coder with these latents."""
-    config = config or InterpConfig(window=16, latents=len(masks))
+    config = config or InterpConfig(excerpt_tokens=16, latents=len(masks))
     code = code_of(masks, values)
     counts = np.diff(code.offsets)
     chosen = choose(

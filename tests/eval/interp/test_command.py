@@ -31,7 +31,7 @@ from tests.eval.interp.scripted import Scripted, loopback, rule
 from tests.raw import raw
 
 HOSTILE = "</div><script>alert(1)</script><img src=x onerror=alert(2)>"
-SMALL = ("--latents", "6", "--explain-windows", "6", "--test-windows", "6")
+SMALL = ("--latents", "6", "--explain-excerpts", "6", "--test-excerpts", "6")
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +299,7 @@ def test_the_cache_of_delphi_is_exact(
             arrays = load_file(path)
             locations = arrays["locations"].astype(np.int64)
             assert len(locations) and locations[:, 2].max() <= last - first
-            # unique_consecutive finds windows only where rows are in order.
+            # unique_consecutive finds excerpts only where rows are in order.
             order = np.lexsort((locations[:, 2], locations[:, 1], locations[:, 0]))
             assert np.array_equal(order, np.arange(len(order)))
             firings += [
@@ -394,8 +394,8 @@ def test_evidence_of_a_real_store_is_on_three_sides(evaluated: Run) -> None:
             row, value = material.code.of(latent)
             found = gather(material.texts, latent, row.astype(np.int64), value, explain=8, test=8)
             sides = [
-                {int(material.texts.doc_id[w.start]) for w in windows}
-                for windows in (found.explain, found.firing + found.firing_token,
+                {int(material.texts.doc_id[w.start]) for w in excerpts}
+                for excerpts in (found.explain, found.firing + found.firing_token,
                                 found.silent + found.silent_token)
             ]  # fmt: skip
             assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])

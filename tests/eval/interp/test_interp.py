@@ -47,7 +47,7 @@ def where() -> Texts:
 
 def words(where: Texts, **config: Any) -> Material:
     """Latents of one word each."""
-    own = InterpConfig(window=16, latents=len(WORDS), **config)
+    own = InterpConfig(excerpt_tokens=16, latents=len(WORDS), **config)
     return planted.material(where, planted.word_masks(where, WORDS), own)
 
 
@@ -99,7 +99,7 @@ def simulated(where: Texts, tpr: float, fpr: float) -> Answer:
 def test_a_judge_of_known_rates_gets_the_scores_that_follow(
     where: Texts, tmp_path: Path, tpr: float, fpr: float
 ) -> None:
-    of = planted.materials(tmp_path, words(where, tests=("detection", "fuzzing"), test_windows=40))
+    of = planted.materials(tmp_path, words(where, tests=("detection", "fuzzing"), test_excerpts=40))
     result = interpret(of, Direct(simulated(where, tpr, fpr)))
     for test in ("detection", "fuzzing"):
         found = result["coders"]["coder"]["tests"][test]
@@ -140,7 +140,7 @@ def test_nothing_is_asked_twice_and_another_judge_replaces_nothing(
     interpret(of, other)
     assert len(other.asked) > 100 and path.read_bytes() == before
     # A larger sample asks for what is new alone; a new seed asks anew.
-    more = planted.materials(tmp_path, words(where, test_windows=24))
+    more = planted.materials(tmp_path, words(where, test_excerpts=24))
     third = Direct(rule)
     interpret(more, third)
     assert not any(r.kind == "explain" for r in third.asked) and third.asked
@@ -193,9 +193,9 @@ def test_failures_never_become_scores(where: Texts, tmp_path: Path) -> None:
 def test_frequent_latents_are_scored_by_tokens_and_restless_ones_not_at_all(
     where: Texts, tmp_path: Path
 ) -> None:
-    ids = where.windows.ids
+    ids = where.split_text.ids
     masks = [ids < 8, ids < 14, np.ones(len(ids), bool), ids == 30]
-    config = InterpConfig(window=16, latents=4, census_rate=0.1)
+    config = InterpConfig(excerpt_tokens=16, latents=4, census_rate=0.1)
     of = planted.materials(tmp_path, planted.material(where, masks, config))
 
     result = interpret(of, Direct(rule))
@@ -204,7 +204,7 @@ def test_frequent_latents_are_scored_by_tokens_and_restless_ones_not_at_all(
     assert test["states"] == {"ok": 3, "unscorable": 1}
     detection = result["coders"]["coder"]["tests"]["detection"]
     assert detection["states"]["unscorable"] == 3
-    assert detection["why_not"] == {"too few windows without a firing": 3}
+    assert detection["why_not"] == {"too few excerpts without a firing": 3}
     # What cannot be scored takes nearly all firings, and the bounds say so.
     assert detection["weighted"]["coverage"] < 0.05
     low, high = detection["weighted"]["bounds"]

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from bsc.eval.interp import predictability as module
-from bsc.eval.interp.evidence import Texts, Window
+from bsc.eval.interp.evidence import Excerpt, Texts
 from bsc.eval.interp.overlap import overlap_answers, token_weights
 from bsc.eval.interp.predictability import Contexts, contexts_of_tokens, predictability
 from bsc.eval.interp.questions import intruder_groups
@@ -34,12 +34,12 @@ def where() -> Texts:
 
 
 def contexts(where: Texts) -> Contexts:
-    w = where.windows
+    w = where.split_text
     return contexts_of_tokens(w.ids, w.doc_id, w.position, where.read, w.part)
 
 
 def planted_masks(where: Texts) -> dict[str, NDArray[np.bool_]]:
-    ids = where.windows.ids
+    ids = where.split_text.ids
     rng = np.random.default_rng(99)
     word = ids == 20
     pair = np.zeros(len(ids), bool)
@@ -47,7 +47,7 @@ def planted_masks(where: Texts) -> dict[str, NDArray[np.bool_]]:
     return {
         "word": word,
         "pair": pair,
-        "position": where.windows.position < 4,
+        "position": where.split_text.position < 4,
         "after": np.concatenate([[False], word[:-1]]),
         "frequent": (ids < 3) | (rng.random(len(ids)) < 0.2),
         "noise": rng.random(len(ids)) < 0.02,
@@ -63,7 +63,7 @@ def test_planted_latents_are_told_from_noise(where: Texts) -> None:
         # The next document begins after the word as well, and there it does not fire.
         assert auc[name] > 0.98 and accuracy[name] > 0.97, name
     # What words say of it, and no more: of the rows without one of the three, a fifth fires.
-    ids = where.windows.ids
+    ids = where.split_text.ids
     p = (ids < 3).mean()
     tpr = p / (p + 0.2 * (1 - p))
     assert accuracy["frequent"] == pytest.approx((tpr + 1) / 2, abs=0.03)
@@ -74,9 +74,9 @@ def test_shuffled_latents_are_at_one_half(where: Texts) -> None:
     """120 latents of all rates whose firings are moved to other rows."""
     rng = np.random.default_rng(98)
     masks = [
-        rng.permutation(where.windows.ids < edge)
+        rng.permutation(where.split_text.ids < edge)
         for edge in (1, 3, 10) for _ in range(20)
-    ] + [rng.permutation(where.windows.ids == w) for w in range(5, 65)]  # fmt: skip
+    ] + [rng.permutation(where.split_text.ids == w) for w in range(5, 65)]  # fmt: skip
     found = predictability(planted.code_of(masks), contexts(where))
     for values in found:
         assert np.isfinite(values).all()
@@ -87,7 +87,7 @@ def test_shuffled_latents_are_at_one_half(where: Texts) -> None:
 def test_test_documents_teach_nothing(where: Texts) -> None:
     """A latent that fires on a word in the documents to test on alone has no score; one that fires
     on the word in the others alone is not predicted on noise."""
-    c, ids = contexts(where), where.windows.ids
+    c, ids = contexts(where), where.split_text.ids
     only_tests = (ids == 20) & (c.part == 2)
     rng = np.random.default_rng(99)
     turned = np.where(c.part == 2, rng.random(len(ids)) < 0.02, ids == 20)
@@ -99,14 +99,14 @@ def test_test_documents_teach_nothing(where: Texts) -> None:
 def test_documents_are_on_one_side(where: Texts) -> None:
     part = contexts(where).part
     for document in range(300):
-        assert len(set(part[where.windows.doc_id == document])) == 1
+        assert len(set(part[where.split_text.doc_id == document])) == 1
     assert {0, 1, 2} == set(part)
     # The half to test on is that of the examples.
     assert np.array_equal(part == 2, where.test)
 
 
 def test_rows_that_were_not_read_are_left_out(where: Texts) -> None:
-    w = where.windows
+    w = where.split_text
     read = np.zeros(len(w.ids), bool)
     read[: len(read) // 2] = True
     c = contexts_of_tokens(w.ids, w.doc_id, w.position, read, w.part)
@@ -149,7 +149,7 @@ def intruders(where: Texts, mask: NDArray[np.bool_], latent: int = 0) -> float:
 
 
 def test_overlap_finds_the_intruder_of_a_word_and_not_of_noise(where: Texts) -> None:
-    assert intruders(where, where.windows.ids == 20) > 0.95
+    assert intruders(where, where.split_text.ids == 20) > 0.95
     rng = np.random.default_rng(99)
     noise = [intruders(where, rng.random(len(where.read)) < 0.01) for _ in range(40)]
     # Sd of one latent, of four groups: 0.16.
@@ -157,8 +157,8 @@ def test_overlap_finds_the_intruder_of_a_word_and_not_of_noise(where: Texts) -> 
 
 
 def test_ties_are_shared(where: Texts) -> None:
-    windows = [Window(0, 5, (1,))] * 5
-    answers = overlap_answers(where, [(windows, 2)], token_weights(where, windows))
+    excerpts = [Excerpt(0, 5, (1,))] * 5
+    answers = overlap_answers(where, [(excerpts, 2)], token_weights(where, excerpts))
     assert answers == [pytest.approx(0.2)]
 
 

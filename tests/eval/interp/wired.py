@@ -17,7 +17,7 @@ from tests.eval.interp.scripted import Scripted
 
 def few_words(where: Texts) -> Material:
     words = [6, 9, 12, 15, 18, 21]
-    config = InterpConfig(window=16, latents=6, test_windows=10, explain_windows=10)
+    config = InterpConfig(excerpt_tokens=16, latents=6, test_excerpts=10, explain_excerpts=10)
     return planted.material(where, planted.word_masks(where, words), config)
 
 
