@@ -19,9 +19,12 @@ from bsc.zarr_on_import import register_with_zarr
 if TYPE_CHECKING:
     from bsc.cache.capture.capture import capture
     from bsc.cache.capture.config import CaptureConfig
+    from bsc.cache.model.text_source import TextSource
     from bsc.cache.store.store import ActivationStore
     from bsc.errors import UserError
+    from bsc.eval.config import EvalConfig
     from bsc.eval.evaluate import evaluate
+    from bsc.eval.evaluation import read_evaluation
     from bsc.eval.report.report import write_report
     from bsc.train.coders.coder import SparseCoder
     from bsc.train.coders.config import CoderConfig
@@ -33,12 +36,15 @@ __all__ = [
     "ActivationStore",
     "CaptureConfig",
     "CoderConfig",
+    "EvalConfig",
     "Run",
     "SparseCoder",
+    "TextSource",
     "TrainConfig",
     "UserError",
     "capture",
     "evaluate",
+    "read_evaluation",
     "train_sweep",
     "write_report",
 ]
@@ -48,12 +54,15 @@ _HOME = {
     "ActivationStore": "bsc.cache.store.store",
     "CaptureConfig": "bsc.cache.capture.config",
     "CoderConfig": "bsc.train.coders.config",
+    "EvalConfig": "bsc.eval.config",
     "Run": "bsc.train.run",
     "SparseCoder": "bsc.train.coders.coder",
+    "TextSource": "bsc.cache.model.text_source",
     "TrainConfig": "bsc.train.config",
     "UserError": "bsc.errors",
     "capture": "bsc.cache.capture.capture",
     "evaluate": "bsc.eval.evaluate",
+    "read_evaluation": "bsc.eval.evaluation",
     "train_sweep": "bsc.train.trainer",
     "write_report": "bsc.eval.report.report",
 }

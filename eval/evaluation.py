@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from bsc.errors import StoreError
 from bsc.eval.config import EvalConfig
-from bsc.train.run import Run
+from bsc.train.run import Run, as_run
 from bsc.typed import Record, read_typed, write_typed
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "ShownLatent",
     "Together",
     "UltraLatent",
+    "read_evaluation",
 ]
 
 EVAL_VERSION = 3
@@ -382,3 +383,15 @@ class EvaluationFolder:
     def write(self, evaluation: Evaluation) -> None:
         """Replace the figures."""
         write_typed(self.run.eval_path, evaluation)
+
+
+def read_evaluation(run: Run | str | Path) -> Evaluation:
+    """The figures of a run.
+
+    Args:
+        run: an evaluated run, or its folder.
+
+    Raises:
+        StoreError: there is no such run, it has not been evaluated, or its figures are damaged.
+    """
+    return EvaluationFolder(as_run(run)).read()

@@ -105,6 +105,60 @@ def _mean_output(
     return total / rows
 
 
+class _Totals:
+    """Sums over the rows of one piece that every coder's errors are divided by."""
+
+    def __init__(
+        self, mean: Tensor, document: NDArray[np.int64], unseen: NDArray[np.bool_] | None
+    ) -> None:
+        """Begin at 0.
+
+        Args:
+            mean: (d_out,) mean output over all rows, float64.
+            document: (rows,) document of each row of the piece.
+            unseen: (rows,) which rows were not seen in training; None: all.
+        """
+        self.mean, device = mean, mean.device
+        self.first = int(document.min())
+        self.documents = int(document.max()) - self.first + 1
+        self._document = torch.from_numpy(document) - self.first
+        self._unseen = torch.ones(len(document), dtype=torch.float64)
+        if unseen is not None:
+            self._unseen = torch.from_numpy(unseen).double()
+        self.channel = torch.zeros_like(mean)
+        self.by_document, self.rows, self.unseen, self.unseen_rows = (
+            torch.zeros(self.documents, dtype=torch.float64, device=device) for _ in range(4)
+        )
+
+    def add(self, y: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+        """Add rows; their documents, and 1 where they were not seen in training.
+
+        Args:
+            y: (N, d_out) outputs.
+            number: (N,) their numbers in the piece.
+        """
+        of_row = self._document[number].to(self.mean.device)
+        unseen = self._unseen[number].to(self.mean.device)
+        squared = (y.double() - self.mean).square()
+        self.channel += squared.sum(dim=0)
+        self.by_document.index_add_(0, of_row, squared.sum(dim=1))
+        self.rows += torch.bincount(of_row, minlength=self.documents)
+        self.unseen.index_add_(0, of_row, squared.sum(dim=1) * unseen)
+        self.unseen_rows.index_add_(0, of_row, unseen)
+        return of_row, unseen
+
+    def arrays(self) -> Arrays:
+        """The sums, by name."""
+        return {
+            "first_block": np.array([self.first]),
+            "block_rows": self.rows.cpu().numpy(),
+            "total/channel": self.channel.cpu().numpy(),
+            "total/block": self.by_document.cpu().numpy(),
+            "total/unseen": self.unseen.cpu().numpy(),
+            "unseen_rows": self.unseen_rows.cpu().numpy(),
+        }
+
+
 @torch.inference_mode()
 def pass_over_rows(
     coders: Mapping[str, SparseCoder],
@@ -146,45 +200,22 @@ def pass_over_rows(
     for piece, (first, last) in enumerate(ranges):
         if piece in todo:
             assert mean is not None
-            own_documents = torch.from_numpy(document[first:last])
-            first_document = int(own_documents.min())
-            documents = int(own_documents.max()) - first_document + 1
-            total = torch.zeros_like(mean)
-            document_total = torch.zeros(documents, dtype=torch.float64, device=device)
-            document_rows = torch.zeros_like(document_total)
-            unseen_total, unseen_rows = (
-                torch.zeros_like(document_total),
-                torch.zeros_like(document_total),
-            )
-            is_unseen = torch.ones(last - first, dtype=torch.float64)
-            if seen is not None:
-                is_unseen = torch.from_numpy(~seen[first:last]).double()
-            work = {n: _CoderPiece(c, calibrations.get(n), documents) for n, c in coders.items()}
+            unseen = None if seen is None else ~seen[first:last]
+            totals = _Totals(mean, document[first:last], unseen)
+            work = {
+                n: _CoderPiece(c, calibrations.get(n), totals.documents) for n, c in coders.items()
+            }
             for batch in row_batches(
                 split, hookpoint, widest, without_tokens, first=first, last=last
             ):
                 x, y = batch.x.to(device, dtype), batch.y.to(device, dtype)
-                of_row = (own_documents[batch.number - first] - first_document).to(device)
-                unseen = is_unseen[batch.number - first].to(device)
-                squared = (y.double() - mean).square()
-                total += squared.sum(dim=0)
-                document_total.index_add_(0, of_row, squared.sum(dim=1))
-                document_rows += torch.bincount(of_row, minlength=documents)
-                unseen_total.index_add_(0, of_row, squared.sum(dim=1) * unseen)
-                unseen_rows.index_add_(0, of_row, unseen)
+                of_row, is_unseen = totals.add(y, batch.number - first)
                 for one in work.values():
                     side = y if one.coder.config.side == "output" else x
-                    one.add(batch, side, y, of_row, unseen)
+                    one.add(batch, side, y, of_row, is_unseen)
             for name, one in work.items():
                 codes[name].write(piece, one.code(first))
-            sums: Arrays = {
-                "first_block": np.array([first_document]),
-                "block_rows": document_rows.cpu().numpy(),
-                "total/channel": total.cpu().numpy(),
-                "total/block": document_total.cpu().numpy(),
-                "total/unseen": unseen_total.cpu().numpy(),
-                "unseen_rows": unseen_rows.cpu().numpy(),
-            }
+            sums = totals.arrays()
             for i, one in enumerate(work.values()):
                 sums |= {f"{i}/{key}": value for key, value in one.sums().items()}
             pieces.write(piece, sums)

@@ -21,12 +21,12 @@ from bsc.errors import UserError
 from bsc.eval.evaluation import EvaluationFolder, ShownLatent
 from bsc.eval.figures.examples import STRATA
 from bsc.eval.figures.intervals import MIN_SAMPLE
-from bsc.eval.report import figures
+from bsc.eval.report import plots
 from bsc.eval.report.coders import ReportedCoder, read_coders, run_labels
 from bsc.eval.report.drawing import COLOURS, Drawing
-from bsc.eval.report.figures import Curve
 from bsc.eval.report.interp import Scored, read_interp
-from bsc.eval.report.interp_figures import frequency_curves, scores
+from bsc.eval.report.interp_plots import frequency_curves, scores
+from bsc.eval.report.plots import Curve
 from bsc.eval.report.summary import control_table, matched_tables, summary
 from bsc.files import write_atomically
 from bsc.formats import interval, percent, percent_interval, printable
@@ -66,10 +66,10 @@ def drawings(
     )
     fvu, nats = "FVU (held out)", "delta CE, nats per token"
     found = [
-        figures.curves("delta-ce-k", rows, lambda c: c.k, k, nats, [cost]),
-        figures.curves("fvu-k", rows, lambda c: c.k, k, fvu, [codes]),
-        figures.curves("fvu-l0", rows, lambda c: c.figures.l0, "L0", fvu, [codes]),
-        figures.curves(
+        plots.curves("delta-ce-k", rows, lambda c: c.k, k, nats, [cost]),
+        plots.curves("fvu-k", rows, lambda c: c.k, k, fvu, [codes]),
+        plots.curves("fvu-l0", rows, lambda c: c.figures.l0, "L0", fvu, [codes]),
+        plots.curves(
             "fvu-bits",
             rows,
             lambda c: c.figures.bits,
@@ -77,20 +77,20 @@ def drawings(
             fvu,
             [Curve("fvu_quantised")],
         ),
-        figures.curves("delta-ce-l0", rows, lambda c: c.figures.l0, "L0", nats, [cost]),
-        figures.curves(
+        plots.curves("delta-ce-l0", rows, lambda c: c.figures.l0, "L0", nats, [cost]),
+        plots.curves(
             "delta-ce-bits", rows, lambda c: c.figures.bits, "bits per token", nats, [cost]
         ),
-        figures.curves("fvu-control", rows, lambda c: c.k, k, fvu, [codes, without]),
-        figures.curves("delta-ce-control", rows, lambda c: c.k, k, nats, [cost, cost_without]),
-        figures.firing_histograms(rows),
-        figures.training_curves(rows),
+        plots.curves("fvu-control", rows, lambda c: c.k, k, fvu, [codes, without]),
+        plots.curves("delta-ce-control", rows, lambda c: c.k, k, nats, [cost, cost_without]),
+        plots.firing_histograms(rows),
+        plots.training_curves(rows),
     ]
-    if ablation := figures.ablations(rows):
+    if ablation := plots.ablations(rows):
         found.append(ablation)
     for i, (run, label) in enumerate(zip(runs, run_labels(runs), strict=True)):
         for name, probed in EvaluationFolder(run).read().probing.items():
-            found.append(figures.probing(f"{i}-{name}", probed, rows, label))
+            found.append(plots.probing(f"{i}-{name}", probed, rows, label))
     for scored in interp:
         if any(one.coders for one in scored.sets):
             found += [scores(scored, rows), *frequency_curves(scored, rows)]

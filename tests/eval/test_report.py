@@ -19,7 +19,7 @@ from bsc.eval.interp.scores import Interpretability, SampledMean, SampledMeans
 from bsc.eval.report.coders import read_coders
 from bsc.eval.report.export import write_figures
 from bsc.eval.report.interp import Scored, ScoreSet
-from bsc.eval.report.interp_figures import scores
+from bsc.eval.report.interp_plots import scores
 from bsc.eval.report.report import render_report, write_report
 from bsc.records import write_record
 from bsc.train.run import Run
