@@ -155,13 +155,13 @@ class BankTrainer:
             x = batch[self.x_name].to(self.device, non_blocking=True)
         self._schedule(active, step, steps)
         result = self.bank.step(x, y, micro_rows=self.micro_rows, active=active)
-        finite = self._finite(result.loss)
+        # All that the host has to know of a step, read at once: each read waits for the device.
+        known = torch.stack([result.loss, result.l0, self._finite(result.loss).double()])
+        losses, l0s, finite = known.tolist()
         frozen = []
         rows = torch.zeros(len(self.coders), dtype=torch.int64)
-        for c, loss, l0 in zip(
-            active, result.loss[active].tolist(), result.l0[active].tolist(), strict=True
-        ):
-            coder, progress = self.coders[c], self.progress[c]
+        for c in active:
+            coder, progress, loss, l0 = self.coders[c], self.progress[c], losses[c], l0s[c]
             if not finite[c]:
                 progress.frozen_at = step
                 frozen.append(coder.name)
@@ -200,8 +200,8 @@ class BankTrainer:
         rows = torch.tensor([p.rows for p in self.progress], device=self.device)
         return rows.unsqueeze(1) - self.last_fired
 
-    def _finite(self, loss: Tensor) -> list[bool]:
-        """Which coders have a finite loss and finite gradients.
+    def _finite(self, loss: Tensor) -> Tensor:
+        """Which coders have a finite loss and finite gradients, (C,) bool.
 
         A value that is not finite anywhere in a row, a code or a gradient of the decoder shows in
         the loss, or in the gradients of the biases, which sum over all rows.
@@ -210,7 +210,7 @@ class BankTrainer:
         for gradient in self.bank.gradients.values():
             if gradient.ndim == 2:
                 finite &= gradient.sum(dim=1).isfinite()
-        return [bool(f) for f in finite.tolist()]
+        return finite
 
     def take_metrics(self) -> list[dict[str, Any]]:
         """Means since the last call, one line per coder that trains."""

@@ -41,7 +41,7 @@ class _CoderPiece:
             k: torch.zeros(documents, dtype=torch.float64, device=device) for k in self.kinds
         }
         self.unseen = torch.zeros(documents, dtype=torch.float64, device=device)
-        self.counts = torch.zeros(coder.config.n_latents, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(coder.config.n_latents, dtype=torch.int64)
         empty = torch.empty(0, dtype=torch.int64)
         self.entries = [(empty, empty, torch.empty(0))]
 
@@ -63,20 +63,15 @@ class _CoderPiece:
         self._keep(code, batch.number)
 
     def _keep(self, code: Code, index: Tensor) -> None:
-        on = code.value != 0
-        self.counts += torch.bincount(code.latent[on], minlength=len(self.counts))
-        self.entries.append(
-            (
-                index.repeat_interleave(on.sum(dim=1).cpu()),
-                code.latent[on].cpu(),
-                code.margin[on].float().cpu(),
-            )
-        )
+        # On the host: of a mask on a GPU every use as an index would wait for it.
+        on, latent, margin = (t.cpu() for t in (code.value != 0, code.latent, code.margin.float()))
+        self.counts += torch.bincount(latent[on], minlength=len(self.counts))
+        self.entries.append((index.repeat_interleave(on.sum(dim=1)), latent[on], margin[on]))
 
     def sums(self) -> Arrays:
         found = {f"{k}/channel": v.cpu().numpy() for k, v in self.channel.items()}
         found |= {f"{k}/block": v.cpu().numpy() for k, v in self.by_document.items()}
-        return found | {"counts": self.counts.cpu().numpy(), "unseen": self.unseen.cpu().numpy()}
+        return found | {"counts": self.counts.numpy(), "unseen": self.unseen.cpu().numpy()}
 
     def code(self, start: int) -> Arrays:
         wide = self.coder.config.n_latents > 1 << 16

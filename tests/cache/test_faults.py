@@ -42,7 +42,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
             " covers the same with an error raised in the writer"
         )
     yield where
-    subprocess.run(["umount", str(where)], check=True)
+    subprocess.run(["umount", "--lazy", str(where)], check=True)
     where.rmdir()
 
 

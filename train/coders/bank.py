@@ -210,7 +210,8 @@ class Bank:
         self._prepare(min(size, n), active)
         loss = torch.zeros(n_coders, dtype=torch.float64, device=device)
         l0 = torch.zeros(n_coders, dtype=torch.float64, device=device)
-        fired = torch.zeros((n_coders, self.n_latents), dtype=torch.bool, device=device)
+        # The last column takes what did not fire: a mask as an index would wait for the device.
+        fired = torch.zeros((n_coders, self.n_latents + 1), dtype=torch.bool, device=device)
         for start in range(0, n, size):
             x, y = x_Nd[start : start + size], y_Nd[start : start + size]
             z = self._rows[: len(x)]
@@ -224,12 +225,12 @@ class Bank:
                 ).run(pre)
                 loss[c] += error
                 l0[c] += on.sum()
-                fired[c, latent[on]] = True
+                fired[c].index_fill_(0, latent.where(on, self.n_latents), True)
                 if self.configs[c].select == "batch_topk":
                     self._note_minima(c, latent, margin, on)
         for c in active:
             self._finish(c)
-        return StepResult(loss, l0 / n, fired)
+        return StepResult(loss, l0 / n, fired[:, : self.n_latents])
 
     def _pass(self, c: int, z: Tensor, y: Tensor, scale: float, *, add: bool) -> CoderPass:
         return CoderPass(
@@ -332,10 +333,12 @@ class Bank:
     def _note_minima(self, c: int, latent: Tensor, margin: Tensor, on: Tensor) -> None:
         """Batch top-k: remember the smallest margin of an active latent, per part."""
         for i, part in enumerate(self.configs[c].parts):
-            mine = margin[on & (latent >= part.start) & (latent < part.stop)]
-            if len(mine):
-                new = torch.stack([mine.min().double(), torch.ones_like(mine[0]).double()])
-                self.select_minimum[c, i].lerp_(new, 1 - _THRESHOLD_MEMORY)
+            mine = on & (latent >= part.start) & (latent < part.stop)
+            smallest = margin.where(mine, torch.inf).min().double()
+            # Where nothing is active the average stays as it is.
+            weight = smallest.isfinite().double() * (1 - _THRESHOLD_MEMORY)
+            new = torch.stack([smallest.nan_to_num(posinf=0.0), torch.ones_like(smallest)])
+            self.select_minimum[c, i].lerp_(new, weight)
 
     def export(self, coder: int, about: dict[str, Any] | None = None) -> SparseCoder:
         """One coder as it stands, its tensors copied."""

@@ -28,6 +28,7 @@ __all__ = [
     "compiled_decoder_dot",
     "decode",
     "decoder_dot",
+    "decoder_dot_by_pieces",
     "group_topk",
     "groupmax",
     "latent_sums",
@@ -209,11 +210,18 @@ def batch_topk(pre_NF: Tensor, k: int) -> tuple[Tensor, Entries, Tensor]:
     n, n_latents = pre_NF.shape
     wide = min(4 * k, n_latents)
     values_Nw, index_Nw = select_topk(pre_NF, wide)
+    best = values_Nw.flatten().topk(n * k, sorted=False).indices
     taken = torch.zeros(n * wide, dtype=torch.bool, device=pre_NF.device)
-    taken[values_Nw.flatten().topk(n * k, sorted=False).indices] = True
-    taken = taken.view(n, wide)
+    taken = taken.index_fill_(0, best, True).view(n, wide)
     full = taken.all(1)
-    if wide == n_latents or not bool(full.any()):
+    whole = wide == n_latents or not bool(full.any())
+    if whole and pre_NF.device.type == "cuda":  # a mask as an index would wait for the device
+        best = best.sort().values
+        values, latent, row = values_Nw.flatten()[best], index_Nw.flatten()[best], best // wide
+        first = torch.arange(n, dtype=row.dtype, device=row.device)
+        offsets = torch.searchsorted(row, first, out_int32=True)
+        return values, Entries(latent.int(), row.int(), offsets), values.min()
+    if whole:
         values, latent, per_row = values_Nw[taken], index_Nw[taken], taken.sum(1)
     else:
         floor = values_Nw[taken].min()
@@ -250,9 +258,39 @@ def decoder_dot(grad_Nd: Tensor, table_Fd: Tensor, entries: Entries) -> Tensor:
 
     2 M d FLOPs; reads M rows of the table and N gradients.
     """
+    if _by_pieces(table_Fd.device, table_Fd.dtype):
+        return decoder_dot_by_pieces(grad_Nd, table_Fd, entries)
     out: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         grad_Nd, table_Fd, entries.latent, entries.offsets, entries.row, 0, -1
     )
+    return out
+
+
+@cache
+def _by_pieces(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `decoder_dot` has no kernel of torch: in bfloat16 on CUDA before torch 2.13.
+
+    https://github.com/pytorch/pytorch/issues/185808. No GPU has run either yet.
+    """
+    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+    return device.type == "cuda" and dtype == torch.bfloat16 and old
+
+
+def decoder_dot_by_pieces(
+    grad_Nd: Tensor, table_Fd: Tensor, entries: Entries, values_at_once: int = 1 << 26
+) -> Tensor:
+    """`decoder_dot` as gather, multiply and sum, some entries at a time.
+
+    Products in the dtype given, sums in float32 or better. Makes pieces of size
+    `values_at_once`, twice: 256 MiB each in bfloat16 widened to float32.
+    """
+    wide = torch.promote_types(table_Fd.dtype, torch.float32)
+    size = max(1, values_at_once // table_Fd.shape[1])
+    out = table_Fd.new_empty(len(entries.latent))
+    for start in range(0, len(out), size):
+        latent, row = (t[start : start + size] for t in (entries.latent, entries.row))
+        products = table_Fd[latent].to(wide).mul_(grad_Nd[row])
+        out[start : start + size] = products.sum(1)
     return out
 
 
