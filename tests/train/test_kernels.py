@@ -167,3 +167,21 @@ def test_the_threshold_of_a_row_makes_k_of_its_sigmoids(n_latents: int, k: int) 
         assert ((found[100:] - k).abs() < 1).double().mean() > 0.9
     rounded = kernels.newton_shift(pre.bfloat16(), k)
     assert rounded.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "shift", [0.0, -3.0, -30.0, 30.0], ids=["mixed", "few positive", "negative", "positive"]
+)
+@pytest.mark.parametrize("k", [4, 16, 60])
+def test_selection_by_bits_is_exact_whatever_the_signs(shift: float, k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pre = (torch.randn(70, 1024, generator=generator) + shift).bfloat16()
+    pre[3] = -pre[3].abs()  # a row of its own, that a look at some rows may miss
+    pre[5, ::2] = -torch.inf
+    pre[7] = 0.0
+    pre[9] = -0.0
+    values, index = kernels.select_topk(pre, k)
+    assert torch.equal(pre.gather(1, index), values)
+    assert all(len(set(row)) == k for row in index.tolist())
+    expected = pre.float().topk(k, dim=1).values
+    assert torch.equal(values.float().sort(dim=1, descending=True).values, expected)

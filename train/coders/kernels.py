@@ -40,6 +40,8 @@ __all__ = [
 
 
 _NEWTON_STEPS = 7
+_LOOKED_AT = 16
+"""Rows that tell whether a fast way is worth trying."""
 
 
 class Entries(NamedTuple):
@@ -106,10 +108,35 @@ def _cascade(pre_NF: Tensor, k: int, folds: tuple[int, ...]) -> tuple[Tensor, Te
     maxima over such groups run in vector lanes), the k best groups are found among few maxima, and
     their members are the candidates of the level below. One pass over N F values, then work on
     N k fold values per level.
+
+    In bfloat16 on a CPU the maxima are those of the bits as int16, which take a third of the time.
+    Bits of numbers that are not negative have their order; a group of negative ones alone may get
+    another of them, but one that is negative too. So what is found is exact where nothing negative
+    is among it, by the argument above. Some rows are looked at first, and where that does not hold
+    for them (margins below 0 are selected where few are above), bits are not tried.
     """
+    if pre_NF.dtype == torch.bfloat16 and pre_NF.device.type == "cpu" and _positive(pre_NF, k):
+        values, index = _descended(pre_NF, k, folds, by_bits=True)
+        if bool((values >= 0).all()):
+            return values, index
+    return _descended(pre_NF, k, folds, by_bits=False)
+
+
+def _positive(pre_NF: Tensor, k: int) -> bool:
+    """Whether the k largest entries of some rows are above 0."""
+    some = pre_NF[:: max(1, len(pre_NF) // _LOOKED_AT)]
+    smallest = some.topk(k, dim=1, sorted=False).values.amin(dim=1)
+    return bool((smallest > 0).all())
+
+
+def _descended(
+    pre_NF: Tensor, k: int, folds: tuple[int, ...], *, by_bits: bool
+) -> tuple[Tensor, Tensor]:
+    """`_cascade`, by maxima of values or of their bits."""
     levels = [pre_NF]
     for fold in folds:
-        levels.append(levels[-1].unflatten(1, (fold, -1)).amax(1))
+        level = levels[-1].view(torch.int16) if by_bits else levels[-1]
+        levels.append(level.unflatten(1, (fold, -1)).amax(1).view(pre_NF.dtype))
     index = _best(levels.pop(), k)
     values = index
     for fold, level in zip(reversed(folds), reversed(levels), strict=True):
