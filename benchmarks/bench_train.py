@@ -321,6 +321,9 @@ def bench_parts(device: torch.device, repeats: int, quick: bool) -> list[dict[st
         runs: dict[str, Callable[[], object]] = {
             "gemm": lambda: torch.mm(x, narrow.T, out=pre),
             "select: ours": partial(kernels.select_topk, pre, k),
+            "select: by values": partial(
+                kernels._descended, pre, k, kernels._folds(n_latents, k), by_bits=False
+            ),
             "select: torch.topk": partial(pre.topk, k, sorted=False),
             "groupmax": partial(kernels.groupmax, pre, k),
             "decode: bf16": partial(kernels.decode, entries, code, narrow),

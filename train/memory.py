@@ -181,6 +181,10 @@ def plan_memory(
         made = plan(min(config.micro_rows, config.batch_rows))
     else:
         rows = min(_MICRO_ROWS.get(device.type, 8192), config.batch_rows)
+        # Kernels of CUDA count the pre-activations of a pass in 32 bits.
+        widest = max(c.coder.n_latents for c in planned)
+        while device.type == "cuda" and rows * widest >= 2**31 and rows > _LEAST_ROWS:
+            rows //= 2
         while plan(rows).total > free and rows > _LEAST_ROWS:
             rows //= 2
         made = plan(rows)

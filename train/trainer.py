@@ -292,6 +292,10 @@ class _Loop:
         return any(p.active for b in self.banks for p in b.progress)
 
     def _step(self, batch: dict[str, Tensor]) -> None:
+        # Once for all banks. Each bank reads its losses from the device before the next batch is
+        # taken, so a pinned buffer is not filled again while it is being copied from.
+        device = self.job.device
+        batch = {name: rows.to(device, non_blocking=True) for name, rows in batch.items()}
         for bank in self.banks:
             for name in bank.step(batch, self.step, self.job.steps):
                 console.print(f"{name}: not finite at step {self.step}; it is left as it was")

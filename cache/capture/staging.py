@@ -30,6 +30,8 @@ class Slot:
         self._buffers: dict[str, torch.Tensor] = {}
         self._stream = stream
         self._copied: torch.cuda.Event | None = None
+        self._order: tuple[torch.Tensor, torch.Tensor] | None = None
+        """The order of the block, here and on the device."""
         self.jobs = 0
 
     def fill(self, name: str, values: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
@@ -51,7 +53,9 @@ class Slot:
                 torch.index_select(values, 0, order, out=out)
             return out
         if order is not None:
-            values = values.index_select(0, order.to(values.device, non_blocking=True))
+            if self._order is None or self._order[0] is not order:  # once for all arrays
+                self._order = order, order.to(values.device, non_blocking=True)
+            values = values.index_select(0, self._order[1])
         self._stream.wait_stream(torch.cuda.current_stream(values.device))
         with torch.cuda.stream(self._stream):
             out.copy_(values, non_blocking=True)
@@ -61,7 +65,9 @@ class Slot:
     def filled(self) -> None:
         """Say that every array of the block has been put in."""
         if self._stream is not None:
-            self._copied = torch.cuda.Event()
+            # Threads that wait for it sleep; by default they would spin.
+            self._copied = torch.cuda.Event(blocking=True)
+            self._order = None
             self._copied.record(self._stream)
 
     def wait(self) -> None:

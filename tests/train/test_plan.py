@@ -109,6 +109,13 @@ def test_less_memory_means_fewer_rows_at_a_time_and_then_a_refusal(store: Any) -
         plan_memory(planned, config.model_copy(update={"micro_rows": 8192}), CPU, some.total)
 
 
+def test_pre_activations_of_a_pass_are_counted_in_32_bits_on_a_gpu(store: Any) -> None:
+    planned = plan_coders([SweepPoint(hookpoint="layers.2.mlp", n_latents=131_072)], store)
+    config = TrainConfig(batch_rows=65_536)
+    rows = plan_memory(planned, config, torch.device("cuda"), 2**50).micro_rows
+    assert rows == 8_192 and rows * 131_072 < 2**31 <= 2 * rows * 131_072
+
+
 def test_the_plan_of_a_sweep_in_words_and_figures(store_path: Path) -> None:
     config = TrainConfig(
         store=store_path, tokens=12_000, batch_rows=256,
