@@ -2,7 +2,7 @@
 
 The documents of evaluated runs are taken as the population: n of them are drawn with replacement,
 the interval is computed, and it is counted how often it holds the figure of the population. For FVU
-and delta CE, for the method of bsc/eval/intervals.py and, for comparison, for others:
+and delta CE, for the method of bsc/eval/figures/intervals.py and, for comparison, for others:
 
 * expanded: the bootstrap's percentiles, moved outwards by Student's t (what bsc had before)
 * studentised: the bootstrap of (r* - r) / s*

@@ -40,15 +40,15 @@ def figures(store: Path, tables: list[dict[str, Any]], **fields: Any) -> list[di
             "dead_after": 200_000, "keep_checkpoint": False,
         }  # fmt: skip
         run, summaries = train_sweep(TrainConfig(**values | fields))
-        planned = {c["name"]: c for c in run.config()["coders"]}
+        planned = {c.name: c for c in run.config().coders}
     found = []
     for i, table in enumerate(tables):
-        mine = [s for s in summaries if planned[s.name]["group"] == f"t{i}"]
+        mine = [s for s in summaries if planned[s.name].group == f"t{i}"]
         line: dict[str, Any] = {k: v for k, v in table.items() if k not in (*BASE, "group")}
         for key in ("held_out_fvu", "fvu", "l0", "dead"):
             known = [getattr(s, key) for s in mine if getattr(s, key) is not None]
             line[key] = [round(float(v), 5) for v in known]
-        line["lr"] = planned[mine[0].name]["lr"]
+        line["lr"] = planned[mine[0].name].lr
         line["not_finite"] = sum(s.frozen_at is not None for s in mine)
         print(line, file=sys.stderr, flush=True)
         found.append(line)

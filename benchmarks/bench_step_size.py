@@ -64,15 +64,16 @@ def run_setting(store: Path, k: int, setting: dict[str, Any]) -> list[dict[str, 
             )
         )  # fmt: skip
         config, metrics = run.config(), list(run.metrics())
-    late = 0.9 * config["completed"]["rows"]
+    assert config.completed is not None
+    late = 0.9 * config.completed.rows
     frozen = {s.name: s.frozen_at for s in summaries}
     found = []
-    for planned in config["coders"]:
-        name = planned["name"]
+    for planned in config.coders:
+        name = planned.name
         mine = [m for m in metrics if m["coder"] == name and m["rows"] > late]
         line: dict[str, Any] = {
-            "optimiser": planned["optimiser"], "code": planned["coder"]["code"],
-            "lr": planned["lr"], "fvu": None, "l0": None,
+            "optimiser": planned.optimiser, "code": planned.coder.code,
+            "lr": planned.lr, "fvu": None, "l0": None,
         }  # fmt: skip
         if mine and frozen[name] is None:
             line["fvu"] = round(float(np.mean([m["fvu"] for m in mine])), 4)

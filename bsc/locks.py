@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -42,23 +43,17 @@ class FileLock:
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                there = os.fstat(descriptor).st_nlink > 0
-            except BlockingIOError:
-                words = _words(descriptor)
-                os.close(descriptor)
-                raise HeldError(words) from None
-            except BaseException:
-                os.close(descriptor)
-                raise
-            if there:
-                break
-            os.close(descriptor)
+                if _locked(descriptor):
+                    os.ftruncate(descriptor, 0)
+                    words = f"process {os.getpid()} on {socket.gethostname()}\n"
+                    os.write(descriptor, words.encode())
+                    self._descriptor = descriptor
+                    return
+            finally:
+                if self._descriptor < 0:
+                    os.close(descriptor)
             if not again:
                 raise FileNotFoundError(path)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._descriptor = descriptor
 
     def release(self, *, remove: bool = False) -> None:
         """Let go; `remove` removes the file too."""
@@ -67,6 +62,22 @@ class FileLock:
                 self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock a file; False where it was removed before it was locked.
+
+    Raises:
+        HeldError: another process has the lock.
+        OSError: the file cannot be locked.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        raise HeldError(_words(descriptor)) from None
+    return os.fstat(descriptor).st_nlink > 0
 
 
 def _words(descriptor: int) -> str:

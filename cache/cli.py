@@ -29,10 +29,12 @@ def _config(values: dict[str, Any], command: str) -> CaptureConfig:
     from bsc.config import parse_config
     from bsc.devices import rank_and_world
 
-    text = choose_text(values.pop("text", {}), values["model"], seed=values.get("seed", 0))
+    where = f"bsc {command}"
+    seed = values.get("seed", 0)
+    text = choose_text(values.pop("text", {}), values["model"], seed=seed, where=where)
     rank, world = rank_and_world(values.pop("rank", None), values.pop("world", None))
     given = {**values, "text": text, "rank": rank, "world": world}
-    return parse_config(CaptureConfig, given, f"bsc {command}")
+    return parse_config(CaptureConfig, given, where)
 
 
 def cache(values: dict[str, Any], as_json: AsJson = False) -> None:

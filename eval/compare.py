@@ -58,9 +58,9 @@ def _pairs(first: Run, second: Run) -> list[tuple[str, str]]:
 class Difference(Record):
     """A figure of two coders."""
 
-    first: float
-    second: float
-    difference: float
+    first: int | float
+    second: int | float
+    difference: int | float
     """The second less the first."""
     interval: Interval = None
     """Paired by document, of figures that are sums over documents."""

@@ -353,7 +353,7 @@ class EvaluationFolder:
     @property
     def remedy(self) -> str:
         """What to do where a file is missing or damaged."""
-        return f"Evaluate again: bsc eval {self.run.folder}"
+        return f"`bsc eval {self.run.folder}` writes it."
 
     def read(self) -> Evaluation:
         """The figures.

@@ -76,13 +76,16 @@ def default_text(model_source: str, model_name: str) -> dict[str, Any]:
     )
 
 
-def choose_text(given: Mapping[str, Any], model: str, *, seed: int) -> TextSource:
+def choose_text(
+    given: Mapping[str, Any], model: str, *, seed: int, where: str = "bsc cache"
+) -> TextSource:
     """The text of a capture from flags.
 
     Args:
         given: fields of a `TextSource` by name, of which `files` may be a corpus or folders.
         model: whose default text is taken where none is named.
         seed: of the order of the documents.
+        where: command that they are flags of, for messages.
 
     Raises:
         UserError: two texts are named, one is not there, or the model has no default text.
@@ -92,16 +95,16 @@ def choose_text(given: Mapping[str, Any], model: str, *, seed: int) -> TextSourc
     if files and dataset:
         raise UserError("--text and --dataset exclude each other: give one.")
     if dataset:
-        where: dict[str, Any] = {"dataset": dataset}
+        chosen: dict[str, Any] = {"dataset": dataset}
     else:
-        where = parse_text(files) if files else default_text(resolve_model(model), model)
+        chosen = parse_text(files) if files else default_text(resolve_model(model), model)
         for name in ("config_name", "split"):  # there is but one of these in what is local
             values.pop(name, None)
-    if "dataset" in where:
-        where["revision"] = resolve_dataset(where["dataset"], values.pop("revision", None))
+    if "dataset" in chosen:
+        chosen["revision"] = resolve_dataset(chosen["dataset"], values.pop("revision", None))
     else:
         values.pop("revision", None)
-    return parse_config(TextSource, {**where, **values, "seed": seed}, "bsc cache")
+    return parse_config(TextSource, {**chosen, **values, "seed": seed}, where)
 
 
 def parse_text(values: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from bsc.errors import UserError
@@ -25,7 +25,7 @@ from bsc.eval.interp.judges.judge import Judge, NamedJudge
 from bsc.eval.interp.ledger import Ledger
 from bsc.eval.interp.material import Materials
 from bsc.eval.interp.results import write_results
-from bsc.eval.interp.scores import Interpretability, read_judged
+from bsc.eval.interp.scores import Interpretability, judge_of
 from bsc.progress import console
 from bsc.train.run import claim
 
@@ -121,11 +121,8 @@ def _folder(materials: Materials, model: str, name: str | None) -> Path:
             f"--name {name}: use letters, digits, '-', '_' and '.', 60 at most, and not 'offline'."
         )
     folder = materials.run.interp_folder / chosen
-    other = model
-    if (folder / "interp.json").exists():
-        with suppress(UserError):  # damaged: it is made again
-            other = read_judged(folder).judge.model
-    if other != model:
+    other = judge_of(folder)
+    if other not in (None, model):
         raise UserError(
             f"{folder}: results of another judge are here, {other}. Give another --name."
         )

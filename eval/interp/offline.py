@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bsc.errors import UserError
 from bsc.eval.evaluation import Interval
 from bsc.eval.figures.intervals import ratio_intervals
 from bsc.eval.interp.aggregate import summary
@@ -42,6 +43,7 @@ from bsc.eval.interp.scores import (
     OverlapScores,
     PredictabilityScores,
     read_offline,
+    say_what_is_left_out,
 )
 from bsc.eval.passes.pieces import Pieces
 from bsc.files import write_atomically
@@ -113,6 +115,10 @@ def _with_other_coders(
     """With what was there of coders that were not computed now."""
     try:
         old = read_offline(folder)
+    except UserError as error:
+        say_what_is_left_out(folder, error)
+        return result
+    try:
         if old.store_id != result.store_id:
             return result
         others = {n: c for n, c in old.coders.items() if n not in result.coders}

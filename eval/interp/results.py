@@ -39,6 +39,7 @@ from bsc.eval.interp.scores import (
     Usage,
     judged_latents,
     read_judged,
+    say_what_is_left_out,
 )
 from bsc.files import write_atomically
 from bsc.formats import percent
@@ -128,7 +129,9 @@ def _before(asked: Interpretation, folder: Path) -> Interpretability | None:
     """An earlier scoring by this judge on this store; None where there is none to be used."""
     try:
         old = read_judged(folder)
-    except UserError:
+    except UserError as error:
+        if len(asked.materials.names) < len(asked.materials.every_name):
+            say_what_is_left_out(folder, error)
         return None
     same = (old.judge.model, old.store_id) == (asked.model, asked.materials.store.store_id)
     return old if same else None

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bsc.errors import StoreError
+from bsc.errors import StoreError, UserError
 from bsc.eval.evaluation import Interval
 from bsc.eval.interp.config import InterpConfig
 from bsc.eval.interp.judges.facts import JudgeFacts, Parameters
+from bsc.progress import console
 from bsc.records import parse_json
 from bsc.train.run import Run
 from bsc.typed import Record, parse_typed, read_typed
@@ -43,9 +44,11 @@ __all__ = [
     "TestScores",
     "Usage",
     "judged_latent",
+    "judge_of",
     "judged_latents",
     "read_judged",
     "read_offline",
+    "say_what_is_left_out",
 ]
 
 INTERP_VERSION = 2
@@ -308,6 +311,24 @@ def read_judged(folder: Path, remedy: str = "") -> Interpretability:
     """
     path = folder / "interp.json"
     return read_typed(Interpretability, path, "scores", INTERP_VERSION, remedy)
+
+
+def judge_of(folder: Path) -> str | None:
+    """Whose scores are in a folder, of whatever version; None: nobody's, or they are damaged."""
+    try:
+        return str(parse_json((folder / "interp.json").read_bytes())["judge"]["model"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def say_what_is_left_out(folder: Path, error: UserError) -> None:
+    """Say that scores of other coders cannot be kept beside new ones."""
+    if any(folder.glob("*.json")):
+        console.print(
+            f"{error} What it holds of other coders is not kept; score the run without --coder.",
+            markup=False,
+            highlight=False,
+        )
 
 
 def read_offline(folder: Path, remedy: str = "") -> Offline:

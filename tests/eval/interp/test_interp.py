@@ -25,6 +25,7 @@ from bsc.eval.interp.judges.judge import NamedJudge
 from bsc.eval.interp.judges.prompts import Request
 from bsc.eval.interp.material import Material, Materials
 from bsc.eval.interp.scores import Interpretability
+from bsc.records import write_record
 from tests.eval.interp import planted
 from tests.eval.interp.scripted import (
     Answer,
@@ -341,3 +342,14 @@ def test_a_name_stays_in_its_folder(where: Texts, tmp_path: Path, name: str) -> 
 def test_materials_is_what_the_planted_one_stands_for() -> None:
     assert {"names", "run", "store", "config"} <= set(planted.Planted.__init__.__code__.co_names)
     assert hasattr(Materials, "__iter__")
+
+
+def test_results_of_an_older_version_by_another_judge_are_not_replaced(
+    where: Texts, tmp_path: Path
+) -> None:
+    folder = tmp_path / "interp" / "pilot"
+    folder.mkdir(parents=True)
+    write_record(folder / "interp.json", {"version": 1, "judge": {"model": "somebody"}})
+    with pytest.raises(UserError, match="results of another judge are here, somebody"):
+        interpret(planted.materials(tmp_path, words(where)), Direct(rule), name="pilot")
+    assert "somebody" in (folder / "interp.json").read_text()
