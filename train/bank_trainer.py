@@ -194,6 +194,8 @@ class BankTrainer:
                 self.bank.generators[c].manual_seed((coder.seed * 0x9E3779B1 + step) % 2**63)
         if self._aux:
             self.bank.dead = self._silent_rows() >= self.dead_after
+            if self.device.type == "cuda":  # once for all coders and pieces of the batch
+                self.bank.n_dead = self.bank.dead.sum(dim=1).tolist()
 
     def _silent_rows(self) -> Tensor:
         """(C, F): rows of its coder since a latent last fired."""

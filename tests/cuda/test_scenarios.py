@@ -15,6 +15,7 @@ import torch
 
 from bsc.train.coders import kernels
 from bsc.train.coders.kernels import Entries
+from tests.cuda.scenarios import bank_of, configs, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CODERS, PIECES = 2, 2
@@ -43,7 +44,8 @@ def allowed(what: str) -> int:
     if what.startswith("step "):
         return own * CODERS * PIECES
     if what.startswith("trainer step"):
-        return 1 + own * 3  # one read for the bank
+        # One read for the bank, and one of the numbers of dead latents.
+        return 2 if "AuxK" in kind else 1 + own * 3
     if what.startswith("metrics"):
         return 1
     if what.startswith("encode"):
@@ -66,6 +68,39 @@ def test_the_host_waits_no_more_than_it_has_to(found: dict[str, dict[str, Any]])
     too_many = {what: found[what]["syncs"] for what, n in waits.items() if n > allowed(what)}
     assert too_many == {}
     assert waits["trainer step: topk"] == 1, "the one read is counted"
+
+
+@pytest.mark.parametrize("often", [0.0, 0.5, 1.0], ids=["even", "half", "every row"])
+@pytest.mark.parametrize("longest", [1, 7, 512])
+def test_sums_by_pieces_are_the_sums(often: float, longest: int) -> None:
+    """Whatever the latent that fires most, and with latents that never fire."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.stack([torch.randperm(40, generator=generator)[:7] for _ in range(300)])
+    index[torch.rand(300, generator=generator) < often, 0] = 50  # F is 60: 41 to 49 never fire
+    entries = Entries.of(index)
+    code = kernels.transpose(entries, 60)
+    for dtype, near in ((torch.float64, 1e-12), (torch.bfloat16, 0.05)):
+        weight = torch.randn(len(entries.latent), generator=generator).to(dtype)
+        rows = torch.randn(300, 24, generator=generator).to(dtype)
+        expected = kernels.latent_sums(code, weight, rows)
+        pieces = kernels.latent_sums_by_pieces(code, weight, rows, longest)
+        assert pieces.dtype == dtype
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(pieces, expected, rtol=near, atol=near * scale)
+
+
+def test_dead_latents_are_the_same_counted_or_not() -> None:
+    config = next(c for name, c in configs() if name.startswith("binary AuxK"))
+    x, y = rows_of(config, torch.float64)
+    found = []
+    for counted in (False, True):
+        bank = bank_of(config, "cpu", torch.float64)
+        assert bank.dead is not None
+        if counted:
+            bank.n_dead = bank.dead.sum(dim=1).tolist()
+        bank.step(x, y)
+        found.append({name: g.clone() for name, g in bank.gradients.items()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_what_runs_where_torch_lacks_a_kernel_is_the_same() -> None:

@@ -59,6 +59,8 @@ class CoderPass:
     temperature: float
     dead: Tensor | None
     """(F,) bool: latents that AuxK trains."""
+    n_dead: int | None
+    """How many; None: not known on the host."""
     noise: torch.Generator | None
     along: Tensor | None
     """(F, 1): gets <gradient of an acting decoder row, the row>; None: not needed."""
@@ -232,7 +234,11 @@ class CoderPass:
         constant. Scaled down where fewer than k latents are dead.
         """
         assert self.dead is not None
-        dead = self.dead.nonzero().flatten()
+        if self.n_dead is None:
+            dead = self.dead.nonzero().flatten()
+        else:  # the same, without waiting for a GPU to count them
+            order = self.dead.to(torch.uint8).argsort(descending=True, stable=True)
+            dead = order[: self.n_dead]
         if not len(dead):
             return
         wanted = self.config.auxk_k or max(1, self.config.d_out // 2)

@@ -87,6 +87,8 @@ class Bank:
         """Temperature of each coder's surrogate now."""
         self.dead: Tensor | None = None
         """(C, F) bool: latents that AuxK trains; None: none."""
+        self.n_dead: list[int] | None = None
+        """How many latents of each coder are dead; None: to be counted when they are needed."""
         self.generators: list[torch.Generator] | None = None
         """Generators of the noise of each gumbel coder; None: no noise."""
         options: dict[str, Any] = {"dtype": dtype, "device": device}
@@ -244,6 +246,7 @@ class Bank:
             k=self.k[c],
             temperature=self.temperature[c],
             dead=None if self.dead is None else self.dead[c],
+            n_dead=None if self.n_dead is None else self.n_dead[c],
             noise=None if self.generators is None else self.generators[c],
             along=self._along[c] if self.configs[c].decoder_norm == "unit" else None,
             aux_bias=self._aux_bias[c] if self._has_aux_apart(c) else None,
