@@ -5,6 +5,8 @@
 * accumulate: the same with optimiser, at 2^14 rows a batch, over the bare products of the batch.
 * scale: steps of 8, 64 and 256 small coders: is the time linear in their number?
 * parts: each kernel of a step alone, beside what else could do its work.
+* uneven: sums over the rows of each latent where all latents fire alike, where one fires in every
+  row, and where 1 % of the latents have half of all firings: does the time depend on it?
 
 Rows are random, weights as at the beginning of a run with a decoder that is not zero. Every part
 checks what it times: losses are finite and fall under a step against the gradient, continuous
@@ -343,8 +345,39 @@ def bench_parts(device: torch.device, repeats: int, quick: bool) -> list[dict[st
     return found
 
 
+def bench_uneven(device: torch.device, repeats: int, quick: bool) -> list[dict[str, Any]]:
+    """Sums over the rows of each latent, by how unevenly latents fire; k = 32."""
+    rows, n_latents = (65536, 36864) if device.type == "cuda" else (8192, 9216)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((rows, D), generator=generator).bfloat16().to(device)
+    k, often = 32, n_latents // 100
+    weights = torch.ones(rows * k, dtype=torch.bfloat16, device=device)
+    codes = {}
+    for name in ("even", "one in every row", "half of the firings from 1 %"):
+        score = torch.rand((rows, n_latents), generator=generator)
+        if name.startswith("one"):
+            score[:, 0] = 2
+        if name.startswith("half"):
+            drawn = torch.rand((rows, often), generator=generator).topk(k // 2).indices
+            score.scatter_(1, drawn, 2.0)
+        entries = Entries.of(score.topk(k, sorted=False).indices.to(device))
+        codes[name] = kernels.transpose(entries, n_latents)
+    runs: dict[str, Callable[[], object]] = {}
+    for name, code in codes.items():
+        whole = partial(torch.nn.functional.embedding_bag, code.row, x, code.offsets, mode="sum")
+        runs[f"{name}: whole bags"] = partial(
+            lambda whole, code: whole(per_sample_weights=weights[code.order]), whole, code
+        )
+        runs[f"{name}: by pieces"] = partial(kernels.latent_sums_by_pieces, code, weights, x)
+    ms = alternate(runs, device, repeats)
+    line = {"rows": rows, "n_latents": n_latents, **{n: spread(v) for n, v in ms.items()}}
+    print(line, file=sys.stderr, flush=True)
+    return [line]
+
+
 PARTS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "step": bench_step, "accumulate": bench_accumulate, "scale": bench_scale, "parts": bench_parts,
+    "uneven": bench_uneven,
 }  # fmt: skip
 
 
