@@ -35,6 +35,7 @@ import torch
 from bsc.cache.capture.commit import advance, complete, create
 from bsc.cache.capture.staging import Staging
 from bsc.cache.capture.writer import SplitPart, SplitWriter
+from bsc.cache.store.channel_sums import ChannelSums
 from bsc.cache.store.folder import open_folder
 from bsc.cache.store.layout import (
     Grid,
@@ -47,7 +48,7 @@ from bsc.cache.store.layout import (
 from bsc.cache.store.loader import Loader
 from bsc.cache.store.manifest import PartEnd, TextPoint, WindowRecord, write_end, write_window
 from bsc.cache.store.scatter import window_sizes
-from bsc.cache.store.shard import ChannelSums, ShardRecord, index_bytes
+from bsc.cache.store.shard import ShardRecord, index_bytes
 from bsc.cache.store.store import ActivationStore
 from bsc.cache.store.verify import verify
 from bsc.versions import versions

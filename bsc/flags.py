@@ -201,6 +201,7 @@ def _whole(
         function(**given)
 
     where = f"bsc {called}"
+    # typer reads the signature from here; mypy knows no such attribute of a function.
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     made = typer.Typer(add_completion=False)

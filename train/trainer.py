@@ -6,11 +6,9 @@ Coders that share hookpoint, site and number of latents form a bank; every bank 
 from __future__ import annotations
 
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import islice
@@ -35,6 +33,7 @@ from bsc.train.memory import group_banks
 from bsc.train.metrics import MetricsWriter
 from bsc.train.ranks import merge_parts
 from bsc.train.run import Completed, Run, RunConfig, claim
+from bsc.train.stopping import asked_to_stop
 from bsc.train.training_rows import left_out_tokens
 from bsc.typed import combined, write_typed
 from bsc.versions import versions
@@ -252,7 +251,7 @@ class _Loop:
             tensorboard=job.part / "tensorboard" if config.tensorboard else None,
             wandb=config.wandb,
         )
-        with writer, _asked_to_stop() as stop:
+        with writer, asked_to_stop() as stop:
             with training_view(label, total, self.step * config.batch_rows) as view:
                 view.figures.update(self._figures_before())
                 started, saved = time.perf_counter() - self.seconds, time.perf_counter()
@@ -357,33 +356,6 @@ class _Loop:
                     )
                 )
         return summaries
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[threading.Event]:
-    """Set by Ctrl-C or SIGTERM, so that a step is finished and a checkpoint written first.
-
-    A second signal has its usual effect.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: object) -> None:
-        stop.set()
-        console.print("stopping after this step; `bsc train --resume` goes on from there")
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-    for s in before:
-        signal.signal(s, ask)
-    try:
-        yield stop
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
 
 
 def _join_ring(store: ActivationStore, config: TrainConfig) -> RingReader:

@@ -15,6 +15,7 @@ import numpy as np
 
 from bsc.cache.capture.overlap import measure_overlap
 from bsc.cache.capture.writer import SplitStart
+from bsc.cache.store.channel_sums import ChannelSums
 from bsc.cache.store.folder import PARTIAL, StoreFolder
 from bsc.cache.store.kinds import Split
 from bsc.cache.store.layout import (
@@ -39,7 +40,6 @@ from bsc.cache.store.manifest import (
 )
 from bsc.cache.store.readme import store_readme
 from bsc.cache.store.scatter import owned_shards, window_sizes
-from bsc.cache.store.shard import ChannelSums
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import StoreError, UserError
 from bsc.files import canonical_json

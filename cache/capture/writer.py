@@ -25,13 +25,14 @@ import torch
 from numpy.typing import NDArray
 
 from bsc.cache.capture.staging import Slot, Staging
+from bsc.cache.store.channel_sums import ChannelSums
 from bsc.cache.store.codec import dequantised, quantise
 from bsc.cache.store.folder import StoreFolder
 from bsc.cache.store.kinds import Split
 from bsc.cache.store.layout import ROW_SCALE, ArraySpec, Grid, shard_key
 from bsc.cache.store.manifest import TextPoint, WindowRecord, write_window
 from bsc.cache.store.scatter import deal, owned_shards, window_sizes
-from bsc.cache.store.shard import ChannelSums, ShardRecord, ShardWriter
+from bsc.cache.store.shard import ShardRecord, ShardWriter
 
 __all__ = ["SplitPart", "SplitStart", "SplitWriter"]
 

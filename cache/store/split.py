@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bsc.cache.store.channel_sums import ChannelSums
 from bsc.cache.store.check import ShardChecks
 from bsc.cache.store.folder import StoreFolder
 from bsc.cache.store.kinds import Codec, Split
@@ -24,7 +25,7 @@ from bsc.cache.store.layout import (
     shard_key,
 )
 from bsc.cache.store.manifest import parse_array_json, read_json
-from bsc.cache.store.shard import ChannelSums, decode_shard, map_shard
+from bsc.cache.store.shard import decode_shard, map_shard
 from bsc.cache.store.shard_rows import MappedTensor, QuantisedRows, ShardRows
 from bsc.errors import StoreError, nearest
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from bsc.cache.store.channel_sums import ChannelSums
 from bsc.cache.store.folder import PARTIAL
 from bsc.cache.store.layout import (
     DATA,
@@ -35,7 +36,7 @@ from bsc.cache.store.manifest import PartEnd, WindowRecord, read_array_json, rea
 from bsc.cache.store.readme import store_readme
 from bsc.cache.store.ring import first_kept, is_ring_file
 from bsc.cache.store.scatter import owned_shards, window_sizes
-from bsc.cache.store.shard import ChannelSums, ShardRecord, read_index
+from bsc.cache.store.shard import ShardRecord, read_index
 from bsc.cache.store.split import StoreSplit
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import StoreError

@@ -32,4 +32,5 @@ def config_of(model: str, store: Path, **other: object) -> CaptureConfig:
         "text": text_of(model), "hookpoints": ("layers.1.mlp",),
         "tokens": 3_600, "held_out_tokens": 1_200, "context": 32, "batch_tokens": 256, "window": 6,
     }  # fmt: skip
+    # A dict has one type for all its values; pydantic checks each of them.
     return CaptureConfig(model=model, store=store, **(fields | other))  # type: ignore[arg-type]

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import zarr
 
+from bsc.cache.store.channel_sums import ChannelSums
 from bsc.cache.store.folder import LocalFolder
 from bsc.cache.store.layout import DATA, ArraySpec, Grid, shard_key
-from bsc.cache.store.shard import ChannelSums, ShardWriter, map_shard
+from bsc.cache.store.shard import ShardWriter, map_shard
 from bsc.errors import StoreError
 from bsc.records import record_hash
 

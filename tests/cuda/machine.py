@@ -85,6 +85,7 @@ class OnDevice(torch.Tensor):
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
+    # torch types the arguments more narrowly than it calls with.
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -114,6 +115,7 @@ class OnDevice(torch.Tensor):
     def data_ptr(self) -> int:
         return self._inner.data_ptr()
 
+    # torch passes `tensor_contents`, which its own stub leaves to Tensor.
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"OnDevice({tuple(self.shape)}, {self.dtype})"
 
@@ -123,6 +125,7 @@ def host(value: torch.Tensor) -> torch.Tensor:
     return value._inner if isinstance(value, OnDevice) else value
 
 
+# torch leaves the methods of TorchDispatchMode untyped: hence `no-untyped-call` below.
 class Machine(TorchDispatchMode):
     """Runs on the CPU what is on cuda:0, checks devices, and counts."""
 
@@ -261,6 +264,7 @@ def pretended(machine: Machine) -> Iterator[Machine]:
     )
     made: Any = torch.Generator
 
+    # A class in place of another, which mypy has no word for: here and where it is assigned.
     class Generator(made):  # type: ignore[misc]
         def __new__(cls, device: Any = "cpu") -> Any:
             return made()

@@ -206,6 +206,7 @@ def evaluation(machine: Machine, found: Found) -> None:
             note(found, f"encode and decode: {name}", machine)
             torch.testing.assert_close(host(got), expected, rtol=1e-4, atol=1e-4)
             vars(controls)["row_batches"] = lambda *a, batch=batch, **k: iter([batch])
+            # Rows come from the line above, so that no store is opened.
             calibration = controls.calibrate(here, None, "h")  # type: ignore[arg-type]
             one = row_pass._CoderPiece(here, calibration, 4)
             document = (torch.arange(ROWS) % 4).to(CUDA)
