@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,19 +18,16 @@ from bsc.cache.store.store import ActivationStore
 from bsc.cli import main
 from bsc.eval.interp.config import InterpConfig
 from bsc.eval.interp.evidence import gather
-from bsc.eval.interp.judges.local import LocalJudge
-from bsc.eval.interp.judges.prompts import test_request as ask_test
 from bsc.eval.interp.material import Materials
 from bsc.eval.report.export import write_figures
 from bsc.eval.report.report import render_report
 from bsc.records import write_record
 from bsc.train.run import Run
-from tests.conftest import make_model
+from tests.eval.interp.command import SMALL, main_ok
 from tests.eval.interp.scripted import Scripted, loopback, rule
 from tests.raw import raw
 
 HOSTILE = "</div><script>alert(1)</script><img src=x onerror=alert(2)>"
-SMALL = ("--latents", "6", "--explain-excerpts", "6", "--test-excerpts", "6")
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +43,6 @@ def scored(
         )
         main_ok("interp", run.folder, "--judge", script.url, *SMALL)
         yield run, script
-
-
-def main_ok(*arguments: object) -> None:
-    with pytest.raises(SystemExit) as done:
-        main([str(a) for a in arguments])
-    assert not done.value.code
 
 
 def test_it_scores_every_coder(scored: tuple[Run, Scripted]) -> None:
@@ -226,57 +216,6 @@ def test_the_store_that_is_gone(evaluated_copy: Run, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as done:
         main(["interp", str(evaluated_copy.folder)])
     assert done.value.code == 2 and "not there any more" in capsys.readouterr().err
-
-
-# a judge on this machine
-
-
-@pytest.fixture(scope="module")
-def judge_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("judge"), max_position_embeddings=4096)
-
-
-def test_a_local_model_answers_by_its_logits(judge_model: Path) -> None:
-    judge = LocalJudge(str(judge_model))
-    judge.connect()
-    requests = [
-        ask_test("fuzzing", "c", i, 0, f"word {i}", [[("def ", False), (f"f{i}" * i, True)]])
-        for i in range(5)
-    ]
-    replies: list[Any] = []
-    judge.ask(requests, lambda q, r: replies.append(r))
-    for request, reply in zip(requests, replies, strict=True):
-        # By hand: the logits of the two answers after the prompt.
-        text = "".join(m["content"] + "\n\n" for m in request.messages)
-        ids = judge._encode(text)
-        ends = [judge._encode(f'{{"1": {c}') for c in range(2)]
-        same = next(i for i, (a, b) in enumerate(zip(*ends, strict=False)) if a != b)
-        with torch.inference_mode():
-            logits = judge._lm.model(torch.tensor([ids + ends[0][:same]])).logits[0, -1].float()
-        p = float(torch.softmax(logits[[e[same] for e in ends]], 0)[1])
-        assert reply.yes[0][1] == pytest.approx(p, abs=0.02)  # bfloat16, in a padded batch
-        assert json.loads(reply.text) == {"1": int(reply.yes[0][1] > 0.5)}
-
-
-def test_a_local_judge_scores_a_run(judge_model: Path, evaluated_copy: Run) -> None:
-    name = evaluated_copy.coder_names()[0]
-    main_ok("interp", evaluated_copy.folder, "--judge", judge_model, *SMALL, "--coder", name)
-    (path,) = evaluated_copy.interp_folder.glob("*/interp.json")
-    result = json.loads(path.read_text())
-    assert result["config"]["items"] == 1 and result["judge"]["probabilities"]
-    test = result["coders"][name]["tests"]["fuzzing"]
-    assert 0 <= test["auc"]["unweighted"]["mean"] <= 1
-    before = path.read_bytes()
-    main_ok("interp", evaluated_copy.folder, "--judge", judge_model, *SMALL, "--coder", name)
-    assert path.read_bytes() == before
-
-
-def test_a_judge_with_a_short_context_says_so(
-    tiny_model: Path, evaluated_copy: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as done:
-        main(["interp", str(evaluated_copy.folder), "--judge", str(tiny_model)])
-    assert done.value.code == 2 and "its context is 64 tokens" in capsys.readouterr().err
 
 
 # exports
