@@ -199,7 +199,7 @@ def bench_step(
             continue
         variants: dict[str, dict[str, Any]] = {"eager": {}}
         if len(ks) == 4 and n_latents == largest:
-            variants["compiled"] = {"dot": kernels.compiled_decoder_dot()}
+            variants["compiled"] = {"compiled": True}
         bank, x, y = make_bank(site, n_latents, ks, device, rows=rows)
         micro = rows if device.type == "cpu" else min(rows, 16384)
         check(bank, x[:4096], y[:4096])
@@ -324,15 +324,15 @@ def bench_parts(device: torch.device, repeats: int, quick: bool) -> list[dict[st
             "gemm": lambda: torch.mm(x, narrow.T, out=pre),
             "select: ours": partial(kernels.select_topk, pre, k),
             "select: by values": partial(
-                kernels._descended, pre, k, kernels._folds(n_latents, k), by_bits=False
+                kernels._descended_by_keys, pre, k, kernels._folds(n_latents, k), by_bits=False
             ),
             "select: torch.topk": partial(pre.topk, k, sorted=False),
             "groupmax": partial(kernels.groupmax, pre, k),
             "decode: bf16": partial(kernels.decode, entries, code, narrow),
             "decode: fp32": partial(kernels.decode, entries, weights, table),
-            "dot: bf16": partial(kernels.decoder_dot, x, narrow, entries),
-            "dot: bf16 compiled": partial(compiled, x, narrow, entries),
-            "dot: fp32": partial(kernels.decoder_dot, wide_x, table, entries),
+            "dot: bf16": partial(kernels.decoder_dot, x, narrow, transposed),
+            "dot: bf16 compiled": partial(compiled, x, narrow, transposed),
+            "dot: fp32": partial(kernels.decoder_dot, wide_x, table, transposed),
             "transpose": partial(kernels.transpose, entries, n_latents),
             "sums: bf16": partial(kernels.latent_sums, transposed, code, x),
             "sums: fp32": partial(kernels.latent_sums, transposed, weights, wide_x),

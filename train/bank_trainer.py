@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, NamedTuple
@@ -13,10 +13,9 @@ from torch import Tensor
 from bsc.cache.store.kept import kept_moments
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import UserError
-from bsc.train.coders import kernels
 from bsc.train.coders.bank import Bank
 from bsc.train.coders.coder import SparseCoder
-from bsc.train.coders.kernels import Entries
+from bsc.train.coders.config import CoderConfig
 from bsc.train.config import TrainConfig
 from bsc.train.memory import EVALUATION_ROWS
 from bsc.train.optim import CoderOptimiser
@@ -24,29 +23,32 @@ from bsc.train.run import PlannedCoder
 from bsc.train.schedule import annealed, lr_scale
 from bsc.train.training_rows import Scale, left_out_tokens
 
-__all__ = ["BankTrainer", "HeldOut", "Progress", "compiled_dot"]
+__all__ = ["BankTrainer", "HeldOut", "Progress", "check_compiler"]
 
 _IMPROVEMENT = 0.999
 """A held-out FVU below this share of the best so far is an improvement."""
 
 
-def compiled_dot(device: torch.device) -> Callable[[Tensor, Tensor, Entries], Tensor]:
-    """`kernels.compiled_decoder_dot`, tried once.
+def check_compiler(device: torch.device) -> None:
+    """Try once what `Bank(compiled=True)` compiles.
 
     Raises:
         UserError: torch.compile does not work here.
     """
-    dot = kernels.compiled_decoder_dot()
-    rows = torch.ones((2, 4), dtype=torch.bfloat16, device=device)
+    config = CoderConfig(
+        site="sae", code="binary", decoder_norm="unit", k=2, n_latents=6, d_in=4, d_out=4
+    )
+    rows = torch.ones((3, 4), device=device)
     try:
-        dot(rows, rows, Entries.of(torch.tensor([[0], [1]], device=device)))
+        bank = Bank([config], total_variance=1.0, device=device, compiled=True)
+        bank.initialise([0], rows[0], rows[0])
+        bank.step(rows, rows)
     except Exception as error:  # whatever a compiler's absence or a strange path makes of it
         lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
         raise UserError(
             f"--compile: torch.compile does not work here ({lines[0]}). It needs a C++ compiler, "
             f"and an installation whose path has no blanks. Leave the flag out."
         ) from None
-    return dot
 
 
 @dataclass
@@ -113,13 +115,15 @@ class BankTrainer:
         left_out = left_out_tokens(store, config)
         moments = [kept_moments(store.train, n, left_out) for n in (self.x_name, self.y_name)]
         self.scale = Scale.of(hook, moments[0], moments[1], config.normalise)
+        if config.compile:
+            check_compiler(device)
         self.bank = Bank(
             [c.coder for c in coders],
             total_variance=self.scale.variance_y,
             compute_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
             device=device,
             units=(self.scale.x, self.scale.y),
-            dot=compiled_dot(device) if config.compile else kernels.decoder_dot,
+            compiled=config.compile,
         )
         self.bank.initialise([c.seed for c in coders], self.scale.mean_x, self.scale.mean_y)
         self.optimisers = [

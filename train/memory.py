@@ -106,9 +106,9 @@ def _fixed(bank: Sequence[PlannedCoder], bytes_each: int) -> _Fixed:
     optimisers = sum(state_bytes(c.optimiser, shapes) for c in bank)
     columns = first.d_in + EXTRA_COLUMNS
     products = n * latents * (columns + first.d_out) * bytes_each
-    sums = latents * max(columns, first.d_out) * bytes_each
+    sums = latents * (columns + first.d_out) * bytes_each
     if any(c.coder.decoder_norm == "unit" for c in bank):
-        products += latents * (4 * first.d_out + 4 * n)
+        products += latents * (4 + 4) * n
     # Signs or steps of one coder's gradients; when coders are evaluated, a copy of one, and for
     # signum one of its weights.
     step = max((parameters for c in bank if c.optimiser in ("signum_classic", "muon")), default=0)

@@ -4,7 +4,6 @@ import torch
 from bench_peers import LR, Look, Params, Step, measure
 
 from bsc.devices import keep_freed_memory
-from bsc.train.coders import kernels
 from bsc.train.coders.bank import Bank
 from bsc.train.coders.config import CoderConfig
 from bsc.train.optim import CoderOptimiser
@@ -24,7 +23,7 @@ def make_step(params: Params) -> tuple[Step, Look]:
     ]  # fmt: skip
     bank = Bank(
         configs, total_variance=float(params.y.var(dim=0).sum()),
-        dot=kernels.compiled_decoder_dot(),
+        compiled=True,
     )  # fmt: skip
     bank.initialise(range(len(configs)), params.x.mean(0), params.y.mean(0))
     optimisers = [

@@ -108,7 +108,7 @@ def test_what_runs_where_torch_lacks_a_kernel_is_the_same() -> None:
     table, grad = (torch.randn(n, 24, generator=generator) for n in (40, 50))
     entries = Entries.of(torch.stack([torch.randperm(40, generator=generator)[:7] for _ in grad]))
     for dtype, near in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        given = grad.to(dtype), table.to(dtype), entries
+        given = grad.to(dtype), table.to(dtype), kernels.transpose(entries, 40)
         expected = kernels.decoder_dot(*given)
         for at_once in (24, 1_000, 1 << 26):
             pieces = kernels.decoder_dot_by_pieces(*given, values_at_once=at_once)

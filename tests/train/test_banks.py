@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from bsc.errors import UserError
-from bsc.train.bank_trainer import compiled_dot
-from bsc.train.coders import kernels
+from bsc.train.bank_trainer import check_compiler
+from bsc.train.coders import bank as bank_module
 from bsc.train.coders.bank import Bank
 from bsc.train.coders.config import CoderConfig
+from bsc.train.coders.passes import EAGER
 from bsc.train.config import Optimiser
 from bsc.train.optim import CoderOptimiser
 
@@ -121,29 +122,40 @@ def test_a_bias_that_cancels_a_large_product_keeps_its_digits() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_is_eager() -> None:
-    """To the rounding of bfloat16: the compiled sum keeps float32 until its end."""
-    configs = [coder(code="binary"), coder(code="continuous", k=20)]
+@pytest.mark.parametrize("site", ["sae", "skip_transcoder"])
+def test_compiled_is_eager(site: str) -> None:
+    """To rounding: the compiled passes are the same operations with fewer roundings on the way."""
+    configs = [coder(code="binary", site=site, threshold="fixed"), coder(code="binary", site=site)]
+    if site == "sae":
+        unit = {"code": "binary", "decoder_norm": "unit"}
+        configs = [coder(**unit), coder(**unit, amplitude="learned")]
+    configs += [coder(code="continuous", k=20, site=site, multi_topk=True)]
     try:
-        dots = (kernels.decoder_dot, compiled_dot(torch.device("cpu")))
+        check_compiler(torch.device("cpu"))
     except UserError as error:  # no compiler; every other test is of the eager form
         pytest.skip(str(error))
-    eager, compiled = (make(configs, [0, 1], dot=dot) for dot in dots)
+    eager, compiled = (make(configs, [0, 1, 2], compiled=c) for c in (False, True))
+    assert compiled._passes.whole and not eager._passes.whole
     x = rows()
-    a, b = eager.step(x, x), compiled.step(x, x)
-    assert torch.equal(a.loss, b.loss) and torch.equal(a.fired, b.fired)
-    for name, g in eager.gradients.items():
-        other = compiled.gradients[name]
-        assert (g - other).norm() <= 0.01 * g.norm(), name
+    for micro_rows in (None, 300):
+        for bank in (eager, compiled):
+            bank.parameters["W_dec"].copy_(bank.parameters["encoder.weight"])  # of all lengths
+        a, b = (bank.step(x, x, micro_rows=micro_rows) for bank in (eager, compiled))
+        torch.testing.assert_close(a.loss, b.loss, rtol=1e-4, atol=0)
+        assert (a.fired != b.fired).double().mean() < 1e-3
+        for name, g in eager.gradients.items():
+            other = compiled.gradients[name]
+            assert (g - other).norm() <= 0.01 * g.norm(), name
 
 
 def test_a_compiler_that_does_not_work_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> torch.Tensor:
+    def broken(*_: Any) -> Any:
         raise RuntimeError("g++: command not found")
 
-    monkeypatch.setattr(kernels, "compiled_decoder_dot", lambda: broken)
+    passes = EAGER._replace(row_errors=broken)
+    monkeypatch.setattr(bank_module, "compiled_passes", lambda: passes)
     with pytest.raises(UserError, match=r"--compile: .*g\+\+: command not found.*Leave the flag"):
-        compiled_dot(torch.device("cpu"))
+        check_compiler(torch.device("cpu"))
 
 
 @pytest.mark.slow

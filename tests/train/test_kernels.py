@@ -132,11 +132,11 @@ def test_sparse_sums_are_those_of_the_dense_code(
         kernels.decode(entries, weight, parts["table"]), code @ parts["table"]
     )
     products = parts["rows"] @ parts["table"].T
-    torch.testing.assert_close(
-        kernels.decoder_dot(parts["rows"], parts["table"], entries),
-        products[entries.row.long(), entries.latent.long()],
-    )
-    sums = kernels.latent_sums(kernels.transpose(entries, F), weight, parts["rows"])
+    by_latent = kernels.transpose(entries, F)
+    expected = products[entries.row.long(), entries.latent.long()][by_latent.order]
+    found = kernels.decoder_dot(parts["rows"], parts["table"], by_latent)
+    torch.testing.assert_close(found, expected)
+    sums = kernels.latent_sums(by_latent, weight[by_latent.order], parts["rows"])
     torch.testing.assert_close(sums, code.T @ parts["rows"])
     assert not sums[40:].any()
 
@@ -147,7 +147,7 @@ def test_bfloat16_sums_round_once() -> None:
     rows = torch.randn(4000, 64, generator=g).bfloat16()
     entries = Entries.of(torch.zeros(4000, 1, dtype=torch.int64))
     weight = torch.rand(4000, generator=g).bfloat16()
-    found = kernels.latent_sums(kernels.transpose(entries, 2), weight, rows)[0]
+    found = kernels.latent_sums(kernels.transpose(entries, 2), weight, rows)[0]  # in that order
     exact = weight.double() @ rows.double()
     assert ((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-2).all()
 

@@ -27,6 +27,9 @@ GUMBEL_CANDIDATES = 4
 """Latents of a group that its softmax is over."""
 _MULTI_TOPK, _MULTI_WEIGHT = 4, 1 / 8
 
+_Backward = Callable[[Tensor, Tensor, TransposedCode], Tensor]
+"""Gradients of margins from those of codes and from the margins, all by latent, (M,)."""
+
 
 class _Term(NamedTuple):
     """What a term of the loss leaves for the others."""
@@ -49,6 +52,8 @@ class CoderPass:
     gradients: dict[str, Tensor]
     w_dec: Tensor
     """(F, d_out): the decoder that acts, in the dtype of products."""
+    gain: Tensor | None
+    """(F,): what rows of the parameter W_dec are multiplied by to give those that act; None: 1."""
     centre: Tensor
     """(d_in,): was subtracted from the rows."""
     z: Tensor
@@ -66,11 +71,16 @@ class CoderPass:
     """(F, 1): gets <gradient of an acting decoder row, the row>; None: not needed."""
     aux_bias: Tensor | None
     """(F,): gets AuxK's own share of the gradient to the biases; None: not needed."""
-    dot: Callable[[Tensor, Tensor, Entries], Tensor]
+    dot: Callable[[Tensor, Tensor, TransposedCode], Tensor]
+    row_errors: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    """`passes.row_errors`, or its compiled form."""
     scale: float
     """1 / (rows of the batch * total variance)."""
     add: bool
     """Whether to add to the gradients, which otherwise are overwritten."""
+    sums: dict[str, Tensor] | None
+    """Gets the gradients of the matrices instead, as summed, where one term is all that there is:
+    the bank then passes over them once. None: there is more to come."""
 
     def run(self, margin_NF: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Add all gradients.
@@ -91,8 +101,8 @@ class CoderPass:
         add_base = self.add
         shift = self._row_thresholds(margin_NF)
 
-        def backward(g_code: Tensor, chosen: Selection) -> Tensor:
-            return self._straight_through(g_code, chosen, shift)
+        def backward(g_code: Tensor, margin: Tensor, by_latent: TransposedCode) -> Tensor:
+            return self._straight_through(g_code, margin, by_latent, shift)
 
         if config.surrogate == "gumbel":
             chosen, code, term = self._gumbel(margin_NF, target)
@@ -119,17 +129,17 @@ class CoderPass:
         self,
         chosen: Selection,
         code: Tensor,
-        backward: Callable[[Tensor, Selection], Tensor],
+        backward: _Backward,
         target: Tensor,
         weight: float,
     ) -> _Term:
         """weight * scale * |decoded code - target|^2: adds its gradients to decoder and encoder."""
-        entries, dtype = chosen.entries, self.z.dtype
         error, g_y, g_rounded = self._error(chosen, code, target, weight)
-        g_code = self.dot(g_rounded, self.w_dec, entries).to(target.dtype)
-        g_pre = backward(g_code, chosen)
-        by_latent = self._decoder_gradients(chosen, code, g_rounded, g_code)
-        sums = kernels.latent_sums(by_latent, g_pre.to(dtype), self.z)
+        by_latent = kernels.transpose(chosen.entries, self.config.n_latents)
+        g_code = self._code_gradients(g_y, g_rounded, by_latent)
+        self._decoder_gradients(by_latent, code[by_latent.order], g_rounded, g_code)
+        g_pre = backward(g_code, chosen.margin[by_latent.order], by_latent)
+        sums = kernels.latent_sums(by_latent, g_pre.to(self.z.dtype), self.z)
         return _Term(error, g_y, self._encoder_gradients(sums))
 
     def _error(
@@ -137,27 +147,34 @@ class CoderPass:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Error of the decoded code, its gradient, and that in the dtype of products."""
         decoded = kernels.decode(chosen.entries, code.to(self.z.dtype), self.w_dec)
-        error = decoded.to(target.dtype) - target
-        g_y = error * (2 * weight * self.scale)
-        return error, g_y, g_y.to(self.z.dtype)
+        factor = torch.full((), 2 * weight * self.scale, dtype=target.dtype, device=target.device)
+        return self.row_errors(decoded, target, factor)
+
+    def _code_gradients(self, g_y: Tensor, g_rounded: Tensor, by_latent: TransposedCode) -> Tensor:
+        """Gradients of the code, (M,) by latent, in the dtype of `g_y`.
+
+        On a CPU from what was not rounded, which takes no longer there.
+        """
+        if g_y.device.type != "cpu":
+            return self.dot(g_rounded, self.w_dec, by_latent).to(g_y.dtype)
+        g_code = self.dot(g_y, self.parameters["W_dec"], by_latent)
+        return g_code if self.gain is None else g_code.mul_(self.gain[by_latent.latent])
 
     def _decoder_gradients(
-        self, chosen: Selection, code: Tensor, g_rounded: Tensor, g_code: Tensor
-    ) -> TransposedCode:
-        """Add the gradients of the decoder; the code by latent, for those of the encoder."""
-        by_latent = kernels.transpose(chosen.entries, self.config.n_latents)
+        self, by_latent: TransposedCode, code: Tensor, g_rounded: Tensor, g_code: Tensor
+    ) -> None:
+        """Add the gradients of the decoder; code and its gradients are by latent."""
         if self.along is not None:
             ones = g_code.new_ones((len(g_rounded), 1))
             along = kernels.latent_sums(by_latent, code.to(g_code.dtype) * g_code, ones)
             self.along.add_(along) if self.add else self.along.copy_(along)
         sums = kernels.latent_sums(by_latent, code.to(g_rounded.dtype), g_rounded)
-        self._give("W_dec", sums, self.add)
-        return by_latent
+        self._give_matrix("W_dec", sums)
 
     def _encoder_gradients(self, sums: Tensor) -> Tensor:
         """Add the gradients of the encoder, (F, d_in + extra); that of the biases, (F,)."""
         d_in = len(self.centre)
-        self._give("encoder.weight", sums[:, :d_in], self.add)
+        self._give_matrix("encoder.weight", sums[:, :d_in])
         self._give("encoder.bias", sums[:, d_in], self.add)
         self.add = True
         return sums[:, d_in]
@@ -169,18 +186,20 @@ class CoderPass:
         part = parts_at(self.config, self.k)[-1]
         return kernels.newton_shift(margin_NF[:, part.start : part.stop], part.k)
 
-    def _straight_through(self, g_code: Tensor, chosen: Selection, shift: Tensor | None) -> Tensor:
-        """Gradient of a code to its pre-activation."""
-        config, margin = self.config, chosen.margin.to(g_code.dtype)
+    def _straight_through(
+        self, g_code: Tensor, margin: Tensor, by_latent: TransposedCode, shift: Tensor | None
+    ) -> Tensor:
+        """Gradients of margins from those of codes; all by latent."""
+        config, margin = self.config, margin.to(g_code.dtype)
         if config.code == "continuous":
             return g_code * (margin > 0)
         shifted = margin
         if shift is not None:
-            shifted = margin + shift.to(margin.dtype)[chosen.entries.row, 0]
+            shifted = margin + shift.to(margin.dtype)[by_latent.row, 0]
         g = surrogates.SURROGATES[config.surrogate](g_code, shifted, self.temperature)
         if config.code == "binary":
             return g
-        return torch.where(chosen.entries.latent >= config.first_binary, g, g_code * (margin > 0))
+        return torch.where(by_latent.latent >= config.first_binary, g, g_code * (margin > 0))
 
     def _gumbel(self, margin_NF: Tensor, target: Tensor) -> tuple[Selection, Tensor, _Term]:
         """The largest of each group after noise, whose code is 1."""
@@ -201,7 +220,9 @@ class CoderPass:
         chosen, code = Selection(Entries.of(index), values.reshape(-1)), torch.ones_like(values)
         error, g_y, g_rounded = self._error(chosen, code.flatten(), target, 1.0)
         g_NF = (g_rounded @ self.w_dec.T).to(target.dtype)
-        self._decoder_gradients(chosen, code.flatten(), g_rounded, g_NF.gather(1, index).flatten())
+        by_latent = kernels.transpose(chosen.entries, self.config.n_latents)
+        g_code = g_NF.gather(1, index).flatten()[by_latent.order]
+        self._decoder_gradients(by_latent, code.flatten(), g_rounded, g_code)  # every code is 1
         groups = (self.k, -1)
         g_pre = surrogates.gumbel(
             g_NF.unflatten(1, groups),
@@ -211,18 +232,16 @@ class CoderPass:
         sums = g_pre.flatten(1).to(self.z.dtype).T @ self.z
         return chosen, code.flatten(), _Term(error, g_y, self._encoder_gradients(sums))
 
-    def _top_gumbel(
-        self, margin_NF: Tensor
-    ) -> tuple[Selection, Tensor, Callable[[Tensor, Selection], Tensor]]:
+    def _top_gumbel(self, margin_NF: Tensor) -> tuple[Selection, Tensor, _Backward]:
         """The largest of each group, whose code is 1, and its runners-up, whose code is 0."""
         values, index = kernels.group_topk(margin_NF, self.k, GUMBEL_CANDIDATES)
         code = torch.zeros_like(values)
         code[:, :, 0] = 1
 
-        def backward(g_code: Tensor, chosen: Selection) -> Tensor:
-            perturbed = chosen.margin.to(g_code.dtype).view_as(values)
-            g = surrogates.gumbel(g_code.view_as(perturbed), perturbed, self.temperature)
-            return g.flatten()
+        def backward(g_code: Tensor, margin: Tensor, by_latent: TransposedCode) -> Tensor:
+            g_Nkm = torch.empty_like(g_code).index_copy_(0, by_latent.order, g_code).view_as(values)
+            g = surrogates.gumbel(g_Nkm, values.to(g_code.dtype), self.temperature)
+            return g.flatten()[by_latent.order]
 
         chosen = Selection(Entries.of(index.flatten(1)), values.reshape(-1))
         return chosen, code.flatten(), backward
@@ -248,12 +267,22 @@ class CoderPass:
         term = self._term(
             chosen,
             chosen.margin.relu(),
-            lambda g_code, chosen: g_code * (chosen.margin > 0),
+            lambda g_code, margin, by_latent: g_code * (margin > 0),
             -error,
             self.config.auxk_alpha * k / wanted,
         )
         if self.aux_bias is not None:
             self.aux_bias.add_(term.g_bias)
+
+    def _give_matrix(self, name: str, sums: Tensor) -> None:
+        if self.sums is None:
+            self._give(name, sums, self.add)
+        elif not self.add:
+            self.sums[name] = sums
+        else:
+            if name in self.sums:
+                self._give(name, self.sums.pop(name), False)
+            self._give(name, sums, True)
 
     def _give(self, name: str, value: Tensor, add: bool) -> None:
         if add:

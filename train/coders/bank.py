@@ -14,7 +14,7 @@ Shape letters: C coders, N rows, F latents, k selected latents per row, M select
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +24,15 @@ from bsc.train.coders import kernels, surrogates
 from bsc.train.coders.backward import CoderPass
 from bsc.train.coders.coder import SparseCoder, parameter_shapes
 from bsc.train.coders.config import CoderConfig
-from bsc.train.coders.kernels import Entries
+from bsc.train.coders.passes import EAGER, compiled_passes
 
 __all__ = ["EXTRA_COLUMNS", "Bank", "StepResult"]
 
 EXTRA_COLUMNS = 8
 """Columns beside those of a row in the encoder's GEMM: bias, its rest, and padding."""
 _THRESHOLD_MEMORY = 0.99
+_BLOCK = 1 << 19
+"""Weights of a matrix that are passed over at a time on a CPU: 2 MiB of them in float32."""
 
 
 class StepResult(NamedTuple):
@@ -62,7 +64,7 @@ class Bank:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         units: tuple[float, float] = (1.0, 1.0),
-        dot: Callable[[Tensor, Tensor, Entries], Tensor] = kernels.decoder_dot,
+        compiled: bool = False,
     ) -> None:
         """Make a bank with parameters of zeros; `initialise` sets them.
 
@@ -73,7 +75,7 @@ class Bank:
             dtype: of parameters and gradients.
             device: where they are.
             units: what rows that are encoded and rows that are reconstructed are divided by.
-            dot: `kernels.decoder_dot`, or a compiled form of it.
+            compiled: torch.compile what gains by it, at the first step.
         """
         first = configs[0]
         shared = [(c.site, c.n_latents, c.d_in, c.d_out) for c in configs]
@@ -106,7 +108,8 @@ class Bank:
         """Batch top-k: per coder and part, running sum and weight of the smallest active margin."""
         self._centre = torch.zeros(self.d_in, **options)
         unit = any(c.decoder_norm == "unit" for c in configs)
-        self._scratch = torch.empty((self.n_latents if unit else 0, self.d_out), **options)
+        self._lengths = torch.ones((n, self.n_latents if unit else 0, 1), **options)
+        """Lengths of the rows of W_dec at the last step."""
         self._along = torch.zeros((n, self.n_latents if unit else 0, 1), **options)
         apart = any(self._has_aux_apart(c) for c in range(n))
         self._aux_bias = torch.zeros((n, self.n_latents if apart else 0), **options)
@@ -116,7 +119,10 @@ class Bank:
         self._decoder = torch.zeros((n, self.n_latents, self.d_out), **options)
         self._pre = torch.empty((0, self.n_latents), **options)
         self._rows = torch.zeros((0, self.d_in + EXTRA_COLUMNS), **options)
-        self._dot = dot
+        self._passes = compiled_passes() if compiled else EAGER
+        # On a CPU the eager one is as fast.
+        on_gpu = self._centre.device.type == "cuda"
+        self._dot = kernels.compiled_decoder_dot() if compiled and on_gpu else kernels.decoder_dot
 
     def _has_aux_apart(self, c: int) -> bool:
         """Whether the margins of AuxK and of the code go on to the thresholds by other factors."""
@@ -178,7 +184,9 @@ class Bank:
     def decoder(self, coder: int) -> Tensor:
         """The decoder that acts, (F, d_out): unit rows and amplitudes where the config says so."""
         w: Tensor = self.parameters["W_dec"][coder]
-        return w if self.configs[coder].decoder_norm == "free" else w * self._gain(coder)
+        if self.configs[coder].decoder_norm == "free":
+            return w
+        return w * self._gain(coder, w.norm(dim=1, keepdim=True))
 
     def theta(self, coder: int) -> Tensor:
         """Thresholds of the binary latents, from the first of them on."""
@@ -220,26 +228,31 @@ class Bank:
             z[:, : self.d_in] = x.to(self._centre.dtype) / self.units[0] - self._centre
             y = y.to(self._centre.dtype) / self.units[1]
             pre = self._pre[: len(x)]
+            last = start + size >= n
             for c in active:
                 kernels.pre_activations(z, self._encoder[c], pre)
-                latent, margin, on, error = self._pass(
-                    c, z, y, 1 / (n * self.total_variance), add=start > 0
-                ).run(pre)
+                sums: dict[str, Tensor] | None = {} if start == 0 and last else None
+                one = self._pass(c, z, y, 1 / (n * self.total_variance), start > 0, sums)
+                latent, margin, on, error = one.run(pre)
                 loss[c] += error
                 l0[c] += on.sum()
                 fired[c].index_fill_(0, latent.where(on, self.n_latents), True)
                 if self.configs[c].select == "batch_topk":
                     self._note_minima(c, latent, margin, on)
-        for c in active:
-            self._finish(c)
+                if last:
+                    self._finish(c, sums or {})
         return StepResult(loss, l0 / n, fired[:, : self.n_latents])
 
-    def _pass(self, c: int, z: Tensor, y: Tensor, scale: float, *, add: bool) -> CoderPass:
+    def _pass(
+        self, c: int, z: Tensor, y: Tensor, scale: float, add: bool, sums: dict[str, Tensor] | None
+    ) -> CoderPass:
+        unit = self.configs[c].decoder_norm == "unit"
         return CoderPass(
             config=self.configs[c],
             parameters={name: stacked[c] for name, stacked in self.parameters.items()},
             gradients={name: stacked[c] for name, stacked in self.gradients.items()},
             w_dec=self._decoder[c],
+            gain=self._gain(c, self._lengths[c]).squeeze(1) if unit else None,
             centre=self._centre,
             z=z,
             y=y,
@@ -248,46 +261,90 @@ class Bank:
             dead=None if self.dead is None else self.dead[c],
             n_dead=None if self.n_dead is None else self.n_dead[c],
             noise=None if self.generators is None else self.generators[c],
-            along=self._along[c] if self.configs[c].decoder_norm == "unit" else None,
+            along=self._along[c] if unit else None,
             aux_bias=self._aux_bias[c] if self._has_aux_apart(c) else None,
             dot=self._dot,
+            row_errors=self._passes.row_errors,
             scale=scale,
             add=add,
+            sums=sums,
         )
 
     def _prepare(self, rows: int, active: Sequence[int]) -> None:
         """Round the weights of the active coders for a step, and make room for its rows."""
-        p, d = self.parameters, self.d_in
+        d = self.d_in
         self._aux_bias.zero_()
         if len(self._pre) < rows:
             self._pre = self._pre.new_empty((rows, self.n_latents))
             self._rows = self._rows.new_zeros((rows, d + EXTRA_COLUMNS))
             self._rows[:, d : d + 2] = 1
         for c in active:
-            weight, config = p["encoder.weight"][c], self.configs[c]
-            bias = torch.addmv(p["encoder.bias"][c], weight, self._origin(c))
-            if config.has_threshold:
-                bias[config.first_binary :] -= self.theta(c)
-            rounded = bias.to(self.compute_dtype)
-            self._encoder[c, :, :d] = weight
-            self._encoder[c, :, d] = rounded
-            self._encoder[c, :, d + 1] = bias - rounded
-            if config.decoder_norm == "free":
-                self._decoder[c] = p["W_dec"][c]
-            else:
-                self._decoder[c] = torch.mul(p["W_dec"][c], self._gain(c), out=self._scratch)
+            for some in self._blocks():
+                self._round(c, some)
+
+    def _blocks(self) -> Iterator[slice]:
+        """All latents, on a CPU some at a time, whose weights stay in its cache from one operation
+        on them to the next."""
+        size = self.n_latents
+        if self._centre.device.type == "cpu" and not self._passes.whole:
+            size = max(1, _BLOCK // max(self.d_in, self.d_out))
+        return (slice(i, i + size) for i in range(0, self.n_latents, size))
+
+    def _round(self, c: int, rows: slice) -> None:
+        """Encoder and decoder of some latents as products take them."""
+        p, d, config = self.parameters, self.d_in, self.configs[c]
+        encoder, decoder = self._encoder[c, rows], self._decoder[c, rows]
+        weight, w = p["encoder.weight"][c, rows], p["W_dec"][c, rows]
+        bias = p["encoder.bias"][c, rows]
+        bias = self._passes.round_encoder(weight, bias, self._origin(c), encoder[:, :d])
+        if config.has_threshold:
+            first = max(0, config.first_binary - rows.start)
+            bias[first:] -= p["log_threshold"][c, rows][first:].exp()
+        rounded = bias.to(self.compute_dtype)
+        encoder[:, d] = rounded
+        encoder[:, d + 1] = bias - rounded
+        if config.decoder_norm == "free":
+            decoder.copy_(w)
+        else:
+            amplitude = self._amplitude(c, rows)
+            self._lengths[c, rows] = self._passes.round_unit_decoder(w, amplitude, decoder)
 
     def _origin(self, c: int) -> Tensor:
         """What is added to a centred row to give the row that the encoder reads."""
         return self._centre - self.parameters["b_dec"][c] if self.site == "sae" else self._centre
 
-    def _finish(self, c: int) -> None:
-        """Gradients of the parameters from those to centred rows, folded biases, acting rows."""
+    def _finish(self, c: int, sums: dict[str, Tensor]) -> None:
+        """Gradients of the parameters from those to centred rows, folded biases, acting rows.
+
+        `sums` has those of matrices that are not in `gradients` yet.
+        """
         config = self.configs[c]
         p = {name: stacked[c] for name, stacked in self.parameters.items()}
         grad = {name: stacked[c] for name, stacked in self.gradients.items()}
         g_bias = grad["encoder.bias"]
-        grad["encoder.weight"].addr_(g_bias, self._origin(c))
+        unit = config.decoder_norm == "unit"
+        origin, lengths, along = self._origin(c), self._lengths[c], self._along[c]
+        for rows in self._blocks():
+            encoder, decoder = sums.get("encoder.weight"), sums.get("W_dec")
+            self._passes.encoder_gradient(
+                None if encoder is None else encoder[rows],
+                g_bias[rows], origin, grad["encoder.weight"][rows],
+            )  # fmt: skip
+            if self.site == "sae":  # the encoder reads x - b_dec
+                grad["b_dec"].addmv_(p["encoder.weight"][rows].T, g_bias[rows], alpha=-1)
+            if unit:
+                # Of a loss of a W / |W| to W: the part across the row, times a / |W|. The part
+                # along it, <gradient, a W / |W|>, has been summed over the entries of the code.
+                self._passes.unit_decoder_gradient(
+                    None if decoder is None else decoder[rows],
+                    p["W_dec"][rows], self._gain(c, lengths[rows], rows),
+                    along[rows] / lengths[rows].square(), grad["W_dec"][rows],
+                )  # fmt: skip
+            elif decoder is not None:
+                grad["W_dec"][rows] = decoder[rows]
+        if unit and config.amplitude == "learned":
+            amplitude = p["amplitude"]
+            grad["amplitude"].copy_((along.squeeze(1) / amplitude).nan_to_num_(0.0, 0.0, 0.0))
         if config.has_threshold:
             binary, theta = slice(config.first_binary, None), self.theta(c)
             factor = surrogates.threshold_factor(config.surrogate, theta, self.temperature[c])
@@ -298,26 +355,18 @@ class Bank:
                 own.addcmul_(theta, aux, value=-1)
             else:
                 torch.mul(factor, g_bias[binary], out=own)
-        if self.site == "sae":  # the encoder reads x - b_dec
-            grad["b_dec"].addmv_(p["encoder.weight"].T, g_bias, alpha=-1)
-        if config.decoder_norm == "unit":
-            # Of a loss of a W / |W| to W: the part across the row, times a / |W|. The part along
-            # it, <gradient, a W / |W|>, has been summed over the entries of the code.
-            gain, along = self._gain(c), self._along[c]
-            grad["W_dec"] *= gain
-            grad["W_dec"].addcmul_(
-                p["W_dec"], along / p["W_dec"].norm(dim=1, keepdim=True).square(), value=-1
-            )
-            if config.amplitude == "learned":
-                amplitude = p["amplitude"]
-                grad["amplitude"].copy_((along.squeeze(1) / amplitude).nan_to_num_(0.0, 0.0, 0.0))
 
-    def _gain(self, c: int) -> Tensor:
-        """(F, 1): what a row of the parameter W_dec is multiplied by to give the one that acts."""
-        gain: Tensor = 1 / self.parameters["W_dec"][c].norm(dim=1, keepdim=True)
-        if self.configs[c].amplitude == "learned":
-            gain = gain * self.parameters["amplitude"][c].unsqueeze(1)
-        return gain
+    def _gain(self, c: int, lengths: Tensor, rows: slice = slice(None)) -> Tensor:
+        """(rows, 1): what rows of the parameter W_dec, of these lengths, are multiplied by to give
+        those that act."""
+        amplitude = self._amplitude(c, rows)
+        return 1 / lengths if amplitude is None else amplitude / lengths
+
+    def _amplitude(self, c: int, rows: slice) -> Tensor | None:
+        """(rows, 1): learned lengths of decoder rows; None: 1."""
+        if self.configs[c].amplitude != "learned":
+            return None
+        return self.parameters["amplitude"][c, rows].unsqueeze(1)
 
     @torch.no_grad()
     def renormalise(self, coder: int) -> Tensor | None:

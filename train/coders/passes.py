@@ -1,0 +1,126 @@
+"""Passes over all weights of a coder, and over all rows of a batch: no products, but much memory.
+
+Each is bound by memory. As written each runs one operation after the other, which on a CPU is done
+for some latents at a time, so that their weights stay in a cache; `torch.compile` makes one loop of
+each, that reads and writes every value once. Both are tested to give the same within rounding.
+
+Shape letters: N rows, F latents (or some of them), d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["EAGER", "Passes", "compiled_passes"]
+
+
+def round_encoder(weight_Fd: Tensor, bias_F: Tensor, origin_d: Tensor, out_Fd: Tensor) -> Tensor:
+    """The encoder as products take it, into `out`; its biases for rows that are centred, (F,).
+
+    Args:
+        weight_Fd: the encoder, float32.
+        bias_F: its biases.
+        origin_d: what is added to a centred row to give the row that the encoder reads.
+        out_Fd: gets the rounded weights.
+    """
+    out_Fd.copy_(weight_Fd)
+    if torch.compiler.is_compiling():  # addmv would be a pass of its own
+        return bias_F + (weight_Fd * origin_d).sum(1)
+    return torch.addmv(bias_F, weight_Fd, origin_d)
+
+
+def round_unit_decoder(w_Fd: Tensor, amplitude_F1: Tensor | None, out_Fd: Tensor) -> Tensor:
+    """Decoder rows of length 1, or of their amplitudes, into `out`; the lengths they had, (F, 1).
+
+    Args:
+        w_Fd: the parameter W_dec, float32.
+        amplitude_F1: lengths that the rows get; None: 1.
+        out_Fd: gets the rounded rows.
+    """
+    lengths: Tensor = w_Fd.norm(dim=1, keepdim=True)
+    gain = 1 / lengths if amplitude_F1 is None else amplitude_F1 / lengths
+    out_Fd.copy_(w_Fd * gain)
+    return lengths
+
+
+def encoder_gradient(
+    sums_Fd: Tensor | None, g_bias_F: Tensor, origin_d: Tensor, out_Fd: Tensor
+) -> None:
+    """Gradient of the encoder from that to centred rows: sums + g_bias (x) origin, into `out`.
+
+    Args:
+        sums_Fd: gradient to centred rows; None: it stands in `out`.
+        g_bias_F: gradient to the biases.
+        origin_d: what is added to a centred row to give the row that the encoder reads.
+        out_Fd: gets the gradient, float32.
+    """
+    if sums_Fd is not None:
+        out_Fd.copy_(sums_Fd)
+    out_Fd.addr_(g_bias_F, origin_d)
+
+
+def unit_decoder_gradient(
+    sums_Fd: Tensor | None, w_Fd: Tensor, gain_F1: Tensor, part_F1: Tensor, out_Fd: Tensor
+) -> None:
+    """Gradient of W from that of its rows times a / |W|: sums * gain - W * part, into `out`.
+
+    Args:
+        sums_Fd: gradient of the rows that act; None: it stands in `out`.
+        w_Fd: the parameter W_dec.
+        gain_F1: a / |W|.
+        part_F1: <gradient of an acting row, the row> / |W|^2: what goes along a row is taken out.
+        out_Fd: gets the gradient, float32.
+    """
+    if sums_Fd is not None:
+        out_Fd.copy_(sums_Fd)
+    out_Fd.mul_(gain_F1).addcmul_(w_Fd, part_F1, value=-1)
+
+
+def row_errors(
+    decoded_Nd: Tensor, target_Nd: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """decoded - target, that times `factor`, and the latter rounded to the dtype of `decoded`.
+
+    The factor is a scalar tensor: for every number torch.compile would compile again.
+    """
+    error = decoded_Nd.to(target_Nd.dtype) - target_Nd
+    gradient = error * factor
+    return error, gradient, gradient.to(decoded_Nd.dtype)
+
+
+class Passes(NamedTuple):
+    """The passes of this module, as written or compiled."""
+
+    round_encoder: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    round_unit_decoder: Callable[[Tensor, Tensor | None, Tensor], Tensor]
+    encoder_gradient: Callable[[Tensor | None, Tensor, Tensor, Tensor], None]
+    unit_decoder_gradient: Callable[[Tensor | None, Tensor, Tensor, Tensor, Tensor], None]
+    row_errors: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    whole: bool
+    """Whether they are best run on all weights at once."""
+
+
+EAGER = Passes(
+    round_encoder, round_unit_decoder, encoder_gradient, unit_decoder_gradient, row_errors, False
+)
+
+
+@cache
+def compiled_passes() -> Passes:
+    """All of them compiled at their first call, which takes some seconds each.
+
+    Needs a C++ compiler.
+    """
+    return Passes(
+        torch.compile(round_encoder, dynamic=True),
+        torch.compile(round_unit_decoder, dynamic=True),
+        torch.compile(encoder_gradient, dynamic=True),
+        torch.compile(unit_decoder_gradient, dynamic=True),
+        torch.compile(row_errors, dynamic=True),
+        whole=True,
+    )
