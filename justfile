@@ -35,6 +35,14 @@ demo *ARGS:
 bench NAME *ARGS:
     python -m benchmarks.bench_{{NAME}} {{ARGS}}
 
+# is it right on this GPU, how fast, and why: nine minutes; findings as JSON lines
+gpu OUT="gpu.jsonl" *ARGS:
+    python benchmarks/bench_gpu.py --out {{OUT}} {{ARGS}}
+
+# a benchmark here and at another commit, in turn: just compare b7aff8b bench_train.py --parts step
+compare COMMIT *ARGS:
+    python benchmarks/compare.py {{COMMIT}} -- {{ARGS}}
+
 # train the embedded model again (an hour on two cores); writes bsc/embedded/model
 demo-model *ARGS:
     python -m bsc.embedded.recipe {{ARGS}}

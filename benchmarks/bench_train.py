@@ -83,7 +83,7 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
 
 
 def make_bank(
-    site: Any, n_latents: int, ks: Sequence[int], device: torch.device, **how: Any
+    site: Any, n_latents: int, ks: Sequence[int], device: torch.device, d: int = D, **how: Any
 ) -> tuple[Bank, Tensor, Tensor]:
     """A bank whose coders are binary and continuous in turn (one: continuous), and rows for it."""
     generator = torch.Generator().manual_seed(0)
@@ -91,14 +91,14 @@ def make_bank(
     configs = [
         CoderConfig(
             site=site, code="binary" if i % 2 == 0 and len(ks) > 1 else "continuous", k=k,
-            n_latents=n_latents, d_in=D, d_out=D, decoder_norm="unit" if site == "sae" else "free",
+            n_latents=n_latents, d_in=d, d_out=d, decoder_norm="unit" if site == "sae" else "free",
         )
         for i, k in enumerate(ks)
     ]  # fmt: skip
-    x = torch.randn((rows, D), generator=generator).bfloat16().to(device)
-    y = x if site == "sae" else torch.randn((rows, D), generator=generator).bfloat16().to(device)
-    bank = Bank(configs, total_variance=float(D), device=device, **how)
-    bank.initialise(range(len(ks)), torch.zeros(D), torch.zeros(D))
+    x = torch.randn((rows, d), generator=generator).bfloat16().to(device)
+    y = x if site == "sae" else torch.randn((rows, d), generator=generator).bfloat16().to(device)
+    bank = Bank(configs, total_variance=float(d), device=device, **how)
+    bank.initialise(range(len(ks)), torch.zeros(d), torch.zeros(d))
     if site != "sae":
         bank.parameters["W_dec"].copy_(0.1 * bank.parameters["encoder.weight"])
     return bank, x, y
