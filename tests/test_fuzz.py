@@ -198,7 +198,7 @@ RUN_COMMANDS = (
     ["info", "runs/run"], ["compare", "runs/run", "runs/run"],
     ["examples", "runs/run", "binary-k2-s0", "1"],
     ["interp", "runs/run", "--dry-run", "--min-firings", "4"],
-    ["export", "runs/run", "binary-k2-s0", "--out", "exported"],
+    ["export", "runs/run", "binary-k2-s0", "--format", "delphi", "--out", "exported"],
     ["eval", "runs/run", "--no-probe", "--ce-tokens", "64", "--ablation-bins", "0"],
     ["report", "runs/run"], ["train", "--resume", "runs/run", "--tokens", "1600"],
 )  # fmt: skip
@@ -289,7 +289,7 @@ def test_flags(
         "eval": ["runs/run", "--no-probe", "--ce-tokens", "64", "--ablation-bins", "0"],
         "interp": ["runs/run", "--dry-run", "--min-firings", "4"],
         "examples": ["runs/run", "binary-k2-s0", "1"],
-        "export": ["runs/run", "binary-k2-s0", "--out", "exported"],
+        "export": ["runs/run", "binary-k2-s0", "--format", "delphi", "--out", "exported"],
         "shuffle-check": ["acts"],
         "modules": [str(tiny_model)],
     }

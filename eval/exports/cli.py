@@ -13,10 +13,23 @@ __all__ = ["add_commands"]
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of an evaluated run.")],
-    coder: Annotated[str, typer.Argument(help="Name of a coder, or a part of it.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    coders: Annotated[
+        list[str], typer.Argument(help="Coders, by name, a part of one, or a pattern with *.")
+    ],
     out: Annotated[Path, flag("New folder to write into.")],
-    format_: Annotated[str, flag("delphi or neuronpedia.", None, "--format")] = "delphi",
+    format_: Annotated[
+        str,
+        flag(
+            "sparsify, sparsify-binary, saelens, dictionary-learning, circuit-tracer: the coders "
+            "themselves. delphi, neuronpedia: what one coder does on the store, after `bsc eval`.",
+            None,
+            "--format",
+        ),
+    ],
+    unit_rows: Annotated[
+        bool, flag("Decoder rows of length 1, where all have one length; codes get it instead.")
+    ] = False,
     explanations: Annotated[
         Path | None,
         flag("For neuronpedia: RUN/interp/<judge>/latents.jsonl.", default="none"),
@@ -25,20 +38,47 @@ def export(
     store: StoreNow = None,
     model: ModelNow = None,
 ) -> None:
-    """Write a coder's firings as delphi's cache or as Neuronpedia's upload format."""
+    """Write coders, or what they do, in the formats of other tools.
+
+    A coder that a format cannot hold exactly is refused. What is written is read back by the other
+    tool's formula on rows of the store, and kept if it computes the same.
+    """
     from bsc.errors import UserError, nearest
+    from bsc.eval.exports.export import WEIGHT_FORMATS, chosen_coders, export_coders
+    from bsc.train.run import Run
+
+    formats = (*WEIGHT_FORMATS, "delphi", "neuronpedia")
+    if format_ not in formats:
+        raise UserError(
+            f"--format {format_}: should be one of {', '.join(formats)}{nearest(format_, formats)}."
+        )
+    opened = Run.open(run)
+    if format_ in WEIGHT_FORMATS:
+        written = export_coders(opened, coders, format_, out, store=store, unit=unit_rows)
+        for one in written["coders"].values():
+            typer.echo(str(out / one["place"]))
+        return
+    names = chosen_coders(opened, coders)
+    if len(names) > 1 or unit_rows:
+        raise UserError(
+            f"--format {format_} writes what one coder does, as it is: name one, without "
+            f"--unit-rows. {len(names)} fit: {', '.join(names)}."
+        )
+    _write_firings(opened, names[0], out, format_, explanations, creator, store, model)
+
+
+def _write_firings(
+    run: object, name: str, out: Path, format_: str, explanations: Path | None, creator: str,
+    store: str | None, model: str | None,
+) -> None:  # fmt: skip
     from bsc.eval.exports.delphi import write_delphi_cache
     from bsc.eval.exports.neuronpedia import write_neuronpedia
     from bsc.eval.interp.config import InterpConfig
     from bsc.eval.interp.material import Materials
     from bsc.train.run import Run
 
-    formats = ("delphi", "neuronpedia")
-    if format_ not in formats:
-        raise UserError(
-            f"--format {format_}: should be {' or '.join(formats)}{nearest(format_, formats)}."
-        )
-    materials = Materials(Run.open(run), InterpConfig(coders=(coder,)), store=store, model=model)
+    assert isinstance(run, Run)
+    materials = Materials(run, InterpConfig(coders=(name,)), store=store, model=model)
     material = materials.of(materials.names[0])
     if format_ == "delphi":
         written = write_delphi_cache(materials, material, out)
@@ -51,6 +91,6 @@ def export(
 
 def add_commands(app: typer.Typer) -> None:
     """Put the command into the command line."""
-    app.command(epilog="Example: bsc export runs/run binary-k32 --format neuronpedia --out upload")(
+    app.command(epilog="Example: bsc export runs/run '*-k32' --format sparsify --out sparsify")(
         export
     )

@@ -174,8 +174,8 @@ MISTAKES = [
     (["interp", "{run}", "--import", "no.jsonl", "--judge-model", "m"], "cannot be read"),
     (["interp", "{run}", "--store", "/nowhere"], "nowhere"),
     (["interp", "/nowhere"], "no such run"),
-    (["export", "{run}", "nope", "--out", "x"], "no coder 'nope'"),
-    (["export", "{run}", "{coder}", "--out", "{run}"], "not empty"),
+    (["export", "{run}", "nope", "--format", "delphi", "--out", "x"], "no coder 'nope'"),
+    (["export", "{run}", "{coder}", "--format", "delphi", "--out", "{run}"], "not empty"),
     (["export", "{run}", "{coder}", "--format", "delfi", "--out", "x"], "did you mean 'delphi'"),
 ]  # fmt: skip
 
@@ -227,7 +227,7 @@ def test_the_cache_of_delphi_is_exact(
     """Read by delphi's own rules, it holds every firing of the coder."""
     for name in (n for n in evaluated.coder_names() if n.endswith("k4-s0")):
         out = tmp_path / name.replace("/", "-")
-        main_ok("export", evaluated.folder, name, "--out", out)
+        main_ok("export", evaluated.folder, name, "--format", "delphi", "--out", out)
         (place,) = (out / "latents").iterdir()
         firings = []
         expected_start = 0

@@ -1,0 +1,116 @@
+"""Transcoders of all layers as circuit-tracer reads them: one folder, a local `transcoder_set`.
+
+    config.yaml                 model, hooks
+    layer_<i>.safetensors       W_enc [F, d], b_enc [F], W_dec [F, d], b_dec [d], W_skip [d, d],
+                                activation_function.threshold [F], for every layer from 0 on
+
+Its JumpReLU is pre 1[pre > threshold], without a relu, so no threshold may be below 0. Its release
+(0.5.0) takes a top-k coder for a ReLU one without a word, and the version after it selects without
+a relu: top-k coders are not written. Attribution goes through a latent with slope 1, which a binary
+one does not have.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.nn.functional import linear
+
+from bsc.errors import UserError
+from bsc.eval.exports.weights import Reference, strict_threshold
+from bsc.files import canonical_json, write_atomically
+from bsc.train.coders.coder import SparseCoder
+from bsc.train.coders.config import CoderConfig
+
+__all__ = ["layers_of", "reference", "refusal", "write_set"]
+
+
+def refusal(config: CoderConfig) -> str | None:
+    """Why circuit-tracer cannot hold such a coder."""
+    if config.site == "sae":
+        return "circuit-tracer has transcoders alone; use --format saelens or sparsify"
+    if config.code != "continuous":
+        return (
+            f"circuit-tracer attributes through a latent's pre-activation, which the value of a "
+            f"{config.code} latent is not"
+        )
+    if config.select != "batch_topk":
+        return (
+            "circuit-tracer's release takes a coder that selects k per row for one that selects "
+            "nothing; train with select = 'batch_topk'"
+        )
+    if config.d_in != config.d_out:
+        return f"circuit-tracer has one width; this coder maps {config.d_in} to {config.d_out}"
+    return None
+
+
+def layers_of(hookpoints: Mapping[str, str]) -> dict[int, str]:
+    """Coder of every layer, from 0 on, given the hookpoint of each coder by its name.
+
+    Raises:
+        UserError: a coder is not at an MLP, a layer has two, or one is missing.
+    """
+    found: dict[int, str] = {}
+    for name, hookpoint in hookpoints.items():
+        place = re.fullmatch(r"(?:.*\.)?(\d+)\.mlp", hookpoint)
+        if place is None:
+            raise UserError(f"{name}: circuit-tracer replaces MLPs; this one is at {hookpoint}.")
+        layer = int(place.group(1))
+        if layer in found:
+            raise UserError(
+                f"circuit-tracer has one coder for each layer, but {found[layer]} and {name} are "
+                f"both of layer {layer}. Name one of them."
+            )
+        found[layer] = name
+    missing = [i for i in range(max(found) + 1) if i not in found]
+    if missing:
+        raise UserError(
+            f"circuit-tracer needs a coder for every layer from 0 on; none is named for layer "
+            f"{', '.join(map(str, missing))}."
+        )
+    return dict(sorted(found.items()))
+
+
+def write_set(coders: Mapping[int, SparseCoder], folder: Path, model: str) -> None:
+    """Write coders of layers 0, 1, 2, ... into an empty folder.
+
+    Raises:
+        UserError: they have several widths.
+    """
+    widths = {(c.config.n_latents, c.config.d_in) for c in coders.values()}
+    if len(widths) > 1:
+        raise UserError(f"circuit-tracer has one width for all layers; found {sorted(widths)}.")
+    for layer, coder in coders.items():
+        t = coder.tensors
+        threshold = strict_threshold(t["select_threshold"]).clamp(min=0)
+        arrays = {
+            "W_enc": coder.W_enc, "b_enc": coder.b_enc, "W_dec": t["W_dec"], "b_dec": t["b_dec"],
+            "activation_function.threshold": threshold.expand(coder.config.n_latents),
+        }  # fmt: skip
+        if "W_skip" in t:
+            arrays["W_skip"] = t["W_skip"]
+        contiguous = {n: a.float().contiguous() for n, a in arrays.items()}
+        write_atomically(folder / f"layer_{layer}.safetensors", save(contiguous))
+    config = {
+        "model_kind": "transcoder_set", "model_name": model, "scan": "bsc",
+        "feature_input_hook": "mlp.hook_in", "feature_output_hook": "mlp.hook_out",
+    }  # fmt: skip
+    write_atomically(folder / "config.yaml", canonical_json(config))  # JSON is YAML
+
+
+def reference(folder: Path, layer: int) -> Reference:
+    """circuit-tracer's formula: pre where it is above the threshold."""
+    t = load_file(folder / f"layer_{layer}.safetensors")
+
+    def run(x_Nd: Tensor) -> tuple[Tensor, Tensor]:
+        pre = linear(x_Nd, t["W_enc"], t["b_enc"])
+        code = torch.where(pre > t["activation_function.threshold"], pre, 0.0)
+        y = code @ t["W_dec"] + t["b_dec"]
+        return code, y + x_Nd @ t["W_skip"].T if "W_skip" in t else y
+
+    return run

@@ -1,0 +1,179 @@
+"""Coders of a run in the formats of other tools, each checked on rows of the store."""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bsc.errors import UserError
+from bsc.eval.exports import circuit_tracer
+from bsc.eval.exports.dictionary_learning import DICTIONARY_LEARNING
+from bsc.eval.exports.saelens import SAELENS
+from bsc.eval.exports.sparsify import SPARSIFY, SPARSIFY_BINARY
+from bsc.eval.exports.weights import (
+    CoderFormat,
+    Origin,
+    Reference,
+    check_written,
+    unit_rows,
+)
+from bsc.eval.passes.setting import open_store
+from bsc.files import make_folder, write_json
+from bsc.train.coders.coder import SparseCoder
+from bsc.train.coders.config import CoderConfig
+from bsc.train.run import Run
+from bsc.versions import versions
+
+__all__ = ["WEIGHT_FORMATS", "chosen_coders", "export_coders"]
+
+_FORMATS: dict[str, CoderFormat] = {
+    "sparsify": SPARSIFY,
+    "sparsify-binary": SPARSIFY_BINARY,
+    "saelens": SAELENS,
+    "dictionary-learning": DICTIONARY_LEARNING,
+}
+WEIGHT_FORMATS = (*_FORMATS, "circuit-tracer")
+"""Formats of coders; the other exports are of what coders do on a store."""
+_ROWS = 4096
+"""Rows that every export is checked on."""
+
+
+def chosen_coders(run: Run, wanted: Sequence[str]) -> list[str]:
+    """Coders that are named, by a name, a part of one, or a pattern with * and ?.
+
+    Raises:
+        UserError: a name is not that of one coder, or a pattern fits none.
+    """
+    names = run.coder_names()
+    chosen: dict[str, None] = {}
+    for one in wanted:
+        if not set(one) & set("*?["):
+            chosen[run.full_name(one)] = None
+            continue
+        found = [n for n in names if fnmatch.fnmatchcase(n, one)]
+        found = found or [n for n in names if fnmatch.fnmatchcase(n.rpartition("/")[2], one)]
+        if not found:
+            raise UserError(f"{run.folder}: no coder fits {one!r}; it has {', '.join(names)}.")
+        chosen |= dict.fromkeys(found)
+    return list(chosen)
+
+
+def export_coders(
+    run: Run,
+    wanted: Sequence[str],
+    format_: str,
+    out: Path,
+    *,
+    store: str | Path | None = None,
+    unit: bool = False,
+) -> dict[str, Any]:
+    """Write coders into a new folder, and what was found when they were checked into export.json.
+
+    Args:
+        run: a trained run.
+        wanted: names, parts of names or patterns.
+        format_: one of `WEIGHT_FORMATS`.
+        out: a folder that is new or empty.
+        store: where the store is now; None: where it was in training.
+        unit: whether decoder rows are given length 1, and the codes their lengths.
+
+    Returns:
+        What stands in export.json.
+
+    Raises:
+        UserError: the format cannot hold one of them exactly, or what was written does not compute
+            the same; then nothing is left.
+    """
+    names = chosen_coders(run, wanted)
+    planned = {c.name: c for c in run.config().coders}
+    refusal = circuit_tracer.refusal if format_ not in _FORMATS else _FORMATS[format_].refusal
+    _refuse(format_, {n: planned[n].coder for n in names}, refusal)
+    layers = (
+        {}
+        if format_ in _FORMATS
+        else circuit_tracer.layers_of({n: planned[n].hookpoint for n in names})
+    )
+    opened = open_store(run, store)
+    model = str(opened.attributes["model"]["name"])
+    coders, lengths = {n: run.coder(n) for n in names}, dict.fromkeys(names, 1.0)
+    for name in names if unit else ():
+        coders[name], lengths[name] = unit_rows(coders[name])
+    make_folder(out, "export")
+    try:
+        references: dict[str, tuple[str, Reference]] = {}
+        if layers:
+            circuit_tracer.write_set({i: coders[n] for i, n in layers.items()}, out, model)
+            for layer, name in layers.items():
+                place = f"layer_{layer}.safetensors"
+                references[name] = place, circuit_tracer.reference(out, layer)
+        for name in () if layers else names:
+            place = _place(name, planned[name].hookpoint, names)
+            folder = out / place
+            folder.mkdir(parents=True)
+            origin = Origin(model, planned[name].hookpoint, opened.context)
+            _FORMATS[format_].write(coders[name], folder, origin)
+            references[name] = place, _FORMATS[format_].reference(folder)
+        written = {
+            "format": format_, "run": run.folder.name, "versions": versions(),
+            "coders": {
+                name: {
+                    "place": place, "codes_times": lengths[name],
+                    **_checked(coders[name], name, reference, _rows(opened, planned[name])),
+                }
+                for name, (place, reference) in references.items()
+            },
+        }  # fmt: skip
+        write_json(out / "export.json", written)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    return written
+
+
+def _refuse(
+    format_: str, configs: dict[str, CoderConfig], refusal: Callable[[CoderConfig], str | None]
+) -> None:
+    reasons: dict[str, list[str]] = {}
+    for name, config in configs.items():
+        if reason := refusal(config):
+            reasons.setdefault(reason, []).append(name)
+    if reasons:
+        lines = [f"{', '.join(names)}: {reason}." for reason, names in reasons.items()]
+        refused = {name for names in reasons.values() for name in names}
+        if others := [name for name in configs if name not in refused]:
+            lines.append(f"It can hold: {', '.join(others)}.")
+        raise UserError("\n".join([f"--format {format_} cannot hold this exactly.", *lines]))
+
+
+def _place(name: str, hookpoint: str, names: Sequence[str]) -> str:
+    """Folder of a coder: its hookpoint where it is the only one there, as sparsify has it."""
+    alone = sum(n.startswith(f"{hookpoint}/") for n in names) == 1
+    return hookpoint if alone and name.startswith(f"{hookpoint}/") else name
+
+
+def _rows(store: Any, planned: Any) -> torch.Tensor:
+    """Held-out rows that a coder encodes, float32."""
+    split, array = store.held_out, f"{planned.hookpoint}/{planned.coder.side}"
+    found: list[torch.Tensor] = []
+    for (batch,) in split.batches((array,), _ROWS):
+        found.append(batch[batch.isfinite().all(dim=1)])
+        if sum(map(len, found)) >= _ROWS:
+            break
+    return torch.cat(found)[:_ROWS].float()
+
+
+def _checked(
+    coder: SparseCoder, name: str, reference: Reference, rows: torch.Tensor
+) -> dict[str, Any]:
+    try:
+        return {"checked": asdict(check_written(coder, reference, rows))}
+    except UserError as error:
+        raise UserError(
+            f"{name}: what was written does not compute the same, so nothing is kept: {error}."
+        ) from None

@@ -1,0 +1,110 @@
+"""Coders as SAELens (sae-lens 6) reads them: `SAE.load_from_disk(folder)`.
+
+    cfg.json                    architecture, widths, what is done to rows, metadata
+    sae_weights.safetensors     W_enc [d_in, F], b_enc [F], W_dec [F, d_out], b_dec [d_out],
+                                threshold [F] (jumprelu), W_skip [d_out, d_in]
+
+A top-k SAE is its `topk`; batch top-k is its `jumprelu`, `jumprelu_transcoder` or
+`jumprelu_skip_transcoder`, whose threshold is compared strictly. It has no top-k transcoder, and no
+latent whose value does not grow with its pre-activation.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from bsc.eval.exports.weights import CoderFormat, Origin, Reference, strict_threshold
+from bsc.files import write_atomically, write_json
+from bsc.train.coders.coder import SparseCoder
+from bsc.train.coders.config import CoderConfig
+
+__all__ = ["SAELENS"]
+
+_LAYOUT = "6.54.12"
+"""The release whose layout of cfg.json this is; before 6.0 it was another."""
+_JUMPRELU = {
+    "sae": "jumprelu",
+    "transcoder": "jumprelu_transcoder",
+    "skip_transcoder": "jumprelu_skip_transcoder",
+}
+
+
+def refusal(config: CoderConfig) -> str | None:
+    """Why SAELens cannot hold such a coder."""
+    if config.code != "continuous":
+        return (
+            f"SAELens has no {config.code} latents: every one of its codes grows with its "
+            f"pre-activation; use --format sparsify-binary for binary coders with top-k"
+        )
+    if config.select == "groupmax":
+        return "SAELens has no groupmax; use --format sparsify, or train with select = 'topk'"
+    if config.select == "topk" and config.site != "sae":
+        return (
+            "SAELens has no top-k transcoder; train with select = 'batch_topk', or use "
+            "--format sparsify"
+        )
+    return None
+
+
+def write(coder: SparseCoder, folder: Path, origin: Origin) -> None:
+    """Write the two files."""
+    config, t = coder.config, coder.tensors
+    arrays = {
+        "W_enc": coder.W_enc.T,
+        "b_enc": coder.b_enc,
+        "W_dec": t["W_dec"],
+        "b_dec": t["b_dec"],
+    }
+    written = {
+        "architecture": "topk", "d_in": config.d_in, "d_sae": config.n_latents, "dtype": "float32",
+        "device": "cpu", "apply_b_dec_to_input": config.site == "sae",
+        "normalize_activations": "none", "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": _LAYOUT, "model_name": origin.model, "context_size": origin.context,
+            # TransformerLens has no hook at the input of an MLP behind the norm's weight: none is
+            # named rather than one that is near.
+            "hook_name": None, "hf_hook_name": f"{origin.hookpoint}.{config.side}",
+        },
+    }  # fmt: skip
+    if config.select == "batch_topk":
+        written["architecture"] = _JUMPRELU[config.site]
+        arrays["threshold"] = strict_threshold(t["select_threshold"]).expand(config.n_latents)
+    else:
+        written |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
+    if config.site != "sae":
+        written["d_out"] = config.d_out
+    if "W_skip" in t:
+        arrays["W_skip"] = t["W_skip"]
+    contiguous = {n: a.float().contiguous() for n, a in arrays.items()}
+    write_atomically(folder / "sae_weights.safetensors", save(contiguous))
+    write_json(folder / "cfg.json", written)
+
+
+def reference(folder: Path) -> Reference:
+    """SAELens' formula: relu(pre), where it is among the k largest or pre is above the threshold.
+
+    With the skip path of `forward`, which `decode` alone leaves out.
+    """
+    cfg = json.loads((folder / "cfg.json").read_text())
+    t = load_file(folder / "sae_weights.safetensors")
+
+    def run(x_Nd: Tensor) -> tuple[Tensor, Tensor]:
+        rows = x_Nd - t["b_dec"] if cfg["apply_b_dec_to_input"] else x_Nd
+        pre = rows @ t["W_enc"] + t["b_enc"]
+        if "threshold" in t:
+            code = pre.relu() * (pre > t["threshold"])
+        else:
+            top = pre.topk(cfg["k"], dim=1)
+            code = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
+        y = code @ t["W_dec"] + t["b_dec"]
+        return code, y + x_Nd @ t["W_skip"].T if "W_skip" in t else y
+
+    return run
+
+
+SAELENS = CoderFormat(refusal, write, reference)

@@ -1,0 +1,115 @@
+"""Coders as sparsify (eai-sparsify) reads them: `SparseCoder.load_from_disk(folder)`.
+
+    cfg.json            what the coder is
+    sae.safetensors     encoder.weight [F, d], encoder.bias [F], W_dec [F, d], b_dec [d],
+                        W_skip [d, d]
+
+The names and shapes are ours. Releases (1.3.3) know `topk` and `groupmax`; the branch `binary` of
+its repository also `topk_binary`, with a tensor log_threshold [F]. A binary coder is never written
+as `topk`: a release would read it without a word and give other reconstructions.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.nn.functional import linear
+
+from bsc.eval.exports.weights import CoderFormat, Origin, Reference
+from bsc.files import write_atomically, write_json
+from bsc.train.coders.coder import SparseCoder
+from bsc.train.coders.config import CoderConfig
+
+__all__ = ["SPARSIFY", "SPARSIFY_BINARY"]
+
+
+def _refusal(config: CoderConfig) -> str | None:
+    if config.code == "hybrid":
+        return "sparsify has no coder with latents of two kinds; train the two codes apart"
+    if config.select == "batch_topk":
+        return (
+            "sparsify selects k latents in every row and has no threshold for all; "
+            "use --format saelens, or train with select = 'topk'"
+        )
+    if config.d_in != config.d_out:
+        return f"sparsify has one width, and this coder maps {config.d_in} to {config.d_out}"
+    return None
+
+
+def refusal(config: CoderConfig) -> str | None:
+    """For releases."""
+    if config.code == "binary":
+        return (
+            "a release of sparsify has no binary latents; its branch `binary` has: "
+            "use --format sparsify-binary"
+        )
+    return _refusal(config)
+
+
+def binary_refusal(config: CoderConfig) -> str | None:
+    """For the branch `binary`."""
+    if config.code == "binary":
+        if config.select == "groupmax":
+            return "the branch reads binary latents with top-k alone; train with select = 'topk'"
+        if config.always_on or not config.has_threshold:
+            return (
+                "in the branch a selected latent whose margin is not above 0 is off, here every "
+                "selected one is on; train without exact_k and with threshold = 'learned' or "
+                "'fixed'"
+            )
+    return _refusal(config)
+
+
+def write(coder: SparseCoder, folder: Path, origin: Origin) -> None:
+    """Write the two files."""
+    config, tensors = coder.config, coder.tensors
+    written: dict[str, Any] = {
+        "activation": config.select, "expansion_factor": max(1, config.n_latents // config.d_in),
+        "normalize_decoder": config.decoder_norm == "unit", "num_latents": config.n_latents,
+        "k": config.k, "multi_topk": config.multi_topk, "d_in": config.d_in,
+        "skip_connection": "W_skip" in tensors, "transcode": config.site != "sae",
+    }  # fmt: skip
+    if config.code == "binary":
+        written |= {
+            "activation": "topk_binary", "ste": config.surrogate,
+            "ste_temperature": config.temperature, "tied_decoder": False, "matryoshka": False,
+            "matryoshka_groups": 1,
+        }  # fmt: skip
+    arrays = {n: t.float().contiguous() for n, t in tensors.items()}
+    write_atomically(folder / "sae.safetensors", save(arrays))
+    write_json(folder / "cfg.json", written)
+
+
+def reference(folder: Path) -> Reference:
+    """sparsify's formula: relu before the selection, which is the k largest of a row, or the
+    largest of each of k runs of latents."""
+    cfg = json.loads((folder / "cfg.json").read_text())
+    t = load_file(folder / "sae.safetensors")
+    k = cfg["k"]
+
+    def run(x_Nd: Tensor) -> tuple[Tensor, Tensor]:
+        rows = x_Nd if cfg["transcode"] else x_Nd - t["b_dec"]
+        pre = linear(rows, t["encoder.weight"], t["encoder.bias"])
+        code = torch.zeros_like(pre)
+        if cfg["activation"] == "groupmax":
+            values, inside = pre.relu().unflatten(1, (k, -1)).max(dim=2)
+            index = inside + torch.arange(0, pre.shape[1], pre.shape[1] // k)
+        elif cfg["activation"] == "topk_binary":
+            values, index = (pre - t["log_threshold"].exp()).topk(k, dim=1)
+            values = (values > 0).float()
+        else:
+            values, index = pre.relu().topk(k, dim=1)
+        code.scatter_(1, index, values)
+        y = code @ t["W_dec"] + t["b_dec"]
+        return code, y + x_Nd @ t["W_skip"].T if cfg["skip_connection"] else y
+
+    return run
+
+
+SPARSIFY = CoderFormat(refusal, write, reference)
+SPARSIFY_BINARY = CoderFormat(binary_refusal, write, reference)
