@@ -40,7 +40,7 @@ def figures(store: Path, tables: list[dict[str, Any]], **fields: Any) -> list[di
             "dead_after": 200_000, "keep_checkpoint": False,
         }  # fmt: skip
         run, summaries = train_sweep(TrainConfig(**values | fields))
-        planned = {c.name: c for c in run.config().coders}
+        planned = {c.name: c for c in run.config().planned}
     found = []
     for i, table in enumerate(tables):
         mine = [s for s in summaries if planned[s.name].group == f"t{i}"]

@@ -68,7 +68,7 @@ def run_setting(store: Path, k: int, setting: dict[str, Any]) -> list[dict[str, 
     late = 0.9 * config.completed.rows
     frozen = {s.name: s.frozen_at for s in summaries}
     found = []
-    for planned in config.coders:
+    for planned in config.planned:
         name = planned.name
         mine = [m for m in metrics if m["coder"] == name and m["rows"] > late]
         line: dict[str, Any] = {

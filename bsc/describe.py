@@ -145,7 +145,7 @@ def _run(run: Run) -> dict[str, Any]:
         } | ({} if holder else {"go_on": f"bsc train --resume {run.folder}{each}"})  # fmt: skip
     return {
         "kind": "run",
-        "state": "complete",
+        "state": "imported: trained elsewhere" if config.get("imported") else "complete",
         "store": config["store"],
         "store_id": config["store_id"],
         "model": config["model"]["name"],

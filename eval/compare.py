@@ -21,7 +21,7 @@ from bsc.eval.figures.firing import firing_counts
 from bsc.eval.figures.intervals import ratio_intervals, value_interval
 from bsc.eval.figures.stability import stability_figures
 from bsc.records import expected_form
-from bsc.train.run import PlannedCoder, Run
+from bsc.train.run import Run, RunCoder
 from bsc.typed import Record
 
 __all__ = ["ComparedCoders", "Comparison", "compare_runs"]
@@ -42,7 +42,7 @@ def _pairs(first: Run, second: Run) -> list[tuple[str, str]]:
         there = {c.name for c in b}
         if same := [(c.name, c.name) for c in a if c.name in there]:
             return same
-    groups: list[dict[PlannedCoder, list[str]]] = [{}, {}]
+    groups: list[dict[RunCoder, list[str]]] = [{}, {}]
     for planned, group in zip((a, b), groups, strict=True):
         for one in sorted(planned, key=lambda c: c.seed):
             group.setdefault(one.but_for_the_seed, []).append(one.name)
@@ -202,7 +202,7 @@ def _means(first: Run, second: Run, coders: list[ComparedCoders]) -> list[Compar
     if first.folder.resolve() == second.folder.resolve():
         return []
     config = first.config()
-    kinds: dict[PlannedCoder, list[ComparedCoders]] = {}
+    kinds: dict[RunCoder, list[ComparedCoders]] = {}
     for one in coders:
         kinds.setdefault(config.coder(one.first).but_for_the_seed, []).append(one)
     return [

@@ -76,7 +76,7 @@ class Job:
             world=self.world,
             assigned=self.assigned,
             config=config.model_copy(update={"store": _absolute(config.store)}),
-            coders=self.planned,
+            coders=list(self.planned),
             versions=versions(),
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )

@@ -65,9 +65,10 @@ def resume(
     """
     run = Run(Path(folder).resolve())
     record = _record(run, folder, rank, world)
-    planned = list(record.coders)
+    planned = record.planned
     changes = dict(changes or {})
     tables = changes.pop("coders", None)
+    assert record.config is not None and record.steps is not None
     config = _same_but_tokens(record.config, changes, where)
     if tables is not None:
         given = plan_coders(expand(tables, where, config.preset), ActivationStore(config.store))
@@ -125,6 +126,11 @@ def _record(run: Run, folder: str | Path, rank: int, world: int) -> RunConfig:
         raise StoreError(f"{folder}: no such run{hint}. `bsc train` makes one.")
     part = Run(run.part(rank, world))
     record = part.config() if part.config_path.exists() else None
+    if record is not None and record.imported:
+        raise UserError(
+            f"{folder}: these coders were trained elsewhere (bsc import), so there is no training "
+            f"to go on with."
+        )
     if record is None or (record.rank, record.world) != (rank, world):
         known = record or (run.config() if run.config_path.exists() else None)
         had = known.world if known else 1

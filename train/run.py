@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 from pydantic import field_validator
 
@@ -39,6 +39,7 @@ __all__ = [
     "Completed",
     "PlannedCoder",
     "Run",
+    "RunCoder",
     "RunConfig",
     "TrainedOn",
     "as_run",
@@ -53,24 +54,16 @@ _LOCK = ".lock"
 _COPY = "Copy the run again from where it is whole, or train it again."
 
 
-class PlannedCoder(Config):
-    """A coder of a run, with nothing left open."""
+class RunCoder(Config):
+    """A coder of a run: what it is and where it belongs."""
 
     name: str
     """Folder of the coder inside the run's `coders`, unique in the run."""
     hookpoint: str
     group: str | None = None
     coder: CoderConfig
-    optimiser: Optimiser
-    lr: float
-    warmup: float
-    decay: Decay
-    clip_norm: float | None
-    k_init: int
-    temperature_init: float
-    anneal: float
-    patience: int | None
-    seed: int
+    seed: int = 0
+    """Seed of its first weights; 0 where others trained it."""
 
     @field_validator("name", "hookpoint")
     @classmethod
@@ -81,9 +74,24 @@ class PlannedCoder(Config):
         return name
 
     @property
-    def but_for_the_seed(self) -> PlannedCoder:
+    def but_for_the_seed(self) -> Self:
         """What coders share that differ in their seed alone."""
         return self.model_copy(update={"name": "", "seed": 0})
+
+
+class PlannedCoder(RunCoder):
+    """A coder that is trained here, with nothing left open."""
+
+    optimiser: Optimiser
+    lr: float
+    warmup: float
+    decay: Decay
+    clip_norm: float | None
+    k_init: int
+    temperature_init: float
+    anneal: float
+    patience: int | None
+    seed: int
 
 
 class Completed(Record):
@@ -103,7 +111,10 @@ class TrainedOn(Record):
 
 
 class RunConfig(Record):
-    """What config.json holds: everything that decides the result, nothing left to defaults."""
+    """What config.json holds: everything that decides the result, nothing left to defaults.
+
+    Of a run that was not trained here what belongs to training is null.
+    """
 
     version: int
     name: str
@@ -114,39 +125,46 @@ class RunConfig(Record):
     """Identity of the model, as the store has it."""
     rows: int
     """Training rows of the store."""
-    steps: int
-    batch_rows: int
-    micro_rows: int
-    seed: int
-    normalise: str
+    steps: int | None
+    batch_rows: int | None
+    micro_rows: int | None
+    seed: int | None
+    normalise: str | None
     without_tokens: list[int]
     """Every token id whose rows are left out."""
-    dead_after: int
-    log_every: int
-    device: str
+    dead_after: int | None
+    log_every: int | None
+    device: str | None
     rank: int
     world: int
     assigned: dict[str, int]
     """Rank of every coder."""
-    config: TrainConfig
-    coders: list[PlannedCoder]
+    config: TrainConfig | None
+    coders: list[PlannedCoder | RunCoder]
     versions: dict[str, str]
     started_at: str
     completed: Completed | None = None
     """None: training has not ended."""
     trained_on: TrainedOn | None = None
+    imported: bool = False
+    """Whether its coders were trained elsewhere (bsc.eval.exports.importing)."""
 
     @field_validator("coders")
     @classmethod
-    def _named(cls, coders: list[PlannedCoder]) -> list[PlannedCoder]:
+    def _named(cls, coders: list[RunCoder]) -> list[RunCoder]:
         names = [c.name for c in coders]
         if "" in names or len(set(names)) < len(names):
             raise ValueError("every coder should have a name of its own")
         return coders
 
-    def coder(self, name: str) -> PlannedCoder:
+    def coder(self, name: str) -> RunCoder:
         """The coder of that name."""
         return next(c for c in self.coders if c.name == name)
+
+    @property
+    def planned(self) -> list[PlannedCoder]:
+        """The coders that are trained here."""
+        return [c for c in self.coders if isinstance(c, PlannedCoder)]
 
     @property
     def hookpoints(self) -> list[str]:

@@ -15,19 +15,28 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bsc.errors import UserError
-from bsc.eval.exports.weights import Reference, strict_threshold
+from bsc.errors import StoreError, UserError
+from bsc.eval.exports.weights import (
+    Found,
+    Reference,
+    linear_threshold,
+    make_coder,
+    read_weights,
+    strict_threshold,
+)
 from bsc.files import canonical_json, write_atomically
+from bsc.records import read_file
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
 
-__all__ = ["layers_of", "reference", "refusal", "write_set"]
+__all__ = ["layers_of", "read", "reference", "refusal", "write_set"]
 
 
 def refusal(config: CoderConfig) -> str | None:
@@ -87,10 +96,10 @@ def write_set(coders: Mapping[int, SparseCoder], folder: Path, model: str) -> No
         raise UserError(f"circuit-tracer has one width for all layers; found {sorted(widths)}.")
     for layer, coder in coders.items():
         t = coder.tensors
-        threshold = strict_threshold(t["select_threshold"]).clamp(min=0)
+        threshold = strict_threshold(coder.thresholds()).clamp(min=0)
         arrays = {
             "W_enc": coder.W_enc, "b_enc": coder.b_enc, "W_dec": t["W_dec"], "b_dec": t["b_dec"],
-            "activation_function.threshold": threshold.expand(coder.config.n_latents),
+            "activation_function.threshold": threshold,
         }  # fmt: skip
         if "W_skip" in t:
             arrays["W_skip"] = t["W_skip"]
@@ -105,12 +114,55 @@ def write_set(coders: Mapping[int, SparseCoder], folder: Path, model: str) -> No
 
 def reference(folder: Path, layer: int) -> Reference:
     """circuit-tracer's formula: pre where it is above the threshold."""
-    t = load_file(folder / f"layer_{layer}.safetensors")
+    t = {n: a.float() for n, a in load_file(folder / f"layer_{layer}.safetensors").items()}
+    threshold = t.get("activation_function.threshold", torch.tensor(0.0))
 
     def run(x_Nd: Tensor) -> tuple[Tensor, Tensor]:
         pre = linear(x_Nd, t["W_enc"], t["b_enc"])
-        code = torch.where(pre > t["activation_function.threshold"], pre, 0.0)
+        code = torch.where(pre > threshold, pre, 0.0)
         y = code @ t["W_dec"] + t["b_dec"]
         return code, y + x_Nd @ t["W_skip"].T if "W_skip" in t else y
 
     return run
+
+
+def read(folder: Path, layer: int) -> Found:
+    """The transcoder of a layer, with ReLU or JumpReLU latents.
+
+    Raises:
+        UserError: it is damaged, or selects k latents in every row without a relu.
+    """
+    path = folder / f"layer_{layer}.safetensors"
+    config = _config(folder / "config.yaml")
+    if config.get("activation", "relu") != "relu":
+        raise UserError(
+            f"{folder}: activation {config['activation']!r:.40}: circuit-tracer selects without a "
+            f"relu, so that latents below 0 are on, which has no counterpart here."
+        )
+    t = read_weights(path)
+    threshold = t.get("activation_function.threshold")
+    if threshold is None:
+        t["select_threshold"] = torch.tensor([torch.finfo(torch.float32).tiny])
+    else:
+        if bool((threshold < 0).any()):
+            raise UserError(f"{path}: a threshold is below 0, where it has no relu and ours does.")
+        same = bool((threshold == threshold[:1]).all())
+        t["select_threshold"] = linear_threshold(threshold[:1] if same else threshold)
+    ours = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
+    t = {ours.get(name, name): value for name, value in t.items()}
+    site = "skip_transcoder" if "W_skip" in t else "transcoder"
+    coder = make_coder(path, t, site=site, code="continuous", select="batch_topk", k=1)
+    model = config.get("model_name")
+    return Found(coder, model if isinstance(model, str) else None, f"layers.{layer}.mlp", path.name)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(read_file(path, "config of circuit-tracer"))
+    except yaml.YAMLError as error:
+        raise StoreError(f"{path}: not YAML ({error!s:.200}).") from None
+    if not isinstance(config, dict):
+        raise StoreError(f"{path}: should hold fields by name.")
+    return config

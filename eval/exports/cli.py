@@ -1,4 +1,4 @@
-"""The command `bsc export`. It parses, calls and prints."""
+"""The commands `bsc export` and `bsc import`. They parse, call and print."""
 
 from __future__ import annotations
 
@@ -89,8 +89,52 @@ def _write_firings(
     typer.echo(str(written))
 
 
+def import_(
+    sources: Annotated[
+        list[Path], typer.Argument(help="Folders of coders, or with folders of coders in them.")
+    ],
+    store: Annotated[str, flag("Store of the model that they are of.")],
+    format_: Annotated[
+        str,
+        flag(
+            "sparsify, saelens, dictionary-learning, circuit-tracer; auto: seen from the files.",
+            None,
+            "--format",
+        ),
+    ] = "auto",
+    hookpoint: Annotated[
+        str | None,
+        flag(
+            "Where all of them belong.",
+            default="what a coder says, or the only hookpoint of the store",
+        ),
+    ] = None,
+    name: Annotated[str, flag("Name of the run.")] = "imported",
+    runs: Annotated[Path, flag("Folder of runs.")] = Path("runs"),
+    same_model: Annotated[
+        bool, flag("Takes coders that call the store's model by another name.")
+    ] = False,
+) -> None:
+    """Make a run of coders that other tools trained, to be measured like any other.
+
+    Every coder is checked on rows of the store against the other tool's formula.
+    """
+    from bsc.eval.exports.importing import import_coders
+
+    run = import_coders(
+        sources, store, format_=format_, hookpoint=hookpoint, name=name, runs=runs,
+        same_model=same_model,
+    )  # fmt: skip
+    for coder in run.coder_names():
+        typer.echo(coder)
+    typer.echo(str(run.folder))
+
+
 def add_commands(app: typer.Typer) -> None:
-    """Put the command into the command line."""
+    """Put the commands into the command line."""
+    app.command(
+        "import", epilog="Example: bsc import their/layers.3.mlp --store acts --name theirs"
+    )(import_)
     app.command(epilog="Example: bsc export runs/run '*-k32' --format sparsify --out sparsify")(
         export
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bsc.cache.store.store import ActivationStore
 from bsc.errors import UserError
 from bsc.eval.exports import circuit_tracer
 from bsc.eval.exports.dictionary_learning import DICTIONARY_LEARNING
@@ -27,10 +28,10 @@ from bsc.eval.passes.setting import open_store
 from bsc.files import make_folder, write_json
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
-from bsc.train.run import Run
+from bsc.train.run import Run, RunCoder
 from bsc.versions import versions
 
-__all__ = ["WEIGHT_FORMATS", "chosen_coders", "export_coders"]
+__all__ = ["WEIGHT_FORMATS", "chosen_coders", "export_coders", "held_out_rows"]
 
 _FORMATS: dict[str, CoderFormat] = {
     "sparsify": SPARSIFY,
@@ -124,7 +125,7 @@ def export_coders(
             "coders": {
                 name: {
                     "place": place, "codes_times": lengths[name],
-                    **_checked(coders[name], name, reference, _rows(opened, planned[name])),
+                    "checked": _checked(coders[name], name, reference, opened, planned[name]),
                 }
                 for name, (place, reference) in references.items()
             },
@@ -157,9 +158,9 @@ def _place(name: str, hookpoint: str, names: Sequence[str]) -> str:
     return hookpoint if alone and name.startswith(f"{hookpoint}/") else name
 
 
-def _rows(store: Any, planned: Any) -> torch.Tensor:
-    """Held-out rows that a coder encodes, float32."""
-    split, array = store.held_out, f"{planned.hookpoint}/{planned.coder.side}"
+def held_out_rows(store: ActivationStore, hookpoint: str, side: str) -> torch.Tensor:
+    """Rows that a coder is checked on, float32: the first of the held-out ones that are finite."""
+    split, array = store.held_out, f"{hookpoint}/{side}"
     found: list[torch.Tensor] = []
     for (batch,) in split.batches((array,), _ROWS):
         found.append(batch[batch.isfinite().all(dim=1)])
@@ -169,10 +170,11 @@ def _rows(store: Any, planned: Any) -> torch.Tensor:
 
 
 def _checked(
-    coder: SparseCoder, name: str, reference: Reference, rows: torch.Tensor
+    coder: SparseCoder, name: str, reference: Reference, store: ActivationStore, planned: RunCoder
 ) -> dict[str, Any]:
+    rows = held_out_rows(store, planned.hookpoint, planned.coder.side)
     try:
-        return {"checked": asdict(check_written(coder, reference, rows))}
+        return asdict(check_written(coder, reference, rows))
     except UserError as error:
         raise UserError(
             f"{name}: what was written does not compute the same, so nothing is kept: {error}."

@@ -13,13 +13,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from bsc.eval.exports.weights import CoderFormat, Origin, Reference, strict_threshold
+from bsc.errors import StoreError, UserError
+from bsc.eval.exports.weights import (
+    CoderFormat,
+    Found,
+    Origin,
+    Reference,
+    linear_threshold,
+    make_coder,
+    read_weights,
+    stated,
+    strict_threshold,
+)
 from bsc.files import write_atomically, write_json
+from bsc.records import parse_object, read_file
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
 
@@ -73,7 +86,7 @@ def write(coder: SparseCoder, folder: Path, origin: Origin) -> None:
     }  # fmt: skip
     if config.select == "batch_topk":
         written["architecture"] = _JUMPRELU[config.site]
-        arrays["threshold"] = strict_threshold(t["select_threshold"]).expand(config.n_latents)
+        arrays["threshold"] = strict_threshold(coder.thresholds())
     else:
         written |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
     if config.site != "sae":
@@ -91,20 +104,80 @@ def reference(folder: Path) -> Reference:
     With the skip path of `forward`, which `decode` alone leaves out.
     """
     cfg = json.loads((folder / "cfg.json").read_text())
-    t = load_file(folder / "sae_weights.safetensors")
+    t = {n: a.float() for n, a in load_file(folder / "sae_weights.safetensors").items()}
+    norm = t["W_dec"].norm(dim=1).clamp(min=1e-8)
 
     def run(x_Nd: Tensor) -> tuple[Tensor, Tensor]:
-        rows = x_Nd - t["b_dec"] if cfg["apply_b_dec_to_input"] else x_Nd
+        rows = x_Nd - t["b_dec"] if cfg.get("apply_b_dec_to_input", True) else x_Nd
         pre = rows @ t["W_enc"] + t["b_enc"]
+        decoder = t["W_dec"]
+        if cfg.get("rescale_acts_by_decoder_norm"):
+            pre, decoder = pre * norm, decoder / norm.unsqueeze(1)
+        code = pre.relu()
         if "threshold" in t:
-            code = pre.relu() * (pre > t["threshold"])
-        else:
-            top = pre.topk(cfg["k"], dim=1)
-            code = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
-        y = code @ t["W_dec"] + t["b_dec"]
+            code = code * (pre > t["threshold"])
+        elif cfg["architecture"] == "topk":
+            top = code.topk(cfg["k"], dim=1)
+            code = torch.zeros_like(pre).scatter(1, top.indices, top.values)
+        y = code @ decoder + t["b_dec"]
         return code, y + x_Nd @ t["W_skip"].T if "W_skip" in t else y
 
     return run
 
 
-SAELENS = CoderFormat(refusal, write, reference)
+def read(folder: Path) -> Found:
+    """A coder with ReLU, JumpReLU or top-k latents.
+
+    Raises:
+        UserError: it is damaged, or does to its rows or latents what ours cannot.
+    """
+    cfg_path, path = folder / "cfg.json", folder / "sae_weights.safetensors"
+    cfg = parse_object(read_file(cfg_path, "config of SAELens"), cfg_path)
+    for name in ("normalize_activations", "reshape_activations"):
+        if cfg.get(name, "none") not in ("none", None):
+            raise UserError(f"{folder}: {name}={cfg[name]!r:.40} has no counterpart here.")
+    architecture = cfg.get("architecture")
+    if architecture not in (
+        "standard",
+        "topk",
+        "transcoder",
+        "skip_transcoder",
+        *_JUMPRELU.values(),
+    ):
+        raise UserError(f"{folder}: architecture {architecture!r:.40} has no counterpart here.")
+    t = read_weights(path)
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        if name not in t:
+            raise StoreError(f"{path}: no {name} here; it has {', '.join(sorted(t))}.")
+    site = "skip_transcoder" if "W_skip" in t else "sae"
+    if site == "sae" and "transcoder" in architecture:
+        site = "transcoder"
+    weight, bias, decoder = t["W_enc"].T, t["b_enc"], t["W_dec"]
+    if site == "sae" and not cfg.get("apply_b_dec_to_input", True):
+        bias = bias + weight @ t["b_dec"]
+    # Without k latents in every row, k is nominal: how many are on is measured.
+    fields: dict[str, Any] = {"select": "batch_topk", "k": 1}
+    if architecture == "topk":
+        fields = {"select": "topk", "k": stated(cfg, "k", int, cfg_path)}
+        if cfg.get("rescale_acts_by_decoder_norm"):
+            norm = decoder.norm(dim=1, keepdim=True).clamp(min=1e-8)
+            weight, bias, decoder = weight * norm, bias * norm.squeeze(1), decoder / norm
+    elif "jumprelu" in architecture:
+        if "threshold" not in t:
+            raise StoreError(f"{path}: no threshold here, which a {architecture} has.")
+        threshold = t["threshold"]
+        same = bool((threshold == threshold[:1]).all())
+        t["select_threshold"] = linear_threshold(threshold[:1] if same else threshold)
+    else:
+        t["select_threshold"] = torch.tensor([torch.finfo(torch.float32).tiny])
+    t |= {"encoder.weight": weight, "encoder.bias": bias, "W_dec": decoder}
+    coder = make_coder(path, t, site=site, code="continuous", **fields)
+    facts = cfg.get("metadata")
+    facts = facts if isinstance(facts, dict) else cfg
+    named = facts.get("hf_hook_name")
+    hook = named.rpartition(".")[0] if isinstance(named, str) else None
+    model = facts.get("model_name")
+    return Found(coder, model if isinstance(model, str) else None, hook, path.name)
+
+
+SAELENS = CoderFormat(refusal, write, reference, read)

@@ -20,8 +20,18 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bsc.eval.exports.weights import CoderFormat, Origin, Reference
+from bsc.errors import UserError
+from bsc.eval.exports.weights import (
+    CoderFormat,
+    Found,
+    Origin,
+    Reference,
+    make_coder,
+    read_weights,
+    stated,
+)
 from bsc.files import write_atomically, write_json
+from bsc.records import parse_object, read_file
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
 
@@ -89,27 +99,56 @@ def reference(folder: Path) -> Reference:
     """sparsify's formula: relu before the selection, which is the k largest of a row, or the
     largest of each of k runs of latents."""
     cfg = json.loads((folder / "cfg.json").read_text())
-    t = load_file(folder / "sae.safetensors")
-    k = cfg["k"]
+    t = {n: a.float() for n, a in load_file(folder / "sae.safetensors").items()}
+    k, transcode = cfg["k"], cfg.get("transcode")
 
     def run(x_Nd: Tensor) -> tuple[Tensor, Tensor]:
-        rows = x_Nd if cfg["transcode"] else x_Nd - t["b_dec"]
+        rows = x_Nd if transcode else x_Nd - t["b_dec"]
         pre = linear(rows, t["encoder.weight"], t["encoder.bias"])
         code = torch.zeros_like(pre)
-        if cfg["activation"] == "groupmax":
+        if cfg.get("activation") == "groupmax":
             values, inside = pre.relu().unflatten(1, (k, -1)).max(dim=2)
             index = inside + torch.arange(0, pre.shape[1], pre.shape[1] // k)
-        elif cfg["activation"] == "topk_binary":
+        elif cfg.get("activation") == "topk_binary":
             values, index = (pre - t["log_threshold"].exp()).topk(k, dim=1)
             values = (values > 0).float()
         else:
             values, index = pre.relu().topk(k, dim=1)
         code.scatter_(1, index, values)
         y = code @ t["W_dec"] + t["b_dec"]
-        return code, y + x_Nd @ t["W_skip"].T if cfg["skip_connection"] else y
+        return code, y + x_Nd @ t["W_skip"].T if "W_skip" in t else y
 
     return run
 
 
-SPARSIFY = CoderFormat(refusal, write, reference)
-SPARSIFY_BINARY = CoderFormat(binary_refusal, write, reference)
+def read(folder: Path) -> Found:
+    """A coder of a release or of the branch `binary`.
+
+    Raises:
+        UserError: it is damaged, or has latents that ours have not.
+    """
+    cfg_path, path = folder / "cfg.json", folder / "sae.safetensors"
+    cfg = parse_object(read_file(cfg_path, "config of sparsify"), cfg_path)
+    activation = cfg.get("activation", "topk")
+    if activation not in ("topk", "groupmax", "topk_binary") or cfg.get("tied_decoder"):
+        what = "a tied decoder" if cfg.get("tied_decoder") else f"activation {activation!r:.40}"
+        raise UserError(f"{folder}: {what} has no counterpart here.")
+    fields: dict[str, Any] = {"code": "continuous", "select": "topk"}
+    if activation == "groupmax":
+        fields["select"] = "groupmax"
+    if activation == "topk_binary":
+        fields |= {
+            "code": "binary", "surrogate": cfg.get("ste", "sigmoid"),
+            "temperature": cfg.get("ste_temperature", 2.0),
+        }  # fmt: skip
+    tensors = read_weights(path)
+    skip, transcode = bool(cfg.get("skip_connection")), bool(cfg.get("transcode"))
+    if skip and not transcode:
+        raise UserError(f"{folder}: an SAE with a skip path has no counterpart here.")
+    site = "sae" if not transcode else "skip_transcoder" if skip else "transcoder"
+    coder = make_coder(path, tensors, site=site, k=stated(cfg, "k", int, cfg_path), **fields)
+    return Found(coder, None, folder.name, path.name)
+
+
+SPARSIFY = CoderFormat(refusal, write, reference, read)
+SPARSIFY_BINARY = CoderFormat(binary_refusal, write, reference, read)

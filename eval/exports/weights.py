@@ -7,26 +7,33 @@ is written counts only when rows of the store give the same through both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from bsc.errors import UserError
+from bsc.config import parse_config
+from bsc.errors import StoreError, UserError
 from bsc.eval.passes.batches import rows_at_once
-from bsc.train.coders.coder import SparseCoder
+from bsc.train.coders.coder import SparseCoder, parameter_shapes
 from bsc.train.coders.config import CoderConfig
 
 __all__ = [
     "Checked",
     "CoderFormat",
+    "Found",
     "Origin",
     "Reference",
     "check_written",
     "linear_threshold",
+    "make_coder",
+    "read_weights",
+    "stated",
     "strict_threshold",
     "unit_rows",
 ]
@@ -47,6 +54,18 @@ class Origin(NamedTuple):
     """Tokens of a context."""
 
 
+class Found(NamedTuple):
+    """A coder that another tool wrote."""
+
+    coder: SparseCoder
+    model: str | None
+    """Name of the model that it says it is of."""
+    hookpoint: str | None
+    """Where it says that it belongs."""
+    file: str
+    """Its weights, in the folder."""
+
+
 class CoderFormat(NamedTuple):
     """One coder in a folder of its own, as another tool reads it."""
 
@@ -56,6 +75,10 @@ class CoderFormat(NamedTuple):
     """Put a coder into an empty folder."""
     reference: Callable[[Path], Reference]
     """What the other tool computes with what stands in the folder."""
+    read: Callable[[Path], Found]
+    """The coder that stands in a folder, as ours.
+
+    Raises UserError: it is damaged, or ours cannot be the same function."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +93,67 @@ class Checked:
     largest_reconstruction: float
     near_ties: int
     """Latents on in one alone, with margins within rounding of where the selection ends."""
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, in float32.
+
+    Raises:
+        StoreError: it is missing or damaged, or holds values that are not finite.
+    """
+    try:
+        tensors = {n: t.float() for n, t in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{path}: cannot be read ({error}).") from None
+    return _finite(tensors, path)
+
+
+def _finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    bad = [name for name, t in tensors.items() if not bool(t.isfinite().all())]
+    if bad:
+        raise StoreError(f"{path}: {', '.join(bad)} hold values that are not finite (NaN or inf).")
+    return tensors
+
+
+T = TypeVar("T", int, str, bool)
+
+
+def stated(config: Mapping[str, Any], name: str, kind: type[T], path: Path) -> T:
+    """A field of another tool's config.
+
+    Raises:
+        StoreError: it is missing or of another type.
+    """
+    value = config.get(name)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise StoreError(f"{path}: {name} should be {kind.__name__}, found {value!r:.60}.")
+    return value
+
+
+def make_coder(path: Path, tensors: Mapping[str, Tensor], **fields: Any) -> SparseCoder:
+    """A coder of what another tool wrote.
+
+    Args:
+        path: of its weights, for messages.
+        tensors: by our names; others are left out.
+        fields: of `CoderConfig`; the widths are those of the tensors.
+
+    Raises:
+        StoreError: a tensor is missing or of another shape.
+        ConfigError: the fields do not go together.
+    """
+    for name in ("encoder.weight", "W_dec"):
+        if name not in tensors or tensors[name].ndim != 2:
+            raise StoreError(f"{path}: no matrix {name} here; it has {', '.join(sorted(tensors))}.")
+    n_latents, d_in = tensors["encoder.weight"].shape
+    widths = {"n_latents": n_latents, "d_in": d_in, "d_out": tensors["W_dec"].shape[1]}
+    config = parse_config(CoderConfig, fields | widths, str(path))
+    wanted = parameter_shapes(config)
+    try:
+        kept = {n: tensors[n].contiguous() for n in wanted if n in tensors}
+        return SparseCoder(config, kept)
+    except StoreError as error:
+        raise StoreError(f"{path}: {error}") from None
 
 
 def strict_threshold(threshold: Tensor) -> Tensor:
@@ -114,7 +198,7 @@ def _boundary(coder: SparseCoder, margins_NF: Tensor, selected_Nk: Tensor) -> Te
     """Margin at which the selection of a latent ends, broadcastable to (N, F)."""
     config = coder.config
     if config.select == "batch_topk":
-        return coder.tensors["select_threshold"][:1]
+        return coder.thresholds()
     if config.select == "groupmax":
         largest: Tensor = margins_NF.unflatten(1, (config.k, -1)).amax(dim=2)
         return largest.repeat_interleave(config.n_latents // config.k, dim=1)

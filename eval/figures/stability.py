@@ -28,7 +28,7 @@ from bsc.eval.passes.row_pass import Sums
 from bsc.eval.passes.setting import Setting
 from bsc.progress import stage
 from bsc.train.coders.coder import SparseCoder
-from bsc.train.run import PlannedCoder
+from bsc.train.run import RunCoder
 from bsc.typed import combined
 
 __all__ = [
@@ -163,7 +163,7 @@ def _mean(values: NDArray[np.float64]) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
-def comparable_pairs(coders: Sequence[PlannedCoder]) -> list[tuple[Differs, str, str]]:
+def comparable_pairs(coders: Sequence[RunCoder]) -> list[tuple[Differs, str, str]]:
     """Coders whose latents are compared: those that differ in the seed alone, or in the code.
 
     Args:
@@ -174,7 +174,7 @@ def comparable_pairs(coders: Sequence[PlannedCoder]) -> list[tuple[Differs, str,
         and width the binary with the continuous coder where there is one of each.
     """
     pairs: list[tuple[Differs, str, str]] = []
-    alike: dict[PlannedCoder, list[str]] = {}
+    alike: dict[RunCoder, list[str]] = {}
     arms: dict[tuple[object, ...], dict[str, list[str]]] = {}
     for planned in coders:
         alike.setdefault(planned.but_for_the_seed, []).append(planned.name)

@@ -10,7 +10,7 @@ from bsc.errors import StoreError, UserError
 from bsc.eval.evaluation import CoderFigures, EvaluationFolder, ShownLatent
 from bsc.files import canonical_json
 from bsc.records import expected_form
-from bsc.train.run import PlannedCoder, Run, RunConfig
+from bsc.train.run import PlannedCoder, Run, RunCoder, RunConfig
 
 __all__ = ["CurvePoint", "ReportedCoder", "by_panel", "read_coders", "run_labels"]
 
@@ -31,7 +31,7 @@ class ReportedCoder:
 
     run: str
     """What its run is called on the page."""
-    planned: PlannedCoder
+    planned: RunCoder
     anchor: str
     """Its id on the page."""
     model: str
@@ -55,6 +55,11 @@ class ReportedCoder:
     def k(self) -> int:
         """Selected latents."""
         return self.planned.coder.k
+
+    @property
+    def trained_here(self) -> bool:
+        """Whether its training is known."""
+        return isinstance(self.planned, PlannedCoder)
 
     @property
     def seed(self) -> int:
@@ -149,7 +154,9 @@ def _order(one: ReportedCoder) -> tuple[str | int, ...]:
 def _coders_of(run: Run, label: str, points: int) -> list[ReportedCoder]:
     folder, config = EvaluationFolder(run), run.config()
     evaluation, examples = folder.read(), folder.read_examples()
-    curves = _curves(run, config.steps, config.log_every, points)
+    curves = {}
+    if config.steps and config.log_every:  # else its coders were trained elsewhere
+        curves = _curves(run, config.steps, config.log_every, points)
     found = []
     for planned in config.coders:
         if planned.name in evaluation.left_out:

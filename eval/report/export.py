@@ -15,7 +15,7 @@ from bsc.eval.report.interp import Scored, read_interp
 from bsc.eval.report.report import drawings
 from bsc.eval.report.summary import matched_tables
 from bsc.files import write_atomically, write_json
-from bsc.train.run import Run
+from bsc.train.run import PlannedCoder, Run
 from bsc.typed import Record
 
 __all__ = ["coder_table", "write_figures"]
@@ -30,6 +30,7 @@ def coder_table(rows: Sequence[ReportedCoder]) -> list[Line]:
     found = []
     for row in rows:
         planned, coder = row.planned, row.planned.coder
+        here = planned if isinstance(planned, PlannedCoder) else None
         line: Line = {
             "run": row.run,
             "name": row.name,
@@ -40,8 +41,8 @@ def coder_table(rows: Sequence[ReportedCoder]) -> list[Line]:
             "k": coder.k,
             "seed": planned.seed,
             "n_latents": coder.n_latents,
-            "optimiser": planned.optimiser,
-            "lr": planned.lr,
+            "optimiser": here and here.optimiser,
+            "lr": here and here.lr,
         }
         left_out = ("ultra", "ablation", "log10_rate_histogram")
         found.append(line | _flat(row.figures, left_out=left_out))

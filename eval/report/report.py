@@ -195,7 +195,7 @@ def render_report(runs: Sequence[Run]) -> str:
     folders = ", ".join(str(run.folder) for run in runs)
     with expected_form(
         f"eval.json, examples.json or the scores of {folders}",
-        f"Evaluate the run again: bsc eval {runs[0].folder}",
+        f"Evaluate the run again: bsc eval {runs[0].folder}.",
     ):
         interp = read_interp(runs, run_labels(runs), rows)
         page = _rendered(

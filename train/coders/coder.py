@@ -10,7 +10,7 @@ Shape letters: N rows, F latents, k selected. docs/coders.md has the gradients a
 
 On disk a coder is a folder with coder.safetensors (encoder.weight [F, d_in], encoder.bias [F],
 W_dec [F, d_out], b_dec [d_out], and where they exist W_skip [d_out, d_in], log_threshold [binary
-latents] and select_threshold [parts], all float32) and config.json.
+latents] and select_threshold [parts] or [F], all float32) and config.json.
 """
 
 from __future__ import annotations
@@ -103,6 +103,8 @@ class SparseCoder:
         """
         shapes = parameter_shapes(config)
         found = {name: tuple(t.shape) for name, t in tensors.items()}
+        if found.get("select_threshold") == (config.n_latents,):  # one for each latent: JumpReLU
+            shapes["select_threshold"] = (config.n_latents,)
         if found != shapes:
             raise StoreError(f"a coder's tensors should be {shapes}, found {found}.")
         dtypes = {name: t.dtype for name, t in tensors.items()}
@@ -166,6 +168,14 @@ class SparseCoder:
             bias[self.config.first_binary :] -= self.log_threshold.exp()
         return torch.nn.functional.linear(x_Nd, self.W_enc, bias)
 
+    def thresholds(self) -> Tensor:
+        """Batch top-k: the smallest margin at which each latent is selected, (F,)."""
+        threshold = self.select_threshold
+        if len(threshold) == self.config.n_latents:
+            return threshold
+        parts = zip(threshold.split(1), self.config.parts, strict=True)
+        return torch.cat([one.expand(part.stop - part.start) for one, part in parts])
+
     def encode(self, x: Tensor) -> Code:
         """Code of rows: (N, d_in) or (..., N, d_in), for example (batch, sequence, d_in), of any
         float dtype.
@@ -193,9 +203,7 @@ class SparseCoder:
         if self.config.select != "batch_topk":
             margin, latent = select_dense(self.config, margins, self.config.parts)
             return Code(latent, code_values(self.config, latent, margin), margin)
-        above = torch.zeros_like(margins, dtype=torch.bool)
-        for part, threshold in zip(self.config.parts, self.select_threshold, strict=True):
-            above[:, part.start : part.stop] = margins[:, part.start : part.stop] >= threshold
+        above = margins >= self.thresholds()
         width = max(1, int(above.sum(1).max())) if len(margins) else 1
         ranked, latent = margins.masked_fill(~above, -torch.inf).topk(width, dim=1)
         margin = margins.gather(1, latent)

@@ -1,0 +1,234 @@
+"""Coders that other tools trained, as a run that evaluation takes like any other.
+
+The format is seen from the files of a folder. Every coder is checked on rows of the store: what it
+computes here has to be what the other tool's formula makes of the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bsc.cache.store.store import ActivationStore
+from bsc.errors import UserError, nearest
+from bsc.eval.exports import circuit_tracer
+from bsc.eval.exports.dictionary_learning import DICTIONARY_LEARNING
+from bsc.eval.exports.export import held_out_rows
+from bsc.eval.exports.saelens import SAELENS
+from bsc.eval.exports.sparsify import SPARSIFY
+from bsc.eval.exports.weights import CoderFormat, Found, Reference, check_written
+from bsc.files import check_new_folder, write_atomically
+from bsc.train.coders.coder import SparseCoder
+from bsc.train.run import RUN_VERSION, Completed, Run, RunCoder, RunConfig, claim
+from bsc.typed import write_typed
+from bsc.versions import versions
+
+__all__ = ["READABLE", "import_coders"]
+
+_MARKS: dict[str, tuple[tuple[str, ...], CoderFormat | None]] = {
+    "sparsify": (("cfg.json", "sae.safetensors"), SPARSIFY),
+    "saelens": (("cfg.json", "sae_weights.safetensors"), SAELENS),
+    "dictionary-learning": (("config.json", "ae.pt"), DICTIONARY_LEARNING),
+    "circuit-tracer": (("config.yaml", "layer_0.safetensors"), None),
+}
+"""Files by which a folder is known."""
+READABLE = tuple(_MARKS)
+_DEPTH = 4
+"""Folders below a source that are looked into."""
+_TRAINING = ("optimiser", "lr", "seed", "rows", "frozen_at_step", "stopped_at_step")
+"""What a coder says of its training; null here."""
+_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+class _Read(NamedTuple):
+    """A coder of a source, with all that is to be known of it."""
+
+    format_: str
+    folder: Path
+    found: Found
+    reference: Reference
+
+
+def import_coders(
+    sources: Sequence[str | Path],
+    store: str | Path,
+    *,
+    format_: str = "auto",
+    hookpoint: str | None = None,
+    name: str = "imported",
+    runs: str | Path = "runs",
+    same_model: bool = False,
+) -> Run:
+    """Make a run of coders that other tools wrote.
+
+    Args:
+        sources: folders of coders, or with folders of coders in them.
+        store: of the model that they are of.
+        format_: ``"auto"`` or one of `READABLE`.
+        hookpoint: of all of them; None: the one that a coder states, or the only one of the store.
+        name: of the run.
+        runs: folder of runs.
+        same_model: takes a coder that states another model's name, since it is called differently.
+
+    Returns:
+        The run, whose coders are in the units of the store's rows.
+
+    Raises:
+        UserError: there is no coder, one is damaged or has no counterpart here, or it does not
+            belong to the store.
+    """
+    if format_ != "auto" and format_ not in READABLE:
+        raise UserError(
+            f"--format {format_}: should be auto or one of {', '.join(READABLE)}"
+            f"{nearest(format_, READABLE)}."
+        )
+    opened = ActivationStore(store)
+    opened.held_out  # noqa: B018 - raises, with what to do, where there are none
+    coders: dict[str, tuple[RunCoder, SparseCoder]] = {}
+    for source in sources:
+        for one in _read(Path(source), format_):
+            hook = _hookpoint(one, opened, hookpoint)
+            _check_model(one, opened, same=same_model)
+            _check_widths(one, opened, hook)
+            coder = one.found.coder
+            rows = held_out_rows(opened, hook, coder.config.side)
+            try:
+                checked = check_written(coder, one.reference, rows)
+            except UserError as error:
+                raise UserError(
+                    f"{one.folder}: what was read does not compute the same as {one.format_}: "
+                    f"{error}. Please report it."
+                ) from None
+            label = _label(one, hook, coders)
+            about: dict[str, Any] = {
+                "name": label, "hookpoint": hook, "model": opened.attributes["model"]["name"],
+                **dict.fromkeys(_TRAINING),
+                "imported": {
+                    "format": one.format_, "source": str(one.folder), "file": one.found.file,
+                    "sha256": _sha256(one.folder / one.found.file), "model": one.found.model,
+                    "checked": asdict(checked),
+                },
+            }  # fmt: skip
+            planned = RunCoder(name=label, hookpoint=hook, coder=coder.config)
+            coders[label] = planned, SparseCoder(coder.config, coder.tensors, about=about)
+    return _write(Run(Path(runs) / name), coders, opened)
+
+
+def _read(source: Path, format_: str) -> Iterator[_Read]:
+    """Coders below a folder, in the order of their names."""
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder.")
+    some = False
+    for folder in _folders(source, _DEPTH):
+        for name, (files, one) in _MARKS.items():
+            if format_ not in ("auto", name) or not all((folder / f).is_file() for f in files):
+                continue
+            some = True
+            if one is not None:
+                yield _Read(name, folder, one.read(folder), one.reference(folder))
+                continue
+            layer = 0
+            while (folder / f"layer_{layer}.safetensors").is_file():
+                found = circuit_tracer.read(folder, layer)
+                yield _Read(name, folder, found, circuit_tracer.reference(folder, layer))
+                layer += 1
+    if not some:
+        marks = "; ".join(f"{name}: {', '.join(files)}" for name, (files, _) in _MARKS.items())
+        raise UserError(
+            f"{source}: no coder of {'any known format' if format_ == 'auto' else format_} here. "
+            f"A folder should hold these files: {marks}."
+        )
+
+
+def _folders(folder: Path, depth: int) -> Iterator[Path]:
+    yield folder
+    if depth:
+        for child in sorted(folder.iterdir()):
+            if child.is_dir() and not child.is_symlink():
+                yield from _folders(child, depth - 1)
+
+
+def _hookpoint(one: _Read, store: ActivationStore, wanted: str | None) -> str:
+    names = [h.name for h in store.hookpoints]
+    stated = one.found.hookpoint
+    # sparsify's folder may be called like the hookpoint or like the coder in it.
+    known = [h for h in (stated, one.folder.parent.name) if h in names]
+    hook = wanted or (known[0] if known else names[0] if len(names) == 1 else None)
+    if hook is None:
+        raise UserError(
+            f"{one.folder}: says {stated!r:.80} of where it belongs, and the store has "
+            f"{', '.join(names)}. Give --hookpoint."
+        )
+    return store.hookpoint(hook).name
+
+
+def _check_model(one: _Read, store: ActivationStore, *, same: bool) -> None:
+    def bare(name: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", name.rstrip("/").rpartition("/")[2].lower())
+
+    stated, own = one.found.model, str(store.attributes["model"]["name"])
+    if same or not stated or bare(stated) in bare(own) or bare(own) in bare(stated):
+        return
+    raise UserError(
+        f"{one.folder}: a coder of {stated:.120}, but {store.folder} was captured from {own}. "
+        f"Import it with a store of its own model; where the two are one model under two names, "
+        f"give --same-model."
+    )
+
+
+def _check_widths(one: _Read, store: ActivationStore, hook: str) -> None:
+    config, at = one.found.coder.config, store.hookpoint(hook)
+    d_in = at.d_out if config.side == "output" else at.d_in
+    if (config.d_in, config.d_out) != (d_in, at.d_out):
+        raise UserError(
+            f"{one.folder}: maps rows of width {config.d_in} to {config.d_out}, but {hook} of "
+            f"{store.folder} has {d_in} and {at.d_out}: a coder of another model or place."
+        )
+
+
+def _label(one: _Read, hook: str, taken: dict[str, Any]) -> str:
+    place = one.folder if one.folder.name != hook else one.folder.parent
+    plain = _NAME.sub("-", place.name).strip("-.") or one.format_
+    label, number = f"{hook}/{one.format_}-{plain}", 2
+    while label in taken:
+        label, number = f"{hook}/{one.format_}-{plain}-{number}", number + 1
+    return label
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(
+    run: Run, coders: dict[str, tuple[RunCoder, SparseCoder]], store: ActivationStore
+) -> Run:
+    check_new_folder(run.folder, "run")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    address = store.folder.address
+    config = RunConfig(
+        version=RUN_VERSION, name=run.folder.name,
+        store=address if "://" in address else str(Path(address).resolve()),
+        store_id=store.store_id, model=store.attributes["model"], rows=store.train.rows, steps=None,
+        batch_rows=None, micro_rows=None, seed=None, normalise=None, without_tokens=[],
+        dead_after=None, log_every=None, device=None, rank=0, world=1, assigned={}, config=None,
+        coders=[planned for planned, _ in coders.values()], versions=versions(), started_at=now,
+        completed=Completed(at=now, seconds=0.0, rows=0), imported=True,
+    )  # fmt: skip
+    try:
+        with claim(run.folder):
+            for name, (_, coder) in coders.items():
+                coder.save(run.coder_folder(name))
+            write_atomically(run.metrics_path, "")
+            write_typed(run.config_path, config)
+    except BaseException:
+        shutil.rmtree(run.folder, ignore_errors=True)
+        raise
+    return run
