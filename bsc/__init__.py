@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from bsc.eval.config import EvalConfig
     from bsc.eval.evaluate import evaluate
     from bsc.eval.evaluation import read_evaluation
+    from bsc.eval.passes import edits
+    from bsc.eval.passes.inside import splice
     from bsc.eval.report.report import write_report
     from bsc.train.coders.coder import SparseCoder
     from bsc.train.coders.config import CoderConfig
+    from bsc.train.coders.module import CoderModule
     from bsc.train.config import TrainConfig
     from bsc.train.run import Run
     from bsc.train.trainer import train_sweep
@@ -36,6 +39,7 @@ __all__ = [
     "ActivationStore",
     "CaptureConfig",
     "CoderConfig",
+    "CoderModule",
     "EvalConfig",
     "Run",
     "SparseCoder",
@@ -43,8 +47,10 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "capture",
+    "edits",
     "evaluate",
     "read_evaluation",
+    "splice",
     "train_sweep",
     "write_report",
 ]
@@ -54,6 +60,7 @@ _HOME = {
     "ActivationStore": "bsc.cache.store.store",
     "CaptureConfig": "bsc.cache.capture.config",
     "CoderConfig": "bsc.train.coders.config",
+    "CoderModule": "bsc.train.coders.module",
     "EvalConfig": "bsc.eval.config",
     "Run": "bsc.train.run",
     "SparseCoder": "bsc.train.coders.coder",
@@ -63,6 +70,7 @@ _HOME = {
     "capture": "bsc.cache.capture.capture",
     "evaluate": "bsc.eval.evaluate",
     "read_evaluation": "bsc.eval.evaluation",
+    "splice": "bsc.eval.passes.inside",
     "train_sweep": "bsc.train.trainer",
     "write_report": "bsc.eval.report.report",
 }
@@ -71,6 +79,8 @@ register_with_zarr()
 
 
 def __getattr__(name: str) -> object:
+    if name == "edits":
+        return import_module("bsc.eval.passes.edits")
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
