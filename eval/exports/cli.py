@@ -91,7 +91,11 @@ def _write_firings(
 
 def import_(
     sources: Annotated[
-        list[Path], typer.Argument(help="Folders of coders, or with folders of coders in them.")
+        list[str],
+        typer.Argument(
+            help="Folders of coders, or with such folders in them; or hub://owner/name, with "
+            "@revision and /path where need be."
+        ),
     ],
     store: Annotated[str, flag("Store of the model that they are of.")],
     format_: Annotated[

@@ -20,6 +20,7 @@ from bsc.errors import UserError, nearest
 from bsc.eval.exports import circuit_tracer
 from bsc.eval.exports.dictionary_learning import DICTIONARY_LEARNING
 from bsc.eval.exports.export import held_out_rows
+from bsc.eval.exports.hub import SCHEME, fetch
 from bsc.eval.exports.saelens import SAELENS
 from bsc.eval.exports.sparsify import SPARSIFY
 from bsc.eval.exports.weights import CoderFormat, Found, Reference, check_written
@@ -68,7 +69,8 @@ def import_coders(
     """Make a run of coders that other tools wrote.
 
     Args:
-        sources: folders of coders, or with folders of coders in them.
+        sources: folders of coders, or with folders of coders in them, or their address on the hub
+            (hub.py).
         store: of the model that they are of.
         format_: ``"auto"`` or one of `READABLE`.
         hookpoint: of all of them; None: the one that a coder states, or the only one of the store.
@@ -92,7 +94,8 @@ def import_coders(
     opened.held_out  # noqa: B018 - raises, with what to do, where there are none
     coders: dict[str, tuple[RunCoder, SparseCoder]] = {}
     for source in sources:
-        for one in _read(Path(source), format_):
+        on_hub = fetch(str(source)) if str(source).startswith(SCHEME) else None
+        for one in _read(on_hub.folder if on_hub else Path(source), format_, str(source)):
             hook = _hookpoint(one, opened, hookpoint)
             _check_model(one, opened, same=same_model)
             _check_widths(one, opened, hook)
@@ -110,7 +113,9 @@ def import_coders(
                 "name": label, "hookpoint": hook, "model": opened.attributes["model"]["name"],
                 **dict.fromkeys(_TRAINING),
                 "imported": {
-                    "format": one.format_, "source": str(one.folder), "file": one.found.file,
+                    "format": one.format_, "file": one.found.file,
+                    "source": str(source) if on_hub else str(one.folder),
+                    "revision": on_hub.commit if on_hub else None,
                     "sha256": _sha256(one.folder / one.found.file), "model": one.found.model,
                     "checked": asdict(checked),
                 },
@@ -120,10 +125,10 @@ def import_coders(
     return _write(Run(Path(runs) / name), coders, opened)
 
 
-def _read(source: Path, format_: str) -> Iterator[_Read]:
-    """Coders below a folder, in the order of their names."""
+def _read(source: Path, format_: str, named: str) -> Iterator[_Read]:
+    """Coders below a folder, in the order of their names; `named`: as the user called it."""
     if not source.is_dir():
-        raise UserError(f"{source}: no such folder.")
+        raise UserError(f"{named}: no such folder.")
     some = False
     for folder in _folders(source, _DEPTH):
         for name, (files, one) in _MARKS.items():
@@ -141,7 +146,7 @@ def _read(source: Path, format_: str) -> Iterator[_Read]:
     if not some:
         marks = "; ".join(f"{name}: {', '.join(files)}" for name, (files, _) in _MARKS.items())
         raise UserError(
-            f"{source}: no coder of {'any known format' if format_ == 'auto' else format_} here. "
+            f"{named}: no coder of {'any known format' if format_ == 'auto' else format_} here. "
             f"A folder should hold these files: {marks}."
         )
 

@@ -1,96 +1,31 @@
 """`bsc cache --model SmolLM2-135M` through transformers' and huggingface_hub's own client.
 
-A loopback server speaks as much of the hub's protocol as they use and serves the embedded model
-under that id. The command runs in a process of its own, with HF_ENDPOINT set and an empty cache.
+A loopback server (tests/hub.py) serves the embedded model under that id. The command runs in a
+process of its own, with HF_ENDPOINT set and an empty cache.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
 
 from bsc.cache.store.store import ActivationStore
 from tests.conftest import EMBEDDED
+from tests.hub import COMMIT, serve_hub
 
 REPO = "HuggingFaceTB/SmolLM2-135M"
-COMMIT = "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The routes of the hub that a model download uses; anything else is recorded and refused."""
-
-    requests: list[str]
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, *, body: bool) -> None:
-        path = unquote(urlsplit(self.path).path)
-        type(self).requests.append(f"{self.command} {path}")
-        if path.startswith(f"/api/models/{REPO}"):
-            siblings = [{"rfilename": p.name} for p in sorted(EMBEDDED.iterdir())]
-            info = {"id": REPO, "modelId": REPO, "sha": COMMIT, "private": False, "gated": False,
-                    "disabled": False, "tags": [], "downloads": 0, "likes": 0,
-                    "siblings": siblings}  # fmt: skip
-            if "/tree/" in path:
-                files = [
-                    {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40}
-                    for p in sorted(EMBEDDED.iterdir())
-                ]
-                return self._send(200, json.dumps(files).encode(), "application/json", body)
-            return self._send(200, json.dumps(info).encode(), "application/json", body)
-        prefix = f"/{REPO}/resolve/"
-        if path.startswith(prefix):
-            name = path.removeprefix(prefix).split("/", 1)[1]
-            file = EMBEDDED / name
-            if file.is_file() and file.parent == EMBEDDED:
-                return self._send(200, file.read_bytes(), "application/octet-stream", body)
-            return self._send(404, b"", "text/plain", body, {"X-Error-Code": "EntryNotFound"})
-        return self._send(404, b"{}", "application/json", body, {"X-Error-Code": "RepoNotFound"})
-
-    def _send(
-        self, status: int, raw: bytes, kind: str, body: bool, more: dict[str, str] | None = None
-    ) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(raw)))
-        self.send_header("ETag", f'"{hashlib.sha256(raw).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        for name, value in (more or {}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(raw)
 
 
 @pytest.fixture
 def hub() -> Iterator[tuple[str, list[str]]]:
-    class Handler(Hub):
-        requests: list[str] = []  # noqa: RUF012  (one list per server is the point)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", Handler.requests
-    server.shutdown()
-    server.server_close()
+    with serve_hub({REPO: EMBEDDED}) as served:
+        yield served
 
 
 def bsc_cache(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -301,3 +303,31 @@ def test_circuit_tracers_layers_come_in_together(
             import_coders([folder], store_path, runs=tmp_path / "other")
     shutil.rmtree(folder)
     assert importing.READABLE[0] == "sparsify"
+
+
+def test_the_tutorial_runs(
+    evaluated: Run, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the small store and run of the tests, with as many latents as they have."""
+    text = (Path(__file__).parents[3] / "docs" / "exchange.md").read_text()
+    blocks = re.findall(r"<!-- tutorial -->\n```bash\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 2
+    (tmp_path / "bsc-demo" / "runs").mkdir(parents=True)
+    (tmp_path / "bsc-demo" / "acts").symlink_to(store_path)
+    shutil.copytree(evaluated.folder, tmp_path / "bsc-demo" / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    for line in "".join(blocks).splitlines():
+        for name, small in (
+            ("*continuous-k32*", "skip_transcoder-continuous-k8*"),
+            ("--k 32 --n-latents 1536", "--k 4 --n-latents 64 --hookpoint layers.2.mlp"),
+        ):
+            line = line.replace(name, small)
+        program, *arguments = shlex.split(line)
+        assert program == "bsc"
+        main_ok(*arguments)
+    ours, back = read_evaluation(evaluated), read_evaluation(tmp_path / "runs" / "back")
+    (one,) = back.coders.values()
+    (same,) = (f for n, f in ours.coders.items() if n.endswith("skip_transcoder-continuous-k8-s0"))
+    assert (one["fvu"], one["l0"]) == (same["fvu"], same["l0"])
+    (sae,) = read_evaluation(tmp_path / "runs" / "sae-back").coders.values()
+    assert 0 < sae["fvu"] < 1.5
