@@ -10,8 +10,8 @@
 * capture: a model of SmolLM2-135M's shape, bare, with its rows taken, and with them on the host.
 
 Every finding is a line of JSON, written at once: what was measured stands when the command is cut
-off. An experiment that fails is a finding too, and the command then ends with status 1. Parts that
-no longer fit into `--minutes` are left out and named. Needs torch, numpy, pydantic and safetensors,
+off. An experiment that fails is a finding too, and the command then ends with status 1. What no
+longer fits into `--minutes` is left out and named. Needs torch, numpy, pydantic and safetensors,
 for the capture transformers too; no zarr and no network.
 
     python benchmarks/bench_gpu.py --out findings.jsonl [--minutes 9] [--parts correct step]
@@ -114,6 +114,7 @@ def bench_correct(s: Session) -> None:
     """Losses and gradients of every kind of coder in float64 and in bfloat16."""
     for name, config in configs():
         if s.over():
+            s.say("correct", what="left out from here on: the time is up")
             return
         x, y = rows_of(config, torch.float64)
         for dtype, near in ((torch.float64, 1e-9), (torch.bfloat16, 0.08)):
@@ -144,7 +145,10 @@ def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 def bench_waits(s: Session) -> None:
     """Kinds whose step may not wait: those without batch top-k and AuxK (tests/cuda)."""
     for name, config in configs():
-        if config.select == "batch_topk" or config.auxk_alpha or s.over():
+        if s.over():
+            s.say("waits", what="left out from here on: the time is up")
+            return
+        if config.select == "batch_topk" or config.auxk_alpha:
             continue
         with s.attempt("waits", name):
             x, y = (t.to(s.device) for t in rows_of(config, torch.bfloat16))
@@ -175,6 +179,7 @@ def bench_step(s: Session) -> None:
         shapes = [("sae", 32, 512, 256, (4, 8)), ("skip_transcoder", 32, 512, 256, (4,))]
     for site, d, n_latents, rows, ks in shapes:
         if s.over():
+            s.say("step", what="left out from here on: the time is up")
             return
         shape = {"site": site, "d": d, "n_latents": n_latents, "rows": rows, "k": ks}
         with s.attempt("step", str(shape)):
@@ -272,6 +277,7 @@ def bench_kernels(s: Session) -> None:
         return
     for name, part in (("parts", bench_parts), ("uneven", bench_uneven)):
         if s.over():
+            s.say("kernels", what="left out from here on: the time is up")
             return
         with s.attempt("kernels", name):
             for line in part(s.device, 5, True):

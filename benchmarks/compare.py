@@ -37,7 +37,8 @@ def run(tree: Path, command: list[str]) -> dict[str, float]:
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"{script} failed in {tree}:\n{done.stderr[-3000:]}")
-    return dict(figures("", json.loads(done.stdout.splitlines()[-1])["results"]))
+    printed = json.loads(done.stdout.splitlines()[-1])
+    return dict(figures("", printed.get("results", printed)))
 
 
 def figures(place: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -75,8 +75,9 @@ class RunCoder(Config):
 
     @property
     def but_for_the_seed(self) -> Self:
-        """What coders share that differ in their seed alone."""
-        return self.model_copy(update={"name": "", "seed": 0})
+        """What coders share that differ in their seed alone; of training elsewhere nothing is
+        known, so such a coder shares it with none."""
+        return self
 
 
 class PlannedCoder(RunCoder):
@@ -92,6 +93,11 @@ class PlannedCoder(RunCoder):
     anneal: float
     patience: int | None
     seed: int
+
+    @property
+    def but_for_the_seed(self) -> Self:
+        """What coders share that differ in their seed alone."""
+        return self.model_copy(update={"name": "", "seed": 0})
 
 
 class Completed(Record):

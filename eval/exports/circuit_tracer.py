@@ -39,6 +39,10 @@ from bsc.train.coders.config import CoderConfig
 __all__ = ["layers_of", "read", "reference", "refusal", "write_set"]
 
 
+_HOOKS = ("mlp.hook_in", "mlp.hook_out")
+"""Names of what our MLPs read and give."""
+
+
 def refusal(config: CoderConfig) -> str | None:
     """Why circuit-tracer cannot hold such a coder."""
     if config.site == "sae":
@@ -107,7 +111,7 @@ def write_set(coders: Mapping[int, SparseCoder], folder: Path, model: str) -> No
         write_atomically(folder / f"layer_{layer}.safetensors", save(contiguous))
     config = {
         "model_kind": "transcoder_set", "model_name": model, "scan": "bsc",
-        "feature_input_hook": "mlp.hook_in", "feature_output_hook": "mlp.hook_out",
+        "feature_input_hook": _HOOKS[0], "feature_output_hook": _HOOKS[1],
     }  # fmt: skip
     write_atomically(folder / "config.yaml", canonical_json(config))  # JSON is YAML
 
@@ -134,9 +138,11 @@ def read(folder: Path, layer: int) -> Found:
     """
     path = folder / f"layer_{layer}.safetensors"
     config = _config(folder / "config.yaml")
-    if config.get("activation", "relu") != "relu":
+    activation = config.get("activation", "relu")
+    if activation != "relu":
+        shown = activation if isinstance(activation, str) else type(activation).__name__
         raise UserError(
-            f"{folder}: activation {config['activation']!r:.40}: circuit-tracer selects without a "
+            f"{folder}: activation {shown:.40}: circuit-tracer selects without a "
             f"relu, so that latents below 0 are on, which has no counterpart here."
         )
     t = read_weights(path)
@@ -153,7 +159,10 @@ def read(folder: Path, layer: int) -> Found:
     site = "skip_transcoder" if "W_skip" in t else "transcoder"
     coder = make_coder(path, t, site=site, code="continuous", select="batch_topk", k=1)
     model = config.get("model_name")
-    return Found(coder, model if isinstance(model, str) else None, f"layers.{layer}.mlp", path.name)
+    hooks = config.get("feature_input_hook"), config.get("feature_output_hook")
+    # Of other hooks the rows are others: the user is asked where they belong.
+    place = f"layers.{layer}.mlp" if hooks == _HOOKS else f"layer {layer}, {hooks!r:.80}"
+    return Found(coder, model if isinstance(model, str) else None, place, path.name)
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -161,7 +170,7 @@ def _config(path: Path) -> dict[str, Any]:
 
     try:
         config = yaml.safe_load(read_file(path, "config of circuit-tracer"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise StoreError(f"{path}: not YAML ({error!s:.200}).") from None
     if not isinstance(config, dict):
         raise StoreError(f"{path}: should hold fields by name.")

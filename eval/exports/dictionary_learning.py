@@ -89,7 +89,8 @@ def write(coder: SparseCoder, folder: Path, origin: Origin) -> None:
 def reference(folder: Path) -> Reference:
     """Its formula: relu, then the k largest of a row, or what is above the threshold."""
     kind = json.loads((folder / "config.json").read_text())["trainer"]["dict_class"]
-    t = torch.load(folder / "ae.pt", map_location="cpu", weights_only=True)
+    saved = torch.load(folder / "ae.pt", map_location="cpu", weights_only=True)
+    t = {n: a.float() for n, a in saved.items()}
     b_dec = t["b_dec"] if "b_dec" in t else t["bias"]
 
     def run(x_Nd: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,6 +160,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         isinstance(n, str) and isinstance(t, Tensor) for n, t in saved.items()
     ):
         raise StoreError(f"{path}: should hold tensors by name.")
+    if odd := [n for n, t in saved.items() if t.layout != torch.strided or t.is_complex()]:
+        raise StoreError(f"{path}: {', '.join(odd)} should be dense and real.")
     if bad := [n for n, t in saved.items() if not bool(t.isfinite().all())]:
         raise StoreError(f"{path}: {', '.join(bad)} hold values that are not finite (NaN or inf).")
     return saved

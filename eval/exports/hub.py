@@ -44,7 +44,6 @@ def fetch(address: str) -> Fetched:
             or has no coders, strange names or more than 10 GiB of them.
     """
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     repo, revision, path = _parsed(address)
     if not hub_answers():
@@ -61,7 +60,9 @@ def fetch(address: str) -> Fetched:
         for name in wanted:
             file = Path(hf_hub_download(repo, name, revision=commit))
             folder = Path(*file.parts[: len(file.parts) - len(PurePosixPath(name).parts)])
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of the client and of the HTTP library below it, by version
         status: Any = getattr(getattr(error, "response", None), "status_code", None)
         said = next(iter(str(error).splitlines()), repr(error))
         if status in (401, 403, 404):

@@ -10,13 +10,14 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bsc.cache.store.store import ActivationStore
-from bsc.errors import UserError, nearest
+from bsc.errors import StoreError, UserError, nearest
 from bsc.eval.exports import circuit_tracer
 from bsc.eval.exports.dictionary_learning import DICTIONARY_LEARNING
 from bsc.eval.exports.export import held_out_rows
@@ -102,7 +103,10 @@ def import_coders(
             coder = one.found.coder
             rows = held_out_rows(opened, hook, coder.config.side)
             try:
-                checked = check_written(coder, one.reference, rows)
+                with _as_damage(one.folder):
+                    checked = check_written(coder, one.reference, rows)
+            except StoreError:
+                raise
             except UserError as error:
                 raise UserError(
                     f"{one.folder}: what was read does not compute the same as {one.format_}: "
@@ -136,12 +140,16 @@ def _read(source: Path, format_: str, named: str) -> Iterator[_Read]:
                 continue
             some = True
             if one is not None:
-                yield _Read(name, folder, one.read(folder), one.reference(folder))
+                with _as_damage(folder):
+                    read = _Read(name, folder, one.read(folder), one.reference(folder))
+                yield read
                 continue
             layer = 0
             while (folder / f"layer_{layer}.safetensors").is_file():
-                found = circuit_tracer.read(folder, layer)
-                yield _Read(name, folder, found, circuit_tracer.reference(folder, layer))
+                with _as_damage(folder):
+                    found = circuit_tracer.read(folder, layer)
+                    read = _Read(name, folder, found, circuit_tracer.reference(folder, layer))
+                yield read
                 layer += 1
     if not some:
         marks = "; ".join(f"{name}: {', '.join(files)}" for name, (files, _) in _MARKS.items())
@@ -149,6 +157,20 @@ def _read(source: Path, format_: str, named: str) -> Iterator[_Read]:
             f"{named}: no coder of {'any known format' if format_ == 'auto' else format_} here. "
             f"A folder should hold these files: {marks}."
         )
+
+
+@contextmanager
+def _as_damage(folder: Path) -> Iterator[None]:
+    """What torch makes of tensors that do not go together, as one message."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, IndexError, TypeError, ValueError, KeyError, RecursionError) as error:
+        first = next(iter(str(error).splitlines()), repr(error))
+        raise StoreError(
+            f"{folder}: its files do not go together ({type(error).__name__}: {first:.200})."
+        ) from None
 
 
 def _folders(folder: Path, depth: int) -> Iterator[Path]:
@@ -162,10 +184,13 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
 def _hookpoint(one: _Read, store: ActivationStore, wanted: str | None) -> str:
     names = [h.name for h in store.hookpoints]
     stated = one.found.hookpoint
-    # sparsify's folder may be called like the hookpoint or like the coder in it.
-    known = [h for h in (stated, one.folder.parent.name) if h in names]
-    hook = wanted or (known[0] if known else names[0] if len(names) == 1 else None)
-    if hook is None:
+    if wanted is not None:
+        hook = wanted
+    elif stated is not None and stated in names:
+        hook = stated
+    elif stated is None and len(names) == 1:
+        hook = names[0]
+    else:  # what is stated, and is not here, may be the name of another place
         raise UserError(
             f"{one.folder}: says {stated!r:.80} of where it belongs, and the store has "
             f"{', '.join(names)}. Give --hookpoint."
@@ -178,7 +203,7 @@ def _check_model(one: _Read, store: ActivationStore, *, same: bool) -> None:
         return re.sub(r"[^a-z0-9]", "", name.rstrip("/").rpartition("/")[2].lower())
 
     stated, own = one.found.model, str(store.attributes["model"]["name"])
-    if same or not stated or bare(stated) in bare(own) or bare(own) in bare(stated):
+    if same or not stated or bare(stated) == bare(own):
         return
     raise UserError(
         f"{one.folder}: a coder of {stated:.120}, but {store.folder} was captured from {own}. "

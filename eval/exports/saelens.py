@@ -12,6 +12,7 @@ latent whose value does not grow with its pre-activation.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def reference(folder: Path) -> Reference:
     norm = t["W_dec"].norm(dim=1).clamp(min=1e-8)
 
     def run(x_Nd: Tensor) -> tuple[Tensor, Tensor]:
-        rows = x_Nd - t["b_dec"] if cfg.get("apply_b_dec_to_input", True) else x_Nd
+        rows = x_Nd - t["b_dec"] if _subtracts(cfg) else x_Nd
         pre = rows @ t["W_enc"] + t["b_enc"]
         decoder = t["W_dec"]
         if cfg.get("rescale_acts_by_decoder_norm"):
@@ -145,7 +146,12 @@ def read(folder: Path) -> Found:
         *_JUMPRELU.values(),
     ):
         raise UserError(f"{folder}: architecture {architecture!r:.40} has no counterpart here.")
+    named = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
+    if architecture != "topk" and named != "relu":  # layouts of before 6.0
+        raise UserError(f"{folder}: a {architecture} with activation {named!r:.40} is not known.")
     t = read_weights(path)
+    if "scaling_factor" in t and bool((t["scaling_factor"] != 1).any()):
+        raise UserError(f"{folder}: a scaling_factor has no counterpart here.")
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
         if name not in t:
             raise StoreError(f"{path}: no {name} here; it has {', '.join(sorted(t))}.")
@@ -153,7 +159,7 @@ def read(folder: Path) -> Found:
     if site == "sae" and "transcoder" in architecture:
         site = "transcoder"
     weight, bias, decoder = t["W_enc"].T, t["b_enc"], t["W_dec"]
-    if site == "sae" and not cfg.get("apply_b_dec_to_input", True):
+    if site == "sae" and not _subtracts(cfg):
         bias = bias + weight @ t["b_dec"]
     # Without k latents in every row, k is nominal: how many are on is measured.
     fields: dict[str, Any] = {"select": "batch_topk", "k": 1}
@@ -174,10 +180,24 @@ def read(folder: Path) -> Found:
     coder = make_coder(path, t, site=site, code="continuous", **fields)
     facts = cfg.get("metadata")
     facts = facts if isinstance(facts, dict) else cfg
-    named = facts.get("hf_hook_name")
-    hook = named.rpartition(".")[0] if isinstance(named, str) else None
     model = facts.get("model_name")
-    return Found(coder, model if isinstance(model, str) else None, hook, path.name)
+    return Found(coder, model if isinstance(model, str) else None, _place(facts, site), path.name)
+
+
+def _subtracts(cfg: Mapping[str, Any]) -> bool:
+    """Whether b_dec is subtracted from what is encoded."""
+    return bool(cfg.get("apply_b_dec_to_input", "transcoder" not in str(cfg.get("architecture"))))
+
+
+def _place(facts: Mapping[str, Any], site: str) -> str | None:
+    """What it says of where it belongs: a module, where the side is that of the site; else a name
+    that is no hookpoint, so that the user is asked."""
+    named = facts.get("hf_hook_name")
+    if isinstance(named, str):
+        module, _, side = named.rpartition(".")
+        return module if side == ("output" if site == "sae" else "input") else named
+    other = facts.get("hook_name", facts.get("hook_point"))
+    return other if isinstance(other, str) else None
 
 
 SAELENS = CoderFormat(refusal, write, reference, read)

@@ -12,6 +12,7 @@ as `topk`: a release would read it without a word and give other reconstructions
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
 
 __all__ = ["SPARSIFY", "SPARSIFY_BINARY"]
+
+
+_PLACE = re.compile(r"(^|\.)\d+(\.|$)")
+"""Names of modules of a layer: layers.3.mlp, h.3.mlp."""
 
 
 def _refusal(config: CoderConfig) -> str | None:
@@ -130,9 +135,11 @@ def read(folder: Path) -> Found:
     cfg_path, path = folder / "cfg.json", folder / "sae.safetensors"
     cfg = parse_object(read_file(cfg_path, "config of sparsify"), cfg_path)
     activation = cfg.get("activation", "topk")
-    if activation not in ("topk", "groupmax", "topk_binary") or cfg.get("tied_decoder"):
-        what = "a tied decoder" if cfg.get("tied_decoder") else f"activation {activation!r:.40}"
-        raise UserError(f"{folder}: {what} has no counterpart here.")
+    if activation not in ("topk", "groupmax", "topk_binary"):
+        raise UserError(f"{folder}: activation {activation!r:.40} has no counterpart here.")
+    for name in ("tied_decoder", "gram_lookup", "embed_skip"):
+        if cfg.get(name):
+            raise UserError(f"{folder}: {name} has no counterpart here.")
     fields: dict[str, Any] = {"code": "continuous", "select": "topk"}
     if activation == "groupmax":
         fields["select"] = "groupmax"
@@ -147,7 +154,9 @@ def read(folder: Path) -> Found:
         raise UserError(f"{folder}: an SAE with a skip path has no counterpart here.")
     site = "sae" if not transcode else "skip_transcoder" if skip else "transcoder"
     coder = make_coder(path, tensors, site=site, k=stated(cfg, "k", int, cfg_path), **fields)
-    return Found(coder, None, folder.name, path.name)
+    # Folders are called like the hookpoint, or the coders in one are.
+    named = [n for n in (folder.name, folder.parent.name) if _PLACE.search(n)]
+    return Found(coder, None, named[0] if named else None, path.name)
 
 
 SPARSIFY = CoderFormat(refusal, write, reference, read)

@@ -103,7 +103,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         tensors = {n: t.float() for n, t in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, NotImplementedError, RuntimeError) as error:
         raise StoreError(f"{path}: cannot be read ({error}).") from None
     return _finite(tensors, path)
 
@@ -218,6 +218,8 @@ def check_written(coder: SparseCoder, reference: Reference, x_Nd: Tensor) -> Che
         mine = torch.zeros_like(margins).scatter_(1, code.latent, code.value)
         theirs, y_theirs = reference(x)
         y_mine = coder.decode(code, x)
+        if not all(bool(t.isfinite().all()) for t in (mine, theirs, y_mine, y_theirs)):
+            raise UserError("codes or reconstructions are not finite (NaN or inf)")
         both = (mine != 0) & (theirs != 0)
         ends = _boundary(coder, margins, code.margin)
         off = torch.minimum((margins - ends).abs(), margins.abs())

@@ -51,7 +51,8 @@ def splice(
         (batch, sequence, k).
 
     Raises:
-        ValueError: the model has no such module.
+        ValueError: the model has no such module, or an edit is of another; in a forward pass, that
+            `tokens` is not of its shape.
     """
     base: torch.nn.Module = getattr(model, "base_model", model)
     codes: dict[str, Code] = {}
@@ -66,6 +67,8 @@ def splice(
                     f"a model."
                 ) from None
     edits = edit if isinstance(edit, Mapping) else dict.fromkeys(coders, edit)
+    if strange := [name for name in edits if name not in coders]:
+        raise ValueError(f"edit names {strange[0]!r}, where no coder is put.")
     replacements = {
         name: _replacement(name, coder, edits.get(name), error, codes)
         for name, coder in coders.items()

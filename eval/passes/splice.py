@@ -87,7 +87,12 @@ def splice(
             flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
             stay = ~(flat_x.isfinite().all(dim=1) & flat_y.isfinite().all(dim=1))
             if kept is not None:
-                stay |= kept
+                if kept.shape != stay.shape:
+                    raise ValueError(
+                        f"{name}: {len(stay)} tokens pass, but {len(kept)} were said to stay or "
+                        f"not."
+                    )
+                stay |= kept.to(stay.device)
             rows = replace(flat_x, flat_y).to(y.dtype)
             new = torch.where(stay.unsqueeze(1), flat_y, rows).view_as(y)
             return type(output)((new, *output[1:])) if several else new

@@ -52,7 +52,7 @@ def summary(rows: Sequence[ReportedCoder]) -> list[str]:
             f"{_span([f.delta_ce for f in c], '.3f')} nats per token."
         )
         sentences += [*_control_sentence(b, c), *_matched_sentence(members), _ultra_sentence(b, c)]
-    seeds = {row.seed for row in rows}
+    seeds = {row.seed for row in rows if row.trained_here}
     if len(seeds) == 1:
         sentences.append(
             f"One seed only ({seeds.pop()}): intervals are over documents of the evaluation. How "

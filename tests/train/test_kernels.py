@@ -185,3 +185,9 @@ def test_selection_by_bits_is_exact_whatever_the_signs(shift: float, k: int) -> 
     assert all(len(set(row)) == k for row in index.tolist())
     expected = pre.float().topk(k, dim=1).values
     assert torch.equal(values.float().sort(dim=1, descending=True).values, expected)
+
+
+@pytest.mark.parametrize("n_latents", [131_072, 300_004])
+def test_rows_too_wide_for_16_bits_are_selected_exactly(n_latents: int) -> None:
+    """Places among candidates take the place of columns; or topk all of it."""
+    check_topk(torch.randn(3, n_latents, generator=torch.Generator().manual_seed(2)).bfloat16(), 5)

@@ -34,7 +34,7 @@ from bsc.train.coders.config import CoderConfig
 from bsc.train.coders.kernels import Entries
 from bsc.train.coders.select import code_values, select_dense
 
-__all__ = ["CODER_VERSION", "Code", "SparseCoder", "parameter_shapes"]
+__all__ = ["CODER_VERSION", "Code", "SparseCoder", "latent_thresholds", "parameter_shapes"]
 
 CODER_VERSION = 2
 _VERSIONS = (1, CODER_VERSION)
@@ -69,6 +69,14 @@ def parameter_shapes(config: CoderConfig) -> dict[str, tuple[int, ...]]:
     if config.select == "batch_topk":
         shapes["select_threshold"] = (len(config.parts),)
     return shapes
+
+
+def latent_thresholds(config: CoderConfig, select_threshold: Tensor) -> Tensor:
+    """Thresholds of batch top-k for each latent, (F,), from those of each part or each latent."""
+    if len(select_threshold) == config.n_latents:
+        return select_threshold
+    parts = zip(select_threshold.split(1), config.parts, strict=True)
+    return torch.cat([one.expand(part.stop - part.start) for one, part in parts])
 
 
 class SparseCoder:
@@ -170,11 +178,7 @@ class SparseCoder:
 
     def thresholds(self) -> Tensor:
         """Batch top-k: the smallest margin at which each latent is selected, (F,)."""
-        threshold = self.select_threshold
-        if len(threshold) == self.config.n_latents:
-            return threshold
-        parts = zip(threshold.split(1), self.config.parts, strict=True)
-        return torch.cat([one.expand(part.stop - part.start) for one, part in parts])
+        return latent_thresholds(self.config, self.select_threshold)
 
     def encode(self, x: Tensor) -> Code:
         """Code of rows: (N, d_in) or (..., N, d_in), for example (batch, sequence, d_in), of any

@@ -116,7 +116,8 @@ def _cascade(pre_NF: Tensor, k: int, folds: tuple[int, ...]) -> tuple[Tensor, Te
     is among it, by the argument above. Some rows are looked at first, and where that does not hold
     for them (margins below 0 are selected where few are above), bits are not tried.
     """
-    if pre_NF.dtype != torch.bfloat16 or pre_NF.device.type != "cpu":
+    fits = pre_NF.shape[1] // math.prod(folds) <= 1 << 16
+    if pre_NF.dtype != torch.bfloat16 or pre_NF.device.type != "cpu" or not fits:
         return _descended(pre_NF, k, folds)
     if _positive(pre_NF, k):
         values, index = _descended_by_keys(pre_NF, k, folds, by_bits=True)

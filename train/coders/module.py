@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, linear
 
 from bsc.train.coders import kernels, surrogates
-from bsc.train.coders.coder import Code, SparseCoder, parameter_shapes
+from bsc.train.coders.coder import Code, SparseCoder, latent_thresholds, parameter_shapes
 from bsc.train.coders.select import select_dense
 
 __all__ = ["CoderModule"]
@@ -140,6 +140,7 @@ class CoderModule(nn.Module):
     def decode(self, code: Code, x: Tensor) -> Tensor:
         """y_hat (..., d_out) of a code, and of the rows that it is of (for the skip path)."""
         latent, value = (t.reshape(-1, t.shape[-1]) for t in (code.latent, code.value))
+        value = value.to(self.W_dec.dtype)
         y = embedding_bag(latent, self.W_dec, per_sample_weights=value, mode="sum") + self.b_dec
         y = y.reshape(*code.latent.shape[:-1], -1)
         return y + linear(x.to(y.dtype), self.W_skip) if hasattr(self, "W_skip") else y
@@ -162,8 +163,7 @@ class CoderModule(nn.Module):
         if config.select != "batch_topk":
             latent = select_dense(config, margins, config.parts)[1]
             return latent, torch.ones_like(latent, dtype=torch.bool)
-        tensors = self.state_dict()
-        above = margins >= SparseCoder(config, tensors).thresholds()
+        above = margins >= latent_thresholds(config, self.select_threshold)
         width = max(1, int(above.sum(1).max())) if len(margins) else 1
         ranked, latent = margins.masked_fill(~above, -torch.inf).topk(width, dim=1)
         return latent, ranked != -torch.inf

@@ -199,7 +199,8 @@ def tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
         (cfg(k=-3), "k"),
         (cfg(transcode=False), "an SAE with a skip path"),
         (cfg(activation="topk_binary"), "should be"),
-        (cfg(tied_decoder=True), "a tied decoder"),
+        (cfg(tied_decoder=True), "tied_decoder has no"),
+        (cfg(gram_lookup=True), "gram_lookup has no"),
         (lambda f: (f / "cfg.json").write_text("[" * 100_000), "cfg.json"),
         (lambda f: (f / "cfg.json").write_bytes(b"\xff\xfe{"), "cfg.json"),
         (lambda f: os.truncate(f / "sae.safetensors", 100), "cannot be read"),
@@ -209,6 +210,8 @@ def tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
         (tensor("W_dec", lambda t: t[0]), "no matrix W_dec"),
         (tensor("encoder.weight", lambda t: t[:, :-1]), "should be|maps rows of width"),
         (tensor("encoder.bias", lambda t: t.unsqueeze(0)), "should be"),
+        (tensor("W_skip", lambda t: t[:3]), "should be|do not go together"),
+        (tensor("encoder.weight", lambda t: t * 1e38), "not finite"),
         (lambda f: (f / "sae.safetensors").unlink(), "no coder of any known format"),
     ],
 )
@@ -220,6 +223,59 @@ def test_what_is_damaged_is_one_message_and_leaves_nothing(
     with pytest.raises(UserError, match=message):
         import_coders([tmp_path / "out"], store_path, runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        ("standard", {"apply_b_dec_to_input": False, "b_dec": torch.ones(3)}, "do not go together"),
+        ("topk", {"k": 4, "rescale_acts_by_decoder_norm": True, "W_dec": torch.ones(9)},
+         "do not go together|no matrix"),
+        ("jumprelu", {"threshold": torch.tensor(1.0)}, "do not go together"),
+        ("standard", {"activation_fn_str": "topk"}, "a standard with activation 'topk'"),
+        ("standard", {"scaling_factor": torch.full((LATENTS,), 2.0)}, "a scaling_factor has no"),
+        ("gated", {}, "architecture 'gated' has no counterpart"),
+        ("topk", {}, "k should be int, found None"),
+    ],
+)  # fmt: skip
+def test_saelens_files_that_are_damaged_or_have_no_counterpart(
+    architecture: str, changes: dict[str, Any], message: str, store_path: Path, tmp_path: Path
+) -> None:
+    folder = sae_files(tmp_path / "sae", architecture, **changes)
+    with pytest.raises(UserError, match=message):
+        import_coders([folder], store_path, runs=tmp_path / "runs", hookpoint="layers.2.mlp")
+
+
+def test_a_dictionary_in_bfloat16_is_read_in_float32(tmp_path: Path) -> None:
+    folder = dictionary(tmp_path / "ae", "AutoEncoder", bias=torch.ones(WIDTH))
+    saved = torch.load(folder / "ae.pt", weights_only=True)
+    torch.save({n: t.bfloat16() for n, t in saved.items()}, folder / "ae.pt")
+    coder = dictionary_learning.read(folder).coder
+    assert check_written(coder, dictionary_learning.reference(folder), rows()).largest_code > 1
+
+
+def test_what_is_said_of_the_place_is_not_overruled(
+    store: ActivationStore, store_path: Path, tmp_path: Path
+) -> None:
+    """Rows of a wrong place give wrong figures, which no check of the files would see."""
+    hook = store.hookpoint("layers.0.mlp")
+    base = next(c for s, n, c in kinds() if (s, n) == ("transcoder", "batch top-k"))
+    config = base.model_copy(update={"d_in": hook.d_in, "d_out": hook.d_out})
+    name = str(store.attributes["model"]["name"])
+    for folder in (tmp_path / "hooks", tmp_path / "layers"):
+        folder.mkdir()
+        coders = {i: random_coder(config) for i in range(2 if folder.name == "layers" else 1)}
+        circuit_tracer.write_set(coders, folder, name)
+    path = tmp_path / "hooks" / "config.yaml"
+    path.write_text(path.read_text().replace("mlp.hook_in", "ln2.hook_normalized"))
+    sae = sae_files(tmp_path / "sae", "standard", metadata={"hook_name": "blocks.0.hook_mlp_out"})
+    for source in (tmp_path / "hooks", tmp_path / "layers", sae):
+        with pytest.raises(UserError, match="Give --hookpoint"):
+            import_coders([source], store_path, runs=tmp_path / "runs")
+    other = {"model_name": "Qwen3-0.6B", "hf_hook_name": "layers.0.mlp.output"}
+    sae_files(tmp_path / "other", "standard", metadata=other)
+    with pytest.raises(UserError, match=r"a coder of Qwen3-0.6B, but"):
+        import_coders([tmp_path / "other"], store_path, runs=tmp_path / "runs")
 
 
 class _Runs:
