@@ -68,6 +68,7 @@ _HOME = {
     "TrainConfig": "bsc.train.config",
     "UserError": "bsc.errors",
     "capture": "bsc.cache.capture.capture",
+    "edits": "bsc.eval.passes.edits",
     "evaluate": "bsc.eval.evaluate",
     "read_evaluation": "bsc.eval.evaluation",
     "splice": "bsc.eval.passes.inside",
@@ -79,8 +80,8 @@ register_with_zarr()
 
 
 def __getattr__(name: str) -> object:
-    if name == "edits":
-        return import_module("bsc.eval.passes.edits")
+    if name == "edits":  # a module of functions
+        return import_module(_HOME[name])
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
