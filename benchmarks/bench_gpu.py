@@ -34,21 +34,10 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # tests are no installed package
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, from anywhere
 
-from benchmarks.bench_train import (
-    alternate,
-    bare_products,
-    bench_parts,
-    bench_uneven,
-    ceilings,
-    check,
-    machine,
-    make_bank,
-    ratio,
-    spread,
-    sync,
-)
+from benchmarks.bench_train import bare_products, bench_parts, bench_uneven, check, make_bank
+from benchmarks.measure import alternate, ceilings, machine, ratio, spread, sync
 from bsc.train.coders.bank import Bank
 from bsc.train.optim import CoderOptimiser
 from tests.cuda.scenarios import bank_of, configs, rows_of

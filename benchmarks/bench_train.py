@@ -35,8 +35,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, from anywhere
+
+from benchmarks.measure import alternate, ceilings, machine, ratio, spread
 from bsc.devices import keep_freed_memory
-from bsc.train.coders import kernels
+from bsc.train.coders import kernels, topk
 from bsc.train.coders.bank import Bank
 from bsc.train.coders.config import CoderConfig
 from bsc.train.coders.kernels import Entries
@@ -45,41 +48,6 @@ from bsc.train.optim import CoderOptimiser
 
 K = (16, 32, 64, 128)
 D = 576
-
-
-def sync(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def alternate(
-    runs: dict[str, Callable[[], object]], device: torch.device, repeats: int
-) -> dict[str, list[float]]:
-    """Milliseconds of each of several things, taken in turn after two rounds that do not count."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(repeats + 2):
-        for name, run in runs.items():
-            sync(device)
-            started = time.perf_counter()
-            run()
-            sync(device)
-            if i >= 2:
-                found[name].append(1e3 * (time.perf_counter() - started))
-    return found
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
-    return {
-        "median": round(statistics.median(values), 3), "min": round(min(values), 3),
-        "max": round(max(values), 3),
-    }  # fmt: skip
-
-
-def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
-    """Of values that were taken in turn."""
-    return spread([a / b for a, b in zip(over, under, strict=True)])
 
 
 def make_bank(
@@ -156,22 +124,6 @@ def check(bank: Bank, x: Tensor, y: Tensor, micro_rows: int | None = None) -> No
         cosine = torch.cosine_similarity(expected.flatten(), found.flatten(), dim=0)
         # Near ties are selected otherwise in bfloat16.
         assert cosine > 0.97, (name, float(cosine))
-
-
-def ceilings(device: torch.device) -> dict[str, float]:
-    """What the device can do: TFLOP/s of a large bf16 product, GB/s of a large copy."""
-    n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn((n, n), device=device).bfloat16()
-    out = torch.empty_like(a)
-    source = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)
-    target = torch.empty_like(source)
-    ms = alternate(
-        {"mm": lambda: torch.mm(a, a, out=out), "copy": lambda: target.copy_(source)}, device, 7
-    )
-    return {
-        "tflops_bf16": round(2 * n**3 / statistics.median(ms["mm"]) / 1e9, 2),
-        "gb_per_s_copy": round(8 * len(source) / statistics.median(ms["copy"]) / 1e6, 1),
-    }
 
 
 def bench_step(
@@ -318,16 +270,16 @@ def bench_parts(device: torch.device, repeats: int, quick: bool) -> list[dict[st
             return out
 
         assert torch.equal(
-            kernels.select_topk(pre, k)[0].float().sort(1).values, values.float().sort(1).values
+            topk.select_topk(pre, k)[0].float().sort(1).values, values.float().sort(1).values
         )
         runs: dict[str, Callable[[], object]] = {
             "gemm": lambda: torch.mm(x, narrow.T, out=pre),
-            "select: ours": partial(kernels.select_topk, pre, k),
+            "select: ours": partial(topk.select_topk, pre, k),
             "select: by values": partial(
-                kernels._descended_by_keys, pre, k, kernels._folds(n_latents, k), by_bits=False
+                topk._descended_by_keys, pre, k, topk._folds(n_latents, k), by_bits=False
             ),
             "select: torch.topk": partial(pre.topk, k, sorted=False),
-            "groupmax": partial(kernels.groupmax, pre, k),
+            "groupmax": partial(topk.groupmax, pre, k),
             "decode: bf16": partial(kernels.decode, entries, code, narrow),
             "decode: fp32": partial(kernels.decode, entries, weights, table),
             "dot: bf16": partial(kernels.decoder_dot, x, narrow, transposed),
@@ -379,16 +331,6 @@ PARTS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "step": bench_step, "accumulate": bench_accumulate, "scale": bench_scale, "parts": bench_parts,
     "uneven": bench_uneven,
 }  # fmt: skip
-
-
-def machine(device: torch.device) -> str:
-    """What it ran on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
 
 
 def main() -> None:

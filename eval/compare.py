@@ -21,7 +21,8 @@ from bsc.eval.figures.firing import firing_counts
 from bsc.eval.figures.intervals import ratio_intervals, value_interval
 from bsc.eval.figures.stability import stability_figures
 from bsc.records import expected_form
-from bsc.train.run import Run, RunCoder
+from bsc.train.run import Run
+from bsc.train.run_config import RunCoder
 from bsc.typed import Record
 
 __all__ = ["ComparedCoders", "Comparison", "compare_runs"]

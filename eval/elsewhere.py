@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import UserError
-from bsc.train.run import Run, TrainedOn
+from bsc.train.run import Run
+from bsc.train.run_config import TrainedOn
 from bsc.typed import write_typed
 
 __all__ = ["run_on"]

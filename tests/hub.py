@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -102,3 +103,12 @@ def serve_hub(
     finally:
         server.shutdown()
         server.server_close()
+
+
+def hub_environment(endpoint: str, cache: Path) -> dict[str, str]:
+    """Variables of a process that asks this hub alone, with an empty cache and no token."""
+    unset = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "http_proxy", "HTTP_PROXY")
+    return {k: v for k, v in os.environ.items() if k not in unset} | {
+        "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+    }  # fmt: skip

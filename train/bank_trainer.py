@@ -19,7 +19,7 @@ from bsc.train.coders.config import CoderConfig
 from bsc.train.config import TrainConfig
 from bsc.train.memory import EVALUATION_ROWS
 from bsc.train.optim import CoderOptimiser
-from bsc.train.run import PlannedCoder
+from bsc.train.run_config import PlannedCoder
 from bsc.train.schedule import annealed, lr_scale
 from bsc.train.training_rows import Scale, left_out_tokens
 

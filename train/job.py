@@ -16,7 +16,8 @@ from bsc.train.config import TrainConfig
 from bsc.train.memory import MemoryPlan, available_bytes, plan_memory
 from bsc.train.metrics import check_targets
 from bsc.train.ranks import divide
-from bsc.train.run import RUN_VERSION, PlannedCoder, Run, RunConfig
+from bsc.train.run import Run
+from bsc.train.run_config import RUN_VERSION, PlannedCoder, RunConfig
 from bsc.train.sweep import expand, plan_coders
 from bsc.train.training_rows import left_out_tokens
 from bsc.versions import versions

@@ -17,7 +17,7 @@ from bsc.train.coders.coder import parameter_shapes
 from bsc.train.coders.config import CoderConfig
 from bsc.train.config import TrainConfig
 from bsc.train.optim import state_bytes
-from bsc.train.run import PlannedCoder
+from bsc.train.run_config import PlannedCoder
 
 __all__ = [
     "EVALUATION_ROWS",

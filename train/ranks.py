@@ -14,7 +14,8 @@ from bsc.errors import StoreError, UserError
 from bsc.files import canonical_json, write_atomically
 from bsc.locks import lock_for_moments
 from bsc.train.memory import flops_per_row
-from bsc.train.run import Completed, PlannedCoder, Run, RunConfig
+from bsc.train.run import Run
+from bsc.train.run_config import Completed, PlannedCoder, RunConfig
 from bsc.typed import write_typed
 
 __all__ = ["divide", "merge_parts"]

@@ -12,7 +12,8 @@ from bsc.train.checkpoint import load_checkpoint
 from bsc.train.config import TrainConfig
 from bsc.train.job import Job, make_job
 from bsc.train.ranks import merge_parts
-from bsc.train.run import PlannedCoder, Run, RunConfig
+from bsc.train.run import Run
+from bsc.train.run_config import PlannedCoder, RunConfig
 from bsc.train.sweep import expand, plan_coders
 from bsc.train.trainer import CoderSummary, run_job
 

@@ -13,7 +13,7 @@ from bsc.errors import ConfigError
 from bsc.train.coders.config import BINARY_ONLY, CoderConfig
 from bsc.train.config import SweepPoint
 from bsc.train.preset import Preset, coder_defaults
-from bsc.train.run import PlannedCoder
+from bsc.train.run_config import PlannedCoder
 from bsc.train.schedule import default_decay, default_lr, default_warmup, paper_lr
 
 __all__ = ["coder_config", "expand", "plan_coder", "plan_coders"]

@@ -32,7 +32,8 @@ from bsc.train.live import training_view
 from bsc.train.memory import group_banks
 from bsc.train.metrics import MetricsWriter
 from bsc.train.ranks import merge_parts
-from bsc.train.run import Completed, Run, RunConfig, claim
+from bsc.train.run import Run, claim
+from bsc.train.run_config import Completed, RunConfig
 from bsc.train.stopping import asked_to_stop
 from bsc.train.training_rows import left_out_tokens
 from bsc.typed import combined, write_typed

@@ -28,7 +28,8 @@ from bsc.eval.passes.setting import open_store
 from bsc.files import make_folder, write_json
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
-from bsc.train.run import Run, RunCoder
+from bsc.train.run import Run
+from bsc.train.run_config import RunCoder
 from bsc.versions import versions
 
 __all__ = ["WEIGHT_FORMATS", "chosen_coders", "export_coders", "held_out_rows"]

@@ -27,7 +27,8 @@ from bsc.eval.exports.sparsify import SPARSIFY
 from bsc.eval.exports.weights import CoderFormat, Found, Reference, check_written
 from bsc.files import check_new_folder, write_atomically
 from bsc.train.coders.coder import SparseCoder
-from bsc.train.run import RUN_VERSION, Completed, Run, RunCoder, RunConfig, claim
+from bsc.train.run import Run, claim
+from bsc.train.run_config import RUN_VERSION, Completed, RunCoder, RunConfig
 from bsc.typed import write_typed
 from bsc.versions import versions
 

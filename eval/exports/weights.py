@@ -103,6 +103,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         tensors = {n: t.float() for n, t in load_file(path).items()}
+    # The last two: dtypes that safetensors knows and this torch cannot make or widen.
     except (OSError, SafetensorError, NotImplementedError, RuntimeError) as error:
         raise StoreError(f"{path}: cannot be read ({error}).") from None
     return _finite(tensors, path)

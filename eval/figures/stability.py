@@ -28,7 +28,7 @@ from bsc.eval.passes.row_pass import Sums
 from bsc.eval.passes.setting import Setting
 from bsc.progress import stage
 from bsc.train.coders.coder import SparseCoder
-from bsc.train.run import RunCoder
+from bsc.train.run_config import RunCoder
 from bsc.typed import combined
 
 __all__ = [

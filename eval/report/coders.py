@@ -10,7 +10,8 @@ from bsc.errors import StoreError, UserError
 from bsc.eval.evaluation import CoderFigures, EvaluationFolder, ShownLatent
 from bsc.files import canonical_json
 from bsc.records import expected_form
-from bsc.train.run import PlannedCoder, Run, RunCoder, RunConfig
+from bsc.train.run import Run
+from bsc.train.run_config import PlannedCoder, RunCoder, RunConfig
 
 __all__ = ["CurvePoint", "ReportedCoder", "by_panel", "read_coders", "run_labels"]
 

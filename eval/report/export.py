@@ -15,7 +15,8 @@ from bsc.eval.report.interp import Scored, read_interp
 from bsc.eval.report.report import drawings
 from bsc.eval.report.summary import matched_tables
 from bsc.files import write_atomically, write_json
-from bsc.train.run import PlannedCoder, Run
+from bsc.train.run import Run
+from bsc.train.run_config import PlannedCoder
 from bsc.typed import Record
 
 __all__ = ["coder_table", "write_figures"]

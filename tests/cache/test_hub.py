@@ -6,7 +6,6 @@ process of its own, with HF_ENDPOINT set and an empty cache.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import pytest
 
 from bsc.cache.store.store import ActivationStore
 from tests.conftest import EMBEDDED
-from tests.hub import COMMIT, serve_hub
+from tests.hub import COMMIT, hub_environment, serve_hub
 
 REPO = "HuggingFaceTB/SmolLM2-135M"
 
@@ -31,11 +30,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
 def bsc_cache(
     endpoint: str, folder: Path, model: str, *more: str
 ) -> subprocess.CompletedProcess[str]:
-    unset = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "http_proxy", "HTTP_PROXY")
-    environment = {k: v for k, v in os.environ.items() if k not in unset} | {
-        "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
-    }  # fmt: skip
+    environment = hub_environment(endpoint, folder / "hf")
     return subprocess.run(
         [sys.executable, "-m", "bsc", "cache", "--model", model, "--store", str(folder / "acts"),
          "--text", "stdlib", "--tokens", "1000", "--context", "32", "--batch-tokens", "512",

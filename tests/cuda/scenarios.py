@@ -22,7 +22,7 @@ from bsc.train.coders.bank import Bank
 from bsc.train.coders.config import CoderConfig
 from bsc.train.config import OPTIMISERS, TrainConfig
 from bsc.train.optim import CoderOptimiser
-from bsc.train.run import PlannedCoder
+from bsc.train.run_config import PlannedCoder
 from tests.cuda.machine import CUDA, Machine, host, load_guard, pretended
 
 REPOSITORY = Path(__file__).resolve().parents[2]

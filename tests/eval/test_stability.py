@@ -17,7 +17,7 @@ from bsc.eval.figures.stability import (
 )
 from bsc.train.coders.config import CoderConfig
 from bsc.train.config import SweepPoint
-from bsc.train.run import PlannedCoder
+from bsc.train.run_config import PlannedCoder
 from bsc.train.sweep import plan_coder
 from tests.eval.planted import saved_codes, zeros
 

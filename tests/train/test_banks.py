@@ -135,7 +135,7 @@ def test_compiled_is_eager(site: str) -> None:
     except UserError as error:  # no compiler; every other test is of the eager form
         pytest.skip(str(error))
     eager, compiled = (make(configs, [0, 1, 2], compiled=c) for c in (False, True))
-    assert compiled._passes.whole and not eager._passes.whole
+    assert compiled._passes is not EAGER and eager._passes is EAGER
     x = rows()
     for micro_rows in (None, 300):
         for bank in (eager, compiled):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from bsc.train.coders import kernels
+from bsc.train.coders import kernels, topk
 from bsc.train.coders.kernels import Entries
 
 N, F, D, K = 37, 50, 6, 5
@@ -38,7 +38,7 @@ def dense(entries: Entries, weight: torch.Tensor) -> torch.Tensor:
 
 
 def check_topk(pre: torch.Tensor, k: int) -> None:
-    values, index = kernels.select_topk(pre, k)
+    values, index = topk.select_topk(pre, k)
     assert values.shape == index.shape == (len(pre), k)
     assert torch.equal(pre.gather(1, index), values)
     expected = pre.float().sort(dim=1, descending=True).values[:, :k]
@@ -69,33 +69,33 @@ def test_select_works_on_a_slice_of_wider_rows_and_on_infinities() -> None:
 def test_the_cascade_is_used_where_it_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the tests above would be of torch.topk."""
     used = []
-    real = kernels._cascade
+    real = topk._cascade
 
     def noted(pre: torch.Tensor, k: int, folds: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
         used.append(folds)
         return real(pre, k, folds)
 
-    monkeypatch.setattr(kernels, "_cascade", noted)
+    monkeypatch.setattr(topk, "_cascade", noted)
     for dtype in (torch.bfloat16, torch.float32):
         for k in (1, 16, 100):
-            kernels.select_topk(torch.randn(3, 9216).to(dtype), k)
+            topk.select_topk(torch.randn(3, 9216).to(dtype), k)
     assert used == [(8, 8), (8, 8), (4, 4)] * 2
 
 
 def test_a_row_of_nan_gives_nan_so_that_it_is_noticed() -> None:
     pre = torch.randn(4, 2048).bfloat16()
     pre[2] = torch.nan
-    values, _ = kernels.select_topk(pre, 4)
+    values, _ = topk.select_topk(pre, 4)
     assert values[2].isnan().all() and not values[[0, 1, 3]].isnan().any()
 
 
 def test_groupmax_takes_the_largest_of_every_group(parts: dict[str, torch.Tensor]) -> None:
-    values, index = kernels.groupmax(parts["pre"], K)
+    values, index = topk.groupmax(parts["pre"], K)
     groups = parts["pre"].view(N, K, F // K)
     assert torch.equal(values, groups.amax(2))
     assert torch.equal(index // (F // K), torch.arange(K).expand(N, K))
     assert torch.equal(parts["pre"].gather(1, index), values)
-    some, where = kernels.group_topk(parts["pre"], K, 3)
+    some, where = topk.group_topk(parts["pre"], K, 3)
     assert torch.equal(some, groups.sort(2, descending=True).values[:, :, :3])
     assert torch.equal(parts["pre"].gather(1, where.flatten(1)), some.flatten(1))
 
@@ -107,7 +107,7 @@ def test_batch_topk_takes_the_largest_of_the_batch(
     pre = parts["pre"].clone()
     if lopsided:  # one row has more of them than the first look takes
         pre[7] += 100
-    values, entries, smallest = kernels.batch_topk(pre, 2)
+    values, entries, smallest = topk.batch_topk(pre, 2)
     floor = pre.flatten().sort(descending=True).values[2 * N - 1]
     assert smallest == floor and len(values) == 2 * N
     assert torch.equal(pre[entries.row.long(), entries.latent.long()], values)
@@ -123,7 +123,7 @@ def test_batch_topk_takes_the_largest_of_the_batch(
 def test_sparse_sums_are_those_of_the_dense_code(
     parts: dict[str, torch.Tensor], shape: str
 ) -> None:
-    entries = Entries.of(kernels.select_topk(parts["pre"][:, :40], K)[1])  # the last ten: never
+    entries = Entries.of(topk.select_topk(parts["pre"][:, :40], K)[1])  # the last ten: never
     if shape == "ragged":
         entries = ragged(entries)
     weight = parts["weight"][: len(entries.row)]
@@ -157,7 +157,7 @@ def test_the_threshold_of_a_row_makes_k_of_its_sigmoids(n_latents: int, k: int) 
     g = torch.Generator().manual_seed(0)
     pre = 3 * torch.randn(200, n_latents, generator=g)
     pre[100:] = 40 * pre[100:] - 100  # most sigmoids flat: where Newton's method alone diverges
-    t = kernels.newton_shift(pre, k)
+    t = topk.newton_shift(pre, k)
     assert t.shape == (200, 1) and t.isfinite().all()
     found = torch.sigmoid(pre.double() + t.double()).sum(1)
     torch.testing.assert_close(
@@ -165,7 +165,7 @@ def test_the_threshold_of_a_row_makes_k_of_its_sigmoids(n_latents: int, k: int) 
     )
     if k < n_latents:  # flat ones: within one latent
         assert ((found[100:] - k).abs() < 1).double().mean() > 0.9
-    rounded = kernels.newton_shift(pre.bfloat16(), k)
+    rounded = topk.newton_shift(pre.bfloat16(), k)
     assert rounded.dtype == torch.float32
 
 
@@ -180,7 +180,7 @@ def test_selection_by_bits_is_exact_whatever_the_signs(shift: float, k: int) -> 
     pre[5, ::2] = -torch.inf
     pre[7] = 0.0
     pre[9] = -0.0
-    values, index = kernels.select_topk(pre, k)
+    values, index = topk.select_topk(pre, k)
     assert torch.equal(pre.gather(1, index), values)
     assert all(len(set(row)) == k for row in index.tolist())
     expected = pre.float().topk(k, dim=1).values

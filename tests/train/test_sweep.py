@@ -8,7 +8,7 @@ from bsc.cache.store.store import ActivationStore
 from bsc.config import parse_config, read_toml
 from bsc.errors import ConfigError, StoreError
 from bsc.train.config import SweepPoint, TrainConfig
-from bsc.train.run import PlannedCoder
+from bsc.train.run_config import PlannedCoder
 from bsc.train.schedule import default_lr, paper_lr
 from bsc.train.sweep import expand, plan_coders
 

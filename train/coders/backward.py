@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bsc.train.coders import kernels, surrogates
+from bsc.train.coders import kernels, surrogates, topk
 from bsc.train.coders.config import CoderConfig
 from bsc.train.coders.kernels import Entries, TransposedCode
 from bsc.train.coders.select import Selection, code_values, parts_at, select
@@ -184,7 +184,7 @@ class CoderPass:
         if self.config.threshold != "newton":
             return None
         part = parts_at(self.config, self.k)[-1]
-        return kernels.newton_shift(margin_NF[:, part.start : part.stop], part.k)
+        return topk.newton_shift(margin_NF[:, part.start : part.stop], part.k)
 
     def _straight_through(
         self, g_code: Tensor, margin: Tensor, by_latent: TransposedCode, shift: Tensor | None
@@ -216,7 +216,7 @@ class CoderPass:
 
         4 N F d FLOPs beside those of the encoder; some passes over N F values in float32.
         """
-        values, index = kernels.groupmax(perturbed_NF, self.k)
+        values, index = topk.groupmax(perturbed_NF, self.k)
         chosen, code = Selection(Entries.of(index), values.reshape(-1)), torch.ones_like(values)
         error, g_y, g_rounded = self._error(chosen, code.flatten(), target, 1.0)
         g_NF = (g_rounded @ self.w_dec.T).to(target.dtype)
@@ -234,7 +234,7 @@ class CoderPass:
 
     def _top_gumbel(self, margin_NF: Tensor) -> tuple[Selection, Tensor, _Backward]:
         """The largest of each group, whose code is 1, and its runners-up, whose code is 0."""
-        values, index = kernels.group_topk(margin_NF, self.k, GUMBEL_CANDIDATES)
+        values, index = topk.group_topk(margin_NF, self.k, GUMBEL_CANDIDATES)
         code = torch.zeros_like(values)
         code[:, :, 0] = 1
 
@@ -262,7 +262,7 @@ class CoderPass:
             return
         wanted = self.config.auxk_k or max(1, self.config.d_out // 2)
         k = min(wanted, len(dead))
-        margin, index = kernels.select_topk(margin_NF[:, dead], k)
+        margin, index = topk.select_topk(margin_NF[:, dead], k)
         chosen = Selection(Entries.of(dead[index]), margin.reshape(-1))
         term = self._term(
             chosen,

@@ -14,7 +14,7 @@ Shape letters: C coders, N rows, F latents, k selected latents per row, M select
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,15 +24,13 @@ from bsc.train.coders import kernels, surrogates
 from bsc.train.coders.backward import CoderPass
 from bsc.train.coders.coder import SparseCoder, parameter_shapes
 from bsc.train.coders.config import CoderConfig
-from bsc.train.coders.passes import EAGER, compiled_passes
+from bsc.train.coders.passes import EAGER, blocks, compiled_passes
 
 __all__ = ["EXTRA_COLUMNS", "Bank", "StepResult"]
 
 EXTRA_COLUMNS = 8
 """Columns beside those of a row in the encoder's GEMM: bias, its rest, and padding."""
 _THRESHOLD_MEMORY = 0.99
-_BLOCK = 1 << 19
-"""Weights of a matrix that are passed over at a time on a CPU: 2 MiB of them in float32."""
 
 
 class StepResult(NamedTuple):
@@ -122,6 +120,8 @@ class Bank:
         self._passes = compiled_passes() if compiled else EAGER
         # On a CPU the eager one is as fast.
         on_gpu = self._centre.device.type == "cuda"
+        widest = max(self.d_in, self.d_out)
+        self._blocks = blocks(self.n_latents, widest, whole=compiled or on_gpu)
         self._dot = kernels.compiled_decoder_dot() if compiled and on_gpu else kernels.decoder_dot
 
     def _has_aux_apart(self, c: int) -> bool:
@@ -272,23 +272,14 @@ class Bank:
 
     def _prepare(self, rows: int, active: Sequence[int]) -> None:
         """Round the weights of the active coders for a step, and make room for its rows."""
-        d = self.d_in
         self._aux_bias.zero_()
         if len(self._pre) < rows:
             self._pre = self._pre.new_empty((rows, self.n_latents))
-            self._rows = self._rows.new_zeros((rows, d + EXTRA_COLUMNS))
-            self._rows[:, d : d + 2] = 1
+            self._rows = self._rows.new_zeros((rows, self.d_in + EXTRA_COLUMNS))
+            self._rows[:, self.d_in : self.d_in + 2] = 1
         for c in active:
-            for some in self._blocks():
+            for some in self._blocks:
                 self._round(c, some)
-
-    def _blocks(self) -> Iterator[slice]:
-        """All latents, on a CPU some at a time, whose weights stay in its cache from one operation
-        on them to the next."""
-        size = self.n_latents
-        if self._centre.device.type == "cpu" and not self._passes.whole:
-            size = max(1, _BLOCK // max(self.d_in, self.d_out))
-        return (slice(i, i + size) for i in range(0, self.n_latents, size))
 
     def _round(self, c: int, rows: slice) -> None:
         """Encoder and decoder of some latents as products take them."""
@@ -324,7 +315,7 @@ class Bank:
         g_bias = grad["encoder.bias"]
         unit = config.decoder_norm == "unit"
         origin, lengths, along = self._origin(c), self._lengths[c], self._along[c]
-        for rows in self._blocks():
+        for rows in self._blocks:
             encoder, decoder = sums.get("encoder.weight"), sums.get("W_dec")
             self._passes.encoder_gradient(
                 None if encoder is None else encoder[rows],

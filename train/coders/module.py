@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, linear
 
-from bsc.train.coders import kernels, surrogates
+from bsc.train.coders import surrogates, topk
 from bsc.train.coders.coder import Code, SparseCoder, latent_thresholds, parameter_shapes
 from bsc.train.coders.select import select_dense
 
@@ -128,7 +128,7 @@ class CoderModule(nn.Module):
             self._say_that_gradients_stop(margin)
             # The margin's own dependence on the threshold is in the step.
             at = pre.gather(1, latent) - log_threshold.detach().exp()[latent] * config.has_threshold
-            step: Tensor = _Step.apply(  # type: ignore[no-untyped-call]
+            step: Tensor = _Step.apply(  # type: ignore[no-untyped-call] # torch leaves it untyped
                 at, log_threshold[latent], self._shift(margins.detach(), latent), self.surrogate,
                 self.temperature, config.always_on,
             )  # fmt: skip
@@ -173,7 +173,7 @@ class CoderModule(nn.Module):
         if self.config.threshold != "newton" or self.config.code == "continuous":
             return margins.new_zeros(())
         part = self.config.parts[-1]
-        shift = kernels.newton_shift(margins[:, part.start : part.stop], part.k)
+        shift = topk.newton_shift(margins[:, part.start : part.stop], part.k)
         return shift.to(margins.dtype).expand_as(latent)
 
     def _say_that_gradients_stop(self, margin: Tensor) -> None:

@@ -16,7 +16,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["EAGER", "Passes", "compiled_passes"]
+__all__ = ["EAGER", "Passes", "blocks", "compiled_passes"]
+
+_BLOCK = 1 << 19
+"""Weights of a matrix that are passed over at a time on a CPU: 2 MiB of them in float32."""
+
+
+def blocks(n_latents: int, width: int, *, whole: bool) -> list[slice]:
+    """Latents that are passed over together: all, or as many as a cache holds the weights of.
+
+    >>> blocks(5, 1 << 18, whole=False)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
+    """
+    size = n_latents if whole else max(1, _BLOCK // width)
+    return [slice(i, i + size) for i in range(0, n_latents, size)]
 
 
 def round_encoder(weight_Fd: Tensor, bias_F: Tensor, origin_d: Tensor, out_Fd: Tensor) -> Tensor:
@@ -101,12 +114,10 @@ class Passes(NamedTuple):
     encoder_gradient: Callable[[Tensor | None, Tensor, Tensor, Tensor], None]
     unit_decoder_gradient: Callable[[Tensor | None, Tensor, Tensor, Tensor, Tensor], None]
     row_errors: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-    whole: bool
-    """Whether they are best run on all weights at once."""
 
 
 EAGER = Passes(
-    round_encoder, round_unit_decoder, encoder_gradient, unit_decoder_gradient, row_errors, False
+    round_encoder, round_unit_decoder, encoder_gradient, unit_decoder_gradient, row_errors
 )
 
 
@@ -122,5 +133,4 @@ def compiled_passes() -> Passes:
         torch.compile(encoder_gradient, dynamic=True),
         torch.compile(unit_decoder_gradient, dynamic=True),
         torch.compile(row_errors, dynamic=True),
-        whole=True,
     )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bsc.train.coders import kernels
+from bsc.train.coders import topk
 from bsc.train.coders.config import CoderConfig, Part
 from bsc.train.coders.kernels import Entries
 
@@ -47,10 +47,10 @@ def select(config: CoderConfig, margin_NF: Tensor, k: int) -> Selection:
     if config.select != "batch_topk":
         margins, indices = select_dense(config, margin_NF, parts)
         return Selection(Entries.of(indices), margins.reshape(-1))
-    values, entries, _ = kernels.batch_topk(margin_NF[:, : parts[0].stop], parts[0].k)
+    values, entries, _ = topk.batch_topk(margin_NF[:, : parts[0].stop], parts[0].k)
     if len(parts) == 1:
         return Selection(entries, values)
-    more, others, _ = kernels.batch_topk(margin_NF[:, parts[1].start :], parts[1].k)
+    more, others, _ = topk.batch_topk(margin_NF[:, parts[1].start :], parts[1].k)
     row, order = torch.cat([entries.row, others.row]).sort(stable=True)
     latent = torch.cat([entries.latent, others.latent + parts[1].start])[order]
     merged = Entries(latent, row, entries.offsets + others.offsets)
@@ -61,7 +61,7 @@ def select_dense(
     config: CoderConfig, margin_NF: Tensor, parts: Sequence[Part]
 ) -> tuple[Tensor, Tensor]:
     """Top-k or group maximum of every part: margins and latents, (N, k)."""
-    one = kernels.groupmax if config.select == "groupmax" else kernels.select_topk
+    one = topk.groupmax if config.select == "groupmax" else topk.select_topk
     found = [one(margin_NF[:, p.start : p.stop], p.k) for p in parts]
     if len(found) == 1:
         return found[0]

@@ -25,6 +25,7 @@ from bsc.eval.exports.export import export_coders
 from bsc.eval.exports.importing import import_coders
 from bsc.eval.exports.weights import check_written
 from bsc.train.coders.coder import SparseCoder
+from bsc.train.coders.config import CoderConfig
 from bsc.train.run import Run
 from tests.eval.exports.kinds import HELD, LATENTS, WIDTH, kinds, random_coder, rows
 from tests.eval.exports.test_formats import written
@@ -254,13 +255,18 @@ def test_a_dictionary_in_bfloat16_is_read_in_float32(tmp_path: Path) -> None:
     assert check_written(coder, dictionary_learning.reference(folder), rows()).largest_code > 1
 
 
+def of_the_store(store: ActivationStore) -> CoderConfig:
+    """A transcoder that circuit-tracer holds, as wide as the store's rows."""
+    hook = store.hookpoint("layers.0.mlp")
+    base = next(c for s, n, c in kinds() if (s, n) == ("transcoder", "batch top-k"))
+    return base.model_copy(update={"d_in": hook.d_in, "d_out": hook.d_out})
+
+
 def test_what_is_said_of_the_place_is_not_overruled(
     store: ActivationStore, store_path: Path, tmp_path: Path
 ) -> None:
     """Rows of a wrong place give wrong figures, which no check of the files would see."""
-    hook = store.hookpoint("layers.0.mlp")
-    base = next(c for s, n, c in kinds() if (s, n) == ("transcoder", "batch top-k"))
-    config = base.model_copy(update={"d_in": hook.d_in, "d_out": hook.d_out})
+    config = of_the_store(store)
     name = str(store.attributes["model"]["name"])
     for folder in (tmp_path / "hooks", tmp_path / "layers"):
         folder.mkdir()
@@ -340,9 +346,7 @@ def test_what_does_not_belong_to_the_store_is_refused(
 def test_circuit_tracers_layers_come_in_together(
     store: ActivationStore, store_path: Path, tmp_path: Path
 ) -> None:
-    hook = store.hookpoint("layers.0.mlp")
-    base = next(c for s, n, c in kinds() if (s, n) == ("transcoder", "batch top-k"))
-    config = base.model_copy(update={"d_in": hook.d_in, "d_out": hook.d_out})
+    config = of_the_store(store)
     folder = tmp_path / "set"
     folder.mkdir()
     name = str(store.attributes["model"]["name"])

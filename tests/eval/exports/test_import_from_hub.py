@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 
 from bsc.eval.exports.export import export_coders
 from bsc.train.run import Run
-from tests.hub import COMMIT, serve_hub
+from tests.hub import COMMIT, hub_environment, serve_hub
 
 REPO = "somebody/coders"
 
@@ -21,11 +20,7 @@ REPO = "somebody/coders"
 def bsc_import(
     endpoint: str, folder: Path, store: Path, source: str
 ) -> subprocess.CompletedProcess[str]:
-    unset = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "http_proxy", "HTTP_PROXY")
-    environment = {k: v for k, v in os.environ.items() if k not in unset} | {
-        "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
-    }  # fmt: skip
+    environment = hub_environment(endpoint, folder / "hf")
     return subprocess.run(
         [sys.executable, "-m", "bsc", "import", source, "--store", str(store), "--runs",
          str(folder / "runs")],

@@ -1,0 +1,141 @@
+"""What a run's config.json holds: its coders, its settings, its store."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any, Self
+
+from pydantic import field_validator
+
+from bsc.config import Config
+from bsc.train.coders.config import CoderConfig
+from bsc.train.config import Decay, Optimiser, TrainConfig
+from bsc.typed import Record
+
+__all__ = ["RUN_VERSION", "Completed", "PlannedCoder", "RunCoder", "RunConfig", "TrainedOn"]
+
+RUN_VERSION = 2
+
+
+class RunCoder(Config):
+    """A coder of a run: what it is and where it belongs."""
+
+    name: str
+    """Folder of the coder inside the run's `coders`, unique in the run."""
+    hookpoint: str
+    group: str | None = None
+    coder: CoderConfig
+    seed: int = 0
+    """Seed of its first weights; 0 where others trained it."""
+
+    @field_validator("name", "hookpoint")
+    @classmethod
+    def _inside(cls, name: str) -> str:
+        parts = PurePosixPath(name).parts
+        if name and (".." in parts or name[0] == "/" or not name.isprintable()):
+            raise ValueError(f"{name!r} is no name")
+        return name
+
+    @property
+    def but_for_the_seed(self) -> Self:
+        """What coders share that differ in their seed alone; of training elsewhere nothing is
+        known, so such a coder shares it with none."""
+        return self
+
+
+class PlannedCoder(RunCoder):
+    """A coder that is trained here, with nothing left open."""
+
+    optimiser: Optimiser
+    lr: float
+    warmup: float
+    decay: Decay
+    clip_norm: float | None
+    k_init: int
+    temperature_init: float
+    anneal: float
+    patience: int | None
+    seed: int
+
+    @property
+    def but_for_the_seed(self) -> Self:
+        """What coders share that differ in their seed alone."""
+        return self.model_copy(update={"name": "", "seed": 0})
+
+
+class Completed(Record):
+    """How a training ended."""
+
+    at: str
+    seconds: float
+    rows: int
+    """Rows that it was trained on."""
+
+
+class TrainedOn(Record):
+    """The store of the training, where figures are of another (bsc.eval.elsewhere)."""
+
+    store: str
+    store_id: str
+
+
+class RunConfig(Record):
+    """What config.json holds: everything that decides the result, nothing left to defaults.
+
+    Of a run that was not trained here what belongs to training is null.
+    """
+
+    version: int
+    name: str
+    store: str
+    """Where the store was."""
+    store_id: str
+    model: dict[str, Any]
+    """Identity of the model, as the store has it."""
+    rows: int
+    """Training rows of the store."""
+    steps: int | None
+    batch_rows: int | None
+    micro_rows: int | None
+    seed: int | None
+    normalise: str | None
+    without_tokens: list[int]
+    """Every token id whose rows are left out."""
+    dead_after: int | None
+    log_every: int | None
+    device: str | None
+    rank: int
+    world: int
+    assigned: dict[str, int]
+    """Rank of every coder."""
+    config: TrainConfig | None
+    coders: list[PlannedCoder | RunCoder]
+    versions: dict[str, str]
+    started_at: str
+    completed: Completed | None = None
+    """None: training has not ended."""
+    trained_on: TrainedOn | None = None
+    imported: bool = False
+    """Whether its coders were trained elsewhere (bsc.eval.exports.importing)."""
+
+    @field_validator("coders")
+    @classmethod
+    def _named(cls, coders: list[RunCoder]) -> list[RunCoder]:
+        names = [c.name for c in coders]
+        if "" in names or len(set(names)) < len(names):
+            raise ValueError("every coder should have a name of its own")
+        return coders
+
+    def coder(self, name: str) -> RunCoder:
+        """The coder of that name."""
+        return next(c for c in self.coders if c.name == name)
+
+    @property
+    def planned(self) -> list[PlannedCoder]:
+        """The coders that are trained here."""
+        return [c for c in self.coders if isinstance(c, PlannedCoder)]
+
+    @property
+    def hookpoints(self) -> list[str]:
+        """Hookpoints of the coders, in their order."""
+        return list(dict.fromkeys(c.hookpoint for c in self.coders))
