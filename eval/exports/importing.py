@@ -253,13 +253,14 @@ def _write(
         coders=[planned for planned, _ in coders.values()], versions=versions(), started_at=now,
         completed=Completed(at=now, seconds=0.0, rows=0), imported=True,
     )  # fmt: skip
-    try:
-        with claim(run.folder):
+    with claim(run.folder):  # which nobody else has begun to fill
+        try:
             for name, (_, coder) in coders.items():
                 coder.save(run.coder_folder(name))
             write_atomically(run.metrics_path, "")
             write_typed(run.config_path, config)
-    except BaseException:
-        shutil.rmtree(run.folder, ignore_errors=True)
-        raise
+        except BaseException:
+            shutil.rmtree(run.folder / "coders", ignore_errors=True)
+            run.metrics_path.unlink(missing_ok=True)
+            raise
     return run

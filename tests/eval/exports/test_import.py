@@ -26,7 +26,7 @@ from bsc.eval.exports.importing import import_coders
 from bsc.eval.exports.weights import check_written
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
-from bsc.train.run import Run
+from bsc.train.run import Run, claim
 from tests.eval.exports.kinds import HELD, LATENTS, WIDTH, kinds, random_coder, rows
 from tests.eval.exports.test_formats import written
 from tests.eval.interp.command import main_ok
@@ -391,3 +391,27 @@ def test_the_tutorial_runs(
     assert (one["fvu"], one["l0"]) == (same["fvu"], same["l0"])
     (sae,) = read_evaluation(tmp_path / "runs" / "sae-back").coders.values()
     assert 0 < sae["fvu"] < 1.5
+
+
+def test_an_import_that_cannot_write_leaves_nothing_and_not_another_ones_run(
+    run: Run, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_coders(run, ["skip_transcoder-continuous-k8*"], "sparsify", tmp_path / "out")
+
+    def import_it() -> Run:
+        return import_coders([tmp_path / "out"], store_path, runs=tmp_path / "runs")
+
+    def full(self: SparseCoder, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SparseCoder, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            import_it()
+    assert list((tmp_path / "runs" / "imported").iterdir()) == []
+    with claim(tmp_path / "runs" / "imported"):  # another process is at it
+        with pytest.raises(UserError, match=r"not empty|in use"):
+            import_it()
+        assert (tmp_path / "runs" / "imported" / ".lock").exists()
+    assert len(import_it().coder_names()) == 1
