@@ -152,7 +152,7 @@ def _run(run: Run) -> dict[str, Any]:
         "rows": config["completed"]["rows"],
         "evaluated": run.eval_path.exists(),
         "coders": run.coder_names(),
-    }
+    } | ({"pulled": config["pulled"].to_json()} if "pulled" in config else {})
 
 
 def render(facts: dict[str, Any], indent: int = 0) -> str:

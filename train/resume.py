@@ -132,6 +132,11 @@ def _record(run: Run, folder: str | Path, rank: int, world: int) -> RunConfig:
             f"{folder}: these coders were trained elsewhere (bsc import), so there is no training "
             f"to go on with."
         )
+    if record is not None and record.pulled:
+        raise UserError(
+            f"{folder}: pulled from {record.pulled.repository}, and checkpoints are not published, "
+            f"so there is nothing to go on from."
+        )
     if record is None or (record.rank, record.world) != (rank, world):
         known = record or (run.config() if run.config_path.exists() else None)
         had = known.world if known else 1

@@ -27,6 +27,7 @@ from bsc.files import check_new_folder
 from bsc.locks import FileLock, HeldError, holder
 from bsc.records import parse_json, parse_record, read_file
 from bsc.train.coders.coder import SparseCoder
+from bsc.train.coders.naming import full_name
 from bsc.train.run_config import RUN_VERSION, RunConfig
 from bsc.typed import parse_typed
 
@@ -210,22 +211,7 @@ class Run:
         Raises:
             UserError: there is none, or there are several; the message names them.
         """
-        names = self.coder_names()
-        for found in (
-            [n for n in names if n == name],
-            [n for n in names if n.endswith(f"/{name}")],
-            [n for n in names if name in n],
-        ):
-            if len(found) == 1:
-                return found[0]
-            if found:
-                raise UserError(
-                    f"{self.folder}: {name!r} is not one coder; {len(found)} have it in their "
-                    f"names: {', '.join(found)}."
-                )
-        raise UserError(
-            f"{self.folder}: no coder {name!r}{nearest(name, names)}; it has {', '.join(names)}."
-        )
+        return full_name(name, self.coder_names(), self.folder)
 
     def coder(self, name: str) -> SparseCoder:
         """Load the coder called `name`, or the one that has it as a part of its name.

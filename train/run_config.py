@@ -12,7 +12,15 @@ from bsc.train.coders.config import CoderConfig
 from bsc.train.config import Decay, Optimiser, TrainConfig
 from bsc.typed import Record
 
-__all__ = ["RUN_VERSION", "Completed", "PlannedCoder", "RunCoder", "RunConfig", "TrainedOn"]
+__all__ = [
+    "RUN_VERSION",
+    "Completed",
+    "PlannedCoder",
+    "Pulled",
+    "RunCoder",
+    "RunConfig",
+    "TrainedOn",
+]
 
 RUN_VERSION = 2
 
@@ -79,6 +87,14 @@ class TrainedOn(Record):
     store_id: str
 
 
+class Pulled(Record):
+    """Where a run came from that `bsc pull` fetched."""
+
+    repository: str
+    """owner/name on the hub."""
+    commit: str
+
+
 class RunConfig(Record):
     """What config.json holds: everything that decides the result, nothing left to defaults.
 
@@ -117,6 +133,8 @@ class RunConfig(Record):
     trained_on: TrainedOn | None = None
     imported: bool = False
     """Whether its coders were trained elsewhere (bsc.eval.exports.importing)."""
+    pulled: Pulled | None = None
+    """Where it came from, if not from this machine: then no checkpoint came with it."""
 
     @field_validator("coders")
     @classmethod

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 
 import bsc.embedded
-from bsc.cache.model.hub import hub_address, hub_answers
 from bsc.errors import UserError, nearest
+from bsc.hub import hub_address, hub_answers
 
 __all__ = [
     "SHORT_NAMES",

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bsc.cache.model.hub import hub_address, hub_answers
 from bsc.cache.model.models import resolve_model
 from bsc.cache.model.sides import held_out_documents, is_text_held_out
 from bsc.cache.model.text_source import TextSource
 from bsc.config import parse_config
 from bsc.embedded.corpus import CORPORA, documents
 from bsc.errors import UserError
+from bsc.hub import hub_address, hub_answers
 
 __all__ = [
     "TextDocument",

@@ -1,13 +1,16 @@
-"""The commands `bsc export` and `bsc import`. They parse, call and print."""
+"""The commands `bsc export`, `import`, `push` and `pull`. They parse, call and print."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bsc.flags import ModelNow, StoreNow, flag
+
+if TYPE_CHECKING:
+    from bsc.eval.exports.push import Upload
 
 __all__ = ["add_commands"]
 
@@ -134,6 +137,133 @@ def import_(
     typer.echo(str(run.folder))
 
 
+def push(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    repository: Annotated[
+        str, typer.Argument(help="owner/name on the Hugging Face hub: a new one, or pushed before.")
+    ],
+    license_: Annotated[
+        str | None,
+        flag(
+            "Licence of the weights, as the hub spells it: apache-2.0, mit, cc-by-4.0, other.",
+            None,
+            "--license",
+            default="asked for",
+        ),
+    ] = None,
+    coders: Annotated[
+        list[str] | None,
+        flag("Names, parts of names or patterns; several times.", default="all"),
+    ] = None,
+    also: Annotated[
+        str | None,
+        flag(
+            "Formats of other tools, with commas: sparsify, sparsify-binary, saelens, "
+            "dictionary-learning, circuit-tracer.",
+            default="none",
+        ),
+    ] = None,
+    layout: Annotated[
+        str, flag("run, or sparsify: a folder for each hookpoint, as its load_many takes it.")
+    ] = "run",
+    private: Annotated[bool, flag("Make a private repository.")] = False,
+    examples: Annotated[
+        bool, flag("Publish the report's contexts too, which are text of the corpus.")
+    ] = False,
+    keep_card: Annotated[bool, flag("Leave a README.md that is there as it is.")] = False,
+    yes: Annotated[bool, flag("Upload without asking.", None, "--yes", "-y")] = False,
+    dry_run: Annotated[bool, flag("Print the card and the files, and stop.")] = False,
+    store: StoreNow = None,
+) -> None:
+    """Upload a run to the Hugging Face hub, with a model card.
+
+    The list of files is shown first. Places on this machine are taken out of the records; text of
+    the corpus, checkpoints and codes stay here.
+    """
+    import sys
+
+    from bsc.errors import UserError
+    from bsc.eval.exports.push import push_run
+    from bsc.progress import format_bytes
+    from bsc.train.run import Run
+
+    asked = sys.stdin.isatty() and not yes
+    if license_ is None and not (asked or dry_run):
+        raise UserError(
+            "--license: say under which licence the weights are published, as the hub spells it "
+            "(apache-2.0, mit, cc-by-4.0, other, ...); it is not guessed."
+        )
+    opened = Run.open(run)
+    if license_ is None:
+        license_ = "other" if dry_run else typer.prompt("Licence of the weights").strip()
+
+    def confirm(upload: Upload) -> bool:
+        _show(upload)
+        if dry_run:
+            typer.echo(f"\n{upload.card}", nl=False)
+            return False
+        if not asked and not yes:
+            raise UserError("Nothing was uploaded: --yes uploads without asking.")
+        size = format_bytes(upload.bytes)
+        return yes or typer.confirm(f"Upload {len(upload.files)} files, {size}?")
+
+    commit = push_run(
+        opened, repository, licence=license_, confirm=confirm, coders=coders or ["*"],
+        also=[one.strip() for one in (also or "").split(",") if one.strip()],
+        layout=layout, private=private, examples=examples, keep_card=keep_card, store=store,
+    )  # fmt: skip
+    if commit:
+        typer.echo(f"hub://{repository.removeprefix('hub://')}@{commit}")
+
+
+_LISTED = 60
+"""Files that are listed one by one; of more, folders are."""
+
+
+def _show(upload: Upload) -> None:
+    """The list of what would be uploaded, on stderr."""
+    from bsc.formats import printable
+    from bsc.progress import format_bytes
+
+    state = (
+        f"{'new' if upload.new else 'there already'}, {'private' if upload.private else 'public'}"
+    )
+    typer.echo(f"{upload.repo} ({state}):", err=True)
+    sizes: dict[str, list[int]] = {}
+    for name, path in upload.files.items():
+        folder = name.rpartition("/")[0]
+        shown = f"{folder}/" if folder and len(upload.files) > _LISTED else name
+        sizes.setdefault(shown, []).append(path.stat().st_size)
+    for name, each in sizes.items():
+        many = f"  ({len(each)} files)" if len(each) > 1 else ""
+        typer.echo(f"  {format_bytes(sum(each)):>9}  {printable(name)}{many}", err=True)
+    for name in upload.removed:
+        typer.echo(f"  {'removed':>9}  {printable(name)}", err=True)
+    typer.echo(f"  {format_bytes(upload.bytes):>9}  in {len(upload.files)} files", err=True)
+    for warning in upload.warnings:
+        typer.echo(f"note: {printable(warning)}", err=True)
+
+
+def pull(
+    repository: Annotated[
+        str, typer.Argument(help="owner/name on the Hugging Face hub, with @revision if need be.")
+    ],
+    out: Annotated[
+        Path | None, flag("New folder of the run.", default="runs/ and the repository's name")
+    ] = None,
+) -> None:
+    """Download a run that `bsc push` uploaded, checked file by file.
+
+    Goes on where it was when it is stopped and started again.
+    """
+    from bsc.eval.exports.pull import pull_run
+
+    run = pull_run(repository, out)
+    for coder in run.coder_names():
+        typer.echo(coder)
+    typer.echo(str(run.folder))
+
+
 def add_commands(app: typer.Typer) -> None:
     """Put the commands into the command line."""
     app.command(
@@ -142,3 +272,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command(epilog="Example: bsc export runs/run '*-k32' --format sparsify --out sparsify")(
         export
     )
+    app.command(
+        epilog="Example: bsc push runs/run owner/name --license apache-2.0 --also sparsify"
+    )(push)
+    app.command(epilog="Example: bsc pull owner/name@main --out runs/theirs")(pull)

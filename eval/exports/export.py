@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,11 @@ from bsc.eval.exports.weights import (
 from bsc.eval.passes.setting import open_store
 from bsc.files import make_folder, write_json
 from bsc.train.coders.coder import SparseCoder
-from bsc.train.coders.config import CoderConfig
 from bsc.train.run import Run
 from bsc.train.run_config import RunCoder
 from bsc.versions import versions
 
-__all__ = ["WEIGHT_FORMATS", "chosen_coders", "export_coders", "held_out_rows"]
+__all__ = ["WEIGHT_FORMATS", "chosen_coders", "export_coders", "held_out_rows", "refusals"]
 
 _FORMATS: dict[str, CoderFormat] = {
     "sparsify": SPARSIFY,
@@ -94,8 +93,8 @@ def export_coders(
     """
     names = chosen_coders(run, wanted)
     planned = {c.name: c for c in run.config().coders}
-    refusal = circuit_tracer.refusal if format_ not in _FORMATS else _FORMATS[format_].refusal
-    _refuse(format_, {n: planned[n].coder for n in names}, refusal)
+    if refused := refusals(run, names, format_):
+        raise _refusal(format_, names, refused)
     layers = (
         {}
         if format_ in _FORMATS
@@ -138,19 +137,22 @@ def export_coders(
     return written
 
 
-def _refuse(
-    format_: str, configs: dict[str, CoderConfig], refusal: Callable[[CoderConfig], str | None]
-) -> None:
+def refusals(run: Run, names: Sequence[str], format_: str) -> dict[str, str]:
+    """Why a format cannot hold coders, by the names of those that it cannot."""
+    refusal = circuit_tracer.refusal if format_ not in _FORMATS else _FORMATS[format_].refusal
+    configs = {c.name: c.coder for c in run.config().coders}
+    found = {name: refusal(configs[name]) for name in names}
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def _refusal(format_: str, names: Sequence[str], refused: dict[str, str]) -> UserError:
     reasons: dict[str, list[str]] = {}
-    for name, config in configs.items():
-        if reason := refusal(config):
-            reasons.setdefault(reason, []).append(name)
-    if reasons:
-        lines = [f"{', '.join(names)}: {reason}." for reason, names in reasons.items()]
-        refused = {name for names in reasons.values() for name in names}
-        if others := [name for name in configs if name not in refused]:
-            lines.append(f"It can hold: {', '.join(others)}.")
-        raise UserError("\n".join([f"--format {format_} cannot hold this exactly.", *lines]))
+    for name, reason in refused.items():
+        reasons.setdefault(reason, []).append(name)
+    lines = [f"{', '.join(of)}: {reason}." for reason, of in reasons.items()]
+    if others := [name for name in names if name not in refused]:
+        lines.append(f"It can hold: {', '.join(others)}.")
+    return UserError("\n".join([f"--format {format_} cannot hold this exactly.", *lines]))
 
 
 def _place(name: str, hookpoint: str, names: Sequence[str]) -> str:

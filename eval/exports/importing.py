@@ -6,7 +6,6 @@ computes here has to be what the other tool's formula makes of the same file.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -21,11 +20,12 @@ from bsc.errors import StoreError, UserError, nearest
 from bsc.eval.exports import circuit_tracer
 from bsc.eval.exports.dictionary_learning import DICTIONARY_LEARNING
 from bsc.eval.exports.export import held_out_rows
-from bsc.eval.exports.hub import SCHEME, fetch
+from bsc.eval.exports.fetch import fetch
 from bsc.eval.exports.saelens import SAELENS
 from bsc.eval.exports.sparsify import SPARSIFY
 from bsc.eval.exports.weights import CoderFormat, Found, Reference, check_written
 from bsc.files import check_new_folder, write_atomically
+from bsc.hub import SCHEME, sha256_of
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.run import Run, claim
 from bsc.train.run_config import RUN_VERSION, Completed, RunCoder, RunConfig
@@ -72,7 +72,7 @@ def import_coders(
 
     Args:
         sources: folders of coders, or with folders of coders in them, or their address on the hub
-            (hub.py).
+            (fetch.py).
         store: of the model that they are of.
         format_: ``"auto"`` or one of `READABLE`.
         hookpoint: of all of them; None: the one that a coder states, or the only one of the store.
@@ -121,7 +121,7 @@ def import_coders(
                     "format": one.format_, "file": one.found.file,
                     "source": str(source) if on_hub else str(one.folder),
                     "revision": on_hub.commit if on_hub else None,
-                    "sha256": _sha256(one.folder / one.found.file), "model": one.found.model,
+                    "sha256": sha256_of(one.folder / one.found.file), "model": one.found.model,
                     "checked": asdict(checked),
                 },
             }  # fmt: skip
@@ -230,11 +230,6 @@ def _label(one: _Read, hook: str, taken: dict[str, Any]) -> str:
     while label in taken:
         label, number = f"{hook}/{one.format_}-{plain}-{number}", number + 1
     return label
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(

@@ -28,6 +28,7 @@ from bsc.array_file import array_hash
 from bsc.config import parse_config
 from bsc.errors import StoreError
 from bsc.files import write_atomically
+from bsc.hub import SCHEME
 from bsc.records import check_seal, parse_object, write_record
 from bsc.train.coders import kernels
 from bsc.train.coders.config import CoderConfig
@@ -257,12 +258,21 @@ class SparseCoder:
     def load(cls, folder: str | Path) -> SparseCoder:
         """Read a coder that `save` wrote, bit for bit.
 
+        Args:
+            folder: of it, or where it is on the Hugging Face hub after `bsc push`:
+                `hub://owner/name[@revision]/<coder>`, by its name in the run or a part of it.
+
         Raises:
             StoreError: the folder has no coder, or one that is of another version or damaged: its
                 tensors are not those of the config, do not have the hash that the config states,
                 or hold values that are not finite though training did not end so.
             ConfigError: its config has a wrong field.
+            UserError: the hub does not answer, or has no such coder.
         """
+        if isinstance(folder, str) and folder.startswith(SCHEME):
+            from bsc.train.coders.repository import fetch_coder
+
+            folder = fetch_coder(folder)
         folder = Path(folder)
         try:
             saved = parse_object((folder / _CONFIG).read_bytes(), folder / _CONFIG)

@@ -1,0 +1,196 @@
+"""The model card of a published run: Markdown that the hub shows, written from its records."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+import yaml
+
+from bsc.eval.exports.publish import Published, without_places
+from bsc.formats import interval, percent, printable
+from bsc.train.coders.config import CoderConfig
+from bsc.train.run_config import RunConfig
+
+__all__ = ["Tool", "model_card", "text_facts"]
+
+_SHOWN = 100
+"""Coders in the table."""
+_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_TOOLS = {
+    "sparsify": "sparsify",
+    "sparsify-binary": "sparsify, branch `binary`",
+    "saelens": "SAELens",
+    "dictionary-learning": "dictionary_learning",
+    "circuit-tracer": "circuit-tracer",
+}
+_LOADING = {
+    "sparsify": (
+        "from sparsify import SparseCoder\n\n"
+        'coder = SparseCoder.load_from_hub("{repo}", hookpoint="{place}")'
+    ),
+    "saelens": 'from sae_lens import SAE\n\nsae = SAE.from_pretrained("{repo}", "{place}")',
+    "dictionary-learning": (
+        "from dictionary_learning.utils import load_dictionary\n"
+        "from huggingface_hub import snapshot_download\n\n"
+        'folder = snapshot_download("{repo}", allow_patterns="{place}/*")\n'
+        'dictionary, config = load_dictionary(f"{{folder}}/{place}", device="cpu")'
+    ),
+    "circuit-tracer": (
+        "from circuit_tracer.utils.hf_utils import load_transcoder_from_hub\n\n"
+        'transcoders, config = load_transcoder_from_hub("{repo}/{folder}")'
+    ),
+}
+_LOADING["sparsify-binary"] = _LOADING["sparsify"]
+
+
+class Tool(NamedTuple):
+    """What another tool can do with the coders."""
+
+    format: str
+    refusals: Mapping[str, str]
+    """Why it cannot hold a coder, by name."""
+    folder: str = ""
+    """Where they are in its format, if they were written in it."""
+    place: str = ""
+    """Of the first of them."""
+
+
+def text_facts(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """What a store knows of its text."""
+    capture = without_places(provenance["capture"])
+    facts = {name.replace("_", " "): value for name, value in capture["text"].items()}
+    facts["held out share"] = facts.pop("held out", 0)
+    facts["tokens of a context"] = capture["context"]
+    return {
+        name: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in facts.items()
+    }
+
+
+def model_card(
+    repo: str,
+    published: Published,
+    folders: Mapping[str, str],
+    licence: str,
+    tools: Sequence[Tool],
+    text: Mapping[str, str],
+) -> str:
+    """The card.
+
+    Args:
+        repo: owner/name.
+        published: the run.
+        folders: of the coders in the repository.
+        licence: as the hub spells it.
+        tools: other tools.
+        text: what is known of the text.
+    """
+    config, names = published.config, published.names
+    coders = {c.name: c.coder for c in config.coders}
+    rates = sorted({c.lr for c in config.planned})
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("bsc.eval.exports", "."),
+        autoescape=False,  # Markdown: foreign text goes through `text` and `code`
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "text": _text, "code": _code, "interval": interval, "percent": percent,
+        "whole": lambda value: f"{value:,}",
+    }  # fmt: skip
+    first = config.coder(names[0])
+    return environment.get_template("card.md.j2").render(
+        front_matter=_front_matter(config, licence, text),
+        title=repo.rpartition("/")[2],
+        repo=repo,
+        run=config.name if _ON_HUB.fullmatch(f"a/{config.name}") else "run",
+        config=config,
+        model=_Model(config.model),
+        names=names,
+        shown=_SHOWN,
+        folder_of=lambda name: folders[name].removeprefix("coders/"),
+        hookpoints=config.hookpoints,
+        evaluation=published.evaluation,
+        reads=_reads(config),
+        first=first.coder,
+        first_reads=f"the {first.coder.side} of {first.hookpoint}",
+        optimisers=sorted({c.optimiser for c in config.planned}),
+        rates=" to ".join(f"{r:.3g}" for r in (rates[:1] + rates[-1:] if rates[1:] else rates)),
+        text=text,
+        tools=[_tool(one, coders, repo) for one in tools],
+    )
+
+
+class _Model(dict[str, Any]):
+    """Identity of a model, of which parts may be missing."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def _front_matter(config: RunConfig, licence: str, text: Mapping[str, str]) -> str:
+    sites = {c.coder.site for c in config.coders}
+    kinds = {
+        "sparse-autoencoder" if site == "sae" else site.replace("_", "-") for site in sites
+    } | {f"{c.coder.code}-latents" for c in config.coders}
+    front: dict[str, Any] = {
+        "license": licence,
+        "library_name": "bsc",
+        "tags": ["interpretability", "sparse-coding", *sorted(kinds)],
+    }
+    name = str(config.model["name"])
+    if config.model.get("revision") and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        front["base_model"] = name
+    if _ON_HUB.fullmatch(text.get("dataset", "")):
+        front["datasets"] = [text["dataset"]]
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
+
+
+def _reads(config: RunConfig) -> list[str]:
+    """What the coders of each site read and give, in sentences."""
+    what = {
+        "sae": "reconstruct the output of the module",
+        "transcoder": "give the output of the module from its input, which is what the module "
+        "itself reads: behind the norm and its weight",
+    }
+    what["skip_transcoder"] = f"{what['transcoder']}, with a linear path beside the latents"
+    found: dict[tuple[str, str], CoderConfig] = {}
+    for one in config.coders:
+        found.setdefault((one.hookpoint, one.coder.site), one.coder)
+    return [
+        f"{_code(hook)}, {site.replace('_', ' ') if site != 'sae' else 'SAE'}s: {what[site]} "
+        f"(width {coder.d_in} to {coder.d_out})."
+        for (hook, site), coder in found.items()
+    ]
+
+
+def _tool(tool: Tool, coders: Mapping[str, CoderConfig], repo: str) -> dict[str, Any]:
+    words: Callable[..., str] = _LOADING[tool.format].format
+    return {
+        "format": tool.format,
+        "name": _TOOLS[tool.format],
+        "held": len(coders) - len(tool.refusals),
+        "folder": tool.folder,
+        "reasons": list(dict.fromkeys(tool.refusals.values())),
+        "what": f"In {_TOOLS[tool.format]}:",
+        "lines": words(repo=repo, place=tool.place, folder=tool.folder) if tool.place else "",
+    }
+
+
+def _text(value: object) -> str:
+    """Foreign text in a line of Markdown."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", printable(str(value)))
+
+
+def _code(value: object) -> str:
+    """Foreign text as code, also in a table."""
+    plain = printable(str(value)).replace("`", "'").replace("|", "\\|")
+    return f"`{plain}`" if plain else ""

@@ -1,0 +1,396 @@
+"""`bsc push`, `bsc pull`, `hub://` through huggingface_hub's own client and a loopback server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+
+from bsc.eval.evaluation import read_evaluation
+from bsc.eval.exports.publish import without_places
+from bsc.eval.report.report import render_report
+from bsc.records import sealed
+from bsc.train.coders.coder import SparseCoder
+from bsc.train.run import Run
+from tests.hub import Files, HubRepository, HubState, hub_environment, serve
+
+REPO = "somebody/coders"
+TOKEN = "hf_NeverShowThisToken"
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Commands:
+    """A process that asks one hub alone and runs commands one after the other.
+
+    The hub's client reads its variables once, when it is imported, which takes seconds.
+    """
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.environment = environment
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("hub_commands.py"))], env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def run(self, arguments: list[str], folder: Path, token: str) -> Done:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        asked = {"arguments": arguments, "folder": str(folder), "token": token}
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        return Done(*json.loads(self.process.stdout.readline()))
+
+
+class Hub(NamedTuple):
+    """A server, and a way to run commands that ask it."""
+
+    state: HubState
+    commands: Commands
+    folder: Path
+
+    def python(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """A process of its own."""
+        return subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, timeout=300,
+            env=self.commands.environment | more, cwd=self.folder,
+        )  # fmt: skip
+
+    def bsc(self, *arguments: str, token: str = TOKEN) -> Done:
+        done = self.commands.run(list(arguments), self.folder, token)
+        assert TOKEN not in done.stdout + done.stderr and "Traceback" not in done.stderr
+        return done
+
+    def load(self, address: str) -> Done:
+        """Load a coder and print it."""
+        return self.bsc("load", address)
+
+    def refused(self, message: str, *arguments: str) -> None:
+        done = self.bsc(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr, done.stderr
+
+    def push(self, run: Run, *more: str) -> str:
+        """The commit."""
+        flags = ("--license", "mit", "--yes", *more)
+        done = self.bsc("push", str(run.folder.resolve()), REPO, *flags)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip().rpartition("@")[2]
+
+    @property
+    def files(self) -> Files:
+        repo = self.state.repos[REPO]
+        return repo.commits[repo.head]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubState, Commands]]:
+    state = HubState({})
+    with serve(state) as endpoint:
+        commands = Commands(hub_environment(endpoint, tmp_path_factory.mktemp("hf")))
+        yield state, commands
+        commands.process.communicate()
+
+
+@pytest.fixture
+def hub(served: tuple[HubState, Commands], tmp_path: Path) -> Hub:
+    """Empty, but for what earlier tests left in the cache of its client."""
+    state, commands = served
+    state.__init__({})  # type: ignore[misc] # the server keeps this object
+    return Hub(state, commands, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def pushed(
+    evaluated: Run, served: tuple[HubState, Commands], tmp_path_factory: pytest.TempPathFactory
+) -> Files:
+    """What a push of two coders leaves in a repository."""
+    state, commands = served
+    before, state.repos = state.repos, {}
+    one = Hub(state, commands, tmp_path_factory.mktemp("pushed"))
+    one.push(evaluated, "--coders", "*-k8-*", "--also", "sparsify,sparsify-binary")
+    files, state.repos = one.files, before
+    return files
+
+
+def one_commit(files: Files) -> HubRepository:
+    """Of files; the commit is theirs, since the client's cache lasts for all tests."""
+    digest = hashlib.sha1(b"".join(name.encode() + raw for name, raw in sorted(files.items())))
+    return HubRepository({digest.hexdigest(): files})
+
+
+def with_list(files: Files, change: Callable[[dict[str, Any]], None]) -> Files:
+    """The files with another list of them, whose hash is right."""
+    listed = json.loads(files["bsc.json"])
+    change(listed)
+    return files | {"bsc.json": sealed({n: v for n, v in listed.items() if n != "xxh3_128"})}
+
+
+def test_a_run_comes_back_as_it_left(evaluated: Run, hub: Hub) -> None:
+    commit = hub.push(evaluated)
+    assert len(hub.state.repos[REPO].commits) == 2, "everything is in one commit"
+    done = hub.bsc("pull", f"{REPO}@{commit}", "--out", "theirs")
+    assert done.returncode == 0, done.stderr
+    theirs = Run.open(hub.folder / "theirs")
+    assert theirs.coder_names() == evaluated.coder_names()
+    for name in theirs.coder_names():
+        a, b = evaluated.coder(name), theirs.coder(name)
+        assert a.config == b.config
+        assert all(torch.equal(a.tensors[n], b.tensors[n]) for n in a.tensors)
+    assert read_evaluation(theirs).coders == read_evaluation(evaluated).coders
+    assert list(theirs.metrics()) == list(evaluated.metrics())
+    pulled = theirs.config().pulled
+    assert pulled is not None and (pulled.repository, pulled.commit) == (REPO, commit)
+    assert not list(hub.folder.glob(".*.partial"))
+    assert "coders on" in render_report([theirs, evaluated])
+    compared = hub.bsc("compare", "theirs", str(evaluated.folder))
+    assert compared.returncode == 0, compared.stderr
+    hub.refused("checkpoints are not published", "train", "--resume", "theirs", "--tokens", "20k")
+    hub.refused("this folder is not empty", "pull", REPO, "--out", "theirs")
+
+
+def test_nothing_of_this_machine_or_of_the_corpus_leaves(
+    evaluated: Run, store_path: Path, pushed: Files
+) -> None:
+    shown = json.loads((evaluated.eval_folder / "examples.json").read_text())["coders"]
+    pieces = [
+        "".join(piece for piece, *_ in context["text"])
+        for latents in shown.values() for latent in latents for context in latent["contexts"]
+    ]  # fmt: skip
+    assert pieces
+    for name, raw in pushed.items():
+        for place in (store_path.parent, evaluated.folder.parent):
+            assert str(place).encode() not in raw, f"{name} says where {place} is"
+        if not name.endswith(".safetensors"):
+            text = raw.decode()
+            assert not any(json.dumps(p)[1:-1] in text for p in pieces if len(p) > 20), name
+    assert not [n for n in pushed if "checkpoint" in n or "codes" in n or "samples" in n]
+
+
+def test_places_lose_all_but_their_last_part() -> None:
+    value = {"a": ["/home/x/acts/", "s3://b/c", "~/m", "../m/n", "C:\\d\\e"], "/x/texts.csv": 1}
+    assert without_places(value) == {"a": ["acts", "c", "m", "n", "e"], "texts.csv": 1}
+    kept = ["hub://o/n", "o/n", "layers.3.mlp", "1/2", "a sentence with a / in it", ""]
+    assert without_places(kept) == kept
+
+
+def test_other_tools_find_their_formats(pushed: Files, store_path: Path, hub: Hub) -> None:
+    folders = {n.rpartition("/")[0] for n in pushed if n.endswith("cfg.json")}
+    assert folders == {"sparsify/layers.2.mlp", "sparsify-binary/layers.2.mlp"}
+    hub.state.repos[REPO] = one_commit(pushed)
+    for folder in sorted(folders):
+        done = hub.bsc(
+            "import", f"hub://{REPO}/{folder}", "--store", str(store_path.resolve()),
+            "--name", folder.partition("/")[0],
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_card_has_figures_licence_and_ways_to_load(pushed: Files, evaluated: Run) -> None:
+    card = pushed["README.md"].decode()
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front)["license"] == "mit"
+    assert yaml.safe_load(front)["library_name"] == "bsc"
+    figures = read_evaluation(evaluated).coders
+    for name in [n for n in figures if "-k8-" in n]:
+        row = next(line for line in body.splitlines() if line.startswith(f"| `{name}`"))
+        assert f"{figures[name].fvu:.4f} (" in row and f"{figures[name].delta_ce:.4f} (" in row
+    assert f"hub://{REPO}/" in body and f"bsc pull {REPO}" in body
+    assert f'load_from_hub("{REPO}", hookpoint="sparsify/layers.2.mlp")' in body
+    assert "SAELens has no top-k transcoder" in body, "what cannot be represented is said"
+    assert "short.jsonl" in body, "which text it was"
+
+
+def test_a_second_push_takes_the_place_of_the_first(evaluated: Run, hub: Hub) -> None:
+    first = hub.push(evaluated)
+    hub.state.repos[REPO].commits[hub.state.repos[REPO].head]["notes.md"] = b"of the user"
+    done = hub.bsc(
+        "push", str(evaluated.folder), REPO, "--license", "mit", "--yes", "--coders", "binary-k8",
+        "--keep-card",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "removed  coders/layers.2.mlp/sae-binary-k4-s0/coder.safetensors" in done.stderr
+    coders = [n for n in hub.files if n.endswith("coder.safetensors")]
+    assert len(coders) == 1 and "binary-k8" in coders[0] and "notes.md" in hub.files
+    assert "all" not in hub.files["README.md"].decode().split("sparse")[0]
+    for revision, n in ((first, len(evaluated.coder_names())), ("main", 1)):
+        assert hub.bsc("pull", f"{REPO}@{revision}", "--out", revision).returncode == 0
+        assert len(Run.open(hub.folder / revision).coder_names()) == n
+
+
+def test_a_coder_is_loaded_by_name_also_without_a_network(pushed: Files, hub: Hub) -> None:
+    hub.state.repos[REPO] = one_commit(pushed)
+    address = f"hub://{REPO}/binary-k8"
+    done = hub.load(address)
+    assert done.returncode == 0 and "binary" in done.stdout, done.stderr
+    pinned = f"hub://{REPO}@{hub.state.repos[REPO].head}/binary-k8"
+    code = "import sys, bsc; [print(bsc.SparseCoder.load(a)) for a in sys.argv[1:]]"
+    offline = hub.python("-c", code, address, pinned, HF_HUB_OFFLINE="1")
+    assert offline.stdout == 2 * done.stdout, offline.stderr
+    for wrong, message in (
+        (f"hub://{REPO}/k8", "2 have it in their names"),
+        (f"hub://{REPO}", "name one of its coders"),
+        (f"hub://{REPO}/binary-k9", "no coder 'binary-k9'"),
+        (f"hub://{REPO}@{'c' * 40}/binary-k8", "no such repository or revision"),
+    ):
+        hub.refused(message, "load", wrong)
+
+
+@pytest.mark.parametrize("broken", ["PUT /lfs/", f"POST /api/models/{REPO}/commit/"])
+def test_a_broken_upload_leaves_nothing_that_pull_takes(
+    broken: str, evaluated: Run, hub: Hub
+) -> None:
+    hub.state.fails = lambda request: request.startswith(broken)
+    command = ("push", str(evaluated.folder), REPO, "--license", "mit", "--yes")
+    hub.refused("run the same command again", *command)
+    hub.refused("no bsc.json here", "pull", REPO)
+    hub.state.fails = lambda request: False
+    assert hub.bsc(*command).returncode == 0
+    assert hub.bsc("pull", REPO).returncode == 0
+
+
+def test_somebody_elses_push_in_between_is_not_overwritten(evaluated: Run, hub: Hub) -> None:
+    hub.push(evaluated)
+    repo = hub.state.repos[REPO]
+
+    def another_commit(request: str) -> bool:
+        if "/preupload/" in request and len(repo.commits) == 2:
+            repo.commits["d" * 40] = dict(repo.commits[repo.head])
+        return False
+
+    hub.state.fails = another_commit
+    command = ("push", str(evaluated.folder), REPO, "--license", "mit", "--yes")
+    hub.refused("cannot be pushed", *command, "--coders", "binary-k8")
+    assert repo.head == "d" * 40
+
+
+def other_coder(files: Files) -> Files:
+    """One coder's files in the folder of the other, listed with their hashes."""
+    a, b = sorted({n.rpartition("/")[0] for n in files if n.endswith("coder.safetensors")})
+    listed = json.loads(files["bsc.json"])["files"]
+    changed = dict(files)
+    for file in ("config.json", "coder.safetensors", "firing.safetensors"):
+        changed[f"{a}/{file}"] = files[f"{b}/{file}"]
+        listed[f"{a}/{file}"] = listed[f"{b}/{file}"]
+    return with_list(changed, lambda one: one.update(files=listed))
+
+
+def flipped(files: Files, name: str) -> Files:
+    raw = bytearray(files[name])
+    raw[-1] ^= 1
+    return files | {name: bytes(raw)}
+
+
+def coder_file(files: Files) -> str:
+    return next(n for n in files if "binary-k8-s0" in n and n.endswith("coder.safetensors"))
+
+
+def claim(files: Files, size: int) -> Files:
+    name = coder_file(files)
+    return with_list(files, lambda one: one["files"][name].update(bytes=size))
+
+
+HOSTILE: dict[str, tuple[Callable[[Files], Files], str]] = {
+    "a file is missing": (
+        lambda f: {n: raw for n, raw in f.items() if n != coder_file(f)}, "not whole"),
+    "a byte is wrong": (lambda f: flipped(f, coder_file(f)), "is not the file that bsc.json lists"),
+    "the list is wrong": (lambda f: flipped(f, "bsc.json"), "cannot be read as JSON"),
+    "a path leads out": (
+        lambda f: with_list(f, lambda one: one["files"].update(
+            {"../../evil.json": {"bytes": 1, "sha256": "0"}})), "which is not fetched"),
+    "a coder leads out": (
+        lambda f: with_list(f, lambda one: one["coders"].update({"x": "../.."})), "lists no"),
+    "sizes are not those": (lambda f: claim(f, 10 << 30), "not whole"),
+    "another coder's files": (other_coder, "is not what config.json says"),
+    "no list": (lambda f: {n: raw for n, raw in f.items() if n != "bsc.json"}, "no bsc.json here"),
+    "another run's coders": (
+        lambda f: with_list(f, lambda one: one["coders"].pop(sorted(one["coders"])[0])),
+        "name other coders"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_repository_is_one_line(what: str, pushed: Files, hub: Hub) -> None:
+    change, message = HOSTILE[what]
+    hub.state.repos[REPO] = one_commit(change(pushed) | {"evil.pt": b"pickle"})
+    hub.refused(message, "pull", REPO)
+    assert not list(hub.folder.glob("runs/*")) and not (hub.folder.parent / "evil.json").exists()
+    assert not any("evil" in r for r in hub.state.requests)
+
+
+def test_ten_gigabytes_of_a_small_coder_are_not_fetched(pushed: Files, hub: Hub) -> None:
+    name = coder_file(pushed)
+    files = {n: raw for n, raw in claim(pushed, 10 << 30).items() if n != name}
+    hub.state.repos[REPO] = one_commit(files)
+    hub.state.claims = [{"rfilename": name, "size": 10 << 30}]
+    hub.refused("claims 10.7 GB", "pull", REPO)
+    hub.refused("claims 10.7 GB", "load", f"hub://{REPO}/binary-k8")
+    assert not any(name in r for r in hub.state.requests)
+
+
+def test_what_cannot_be_pushed_is_one_line(evaluated: Run, hub: Hub) -> None:
+    run = str(evaluated.folder)
+    licence = ("--license", "mit")
+    hub.refused("--license: say under which", "push", run, REPO)
+    hub.refused("--yes uploads without asking", "push", run, REPO, *licence)
+    hub.refused("as the hub spells it", "push", run, REPO, "--license", "My Own!", "--yes")
+    hub.refused("did you mean 'sparsify' or", "push", run, REPO, *licence, "--also", "sparsfy")
+    hub.refused("one coder for each hookpoint", "push", run, REPO, *licence, "--layout", "sparsify")
+    hub.refused("can hold none", "push", run, REPO, *licence, "--also", "circuit-tracer")
+    hub.refused("without a revision or a path", "push", run, f"{REPO}@main", *licence)
+    assert not any(r.startswith("POST") for r in hub.state.requests)
+    hub.state.repos[REPO] = HubRepository(
+        {"f" * 40: {"model.safetensors": b"", "config.json": b""}}
+    )
+    hub.refused("holds other things", "push", run, REPO, *licence, "--yes")
+    hub.state.repos[REPO] = one_commit({".gitattributes": b""})
+    hub.refused("is public already", "push", run, REPO, *licence, "--yes", "--private")
+    del hub.state.repos[REPO]
+    dry = hub.bsc("push", run, REPO, "--dry-run", "--coders", "binary-k8")
+    assert dry.returncode == 0 and "## Figures" in dry.stdout and REPO not in hub.state.repos
+    without = hub.bsc("push", run, REPO, *licence, "--yes", token="")
+    assert without.returncode == 2 and "hf auth login" in without.stderr, without.stderr
+
+
+def test_a_private_repository_without_figures(run: Run, hub: Hub, tmp_path: Path) -> None:
+    copy = Run(Path(shutil.copytree(run.folder, tmp_path / "copy")))
+    name = copy.full_name("sae-binary-k4-s0")
+    coder = copy.coder(name)
+    frozen = SparseCoder(coder.config, coder.tensors, about=coder.about | {"frozen_at_step": 3})
+    frozen.save(copy.coder_folder(name))
+    done = hub.bsc("push", str(copy.folder), REPO, "--license", "mit", "--yes", "--private")
+    assert done.returncode == 0, done.stderr
+    assert hub.state.repos[REPO].private
+    assert "non-finite in training: layers.2.mlp/sae-binary-k4-s0" in done.stderr
+    assert "not evaluated" in done.stderr
+    assert not [n for n in hub.files if "sae-binary" in n or "eval" in n]
+    assert hub.bsc("pull", REPO, "--out", "pulled").returncode == 0
+
+
+def test_the_layout_of_sparsify_has_nothing_but_hookpoints(
+    evaluated: Run, hub: Hub, store_path: Path
+) -> None:
+    hub.push(evaluated, "--layout", "sparsify", "--coders", "skip_transcoder-binary-k8-s0")
+    folders = {n.partition("/")[0] for n in hub.files if "/" in n}
+    assert folders == {"layers.2.mlp"}
+    assert {"cfg.json", "sae.safetensors", "coder.safetensors", "config.json"} <= {
+        n.rpartition("/")[2] for n in hub.files if n.startswith("layers.2.mlp/")
+    }
+    assert hub.bsc("pull", REPO, "--out", "pulled").returncode == 0
+    pulled = Run.open(hub.folder / "pulled")
+    assert read_evaluation(pulled).coders.keys() == set(pulled.coder_names())
+    assert "binary" in hub.load(f"hub://{REPO}/layers.2.mlp").stdout
