@@ -5,7 +5,8 @@
                     k and threshold, scalars
 
 A top-k SAE is its AutoEncoderTopK, one with batch top-k its BatchTopKSAE, whose threshold is
-compared strictly. Its dictionaries subtract b_dec from what they read, so transcoders are none.
+compared strictly. Its dictionaries subtract b_dec from what they read, so transcoders are none. Its
+loader gives the decoder rows of an AutoEncoder (ReLU) length 1, and the codes their lengths.
 """
 
 from __future__ import annotations
@@ -92,6 +93,11 @@ def reference(folder: Path) -> Reference:
     saved = torch.load(folder / "ae.pt", map_location="cpu", weights_only=True)
     t = {n: a.float() for n, a in saved.items()}
     b_dec = t["b_dec"] if "b_dec" in t else t["bias"]
+    if kind == "AutoEncoder":
+        norm = t["decoder.weight"].norm(dim=0)
+        t["decoder.weight"] = t["decoder.weight"] / norm
+        t["encoder.weight"] = t["encoder.weight"] * norm[:, None]
+        t["encoder.bias"] = t["encoder.bias"] * norm
 
     def run(x_Nd: Tensor) -> tuple[Tensor, Tensor]:
         code = linear(x_Nd - b_dec, t["encoder.weight"], t["encoder.bias"]).relu()
@@ -139,6 +145,15 @@ def read(folder: Path) -> Found:
             )
         t["select_threshold"] = linear_threshold(threshold)
     t |= {"W_dec": t["decoder.weight"].T, "b_dec": t["b_dec"] if "b_dec" in t else t["bias"]}
+    if kind == "AutoEncoder":  # as its loader does
+        length = t["W_dec"].norm(dim=1, keepdim=True)
+        if not bool((length > 0).all()):
+            raise UserError(
+                f"{folder}: a decoder row of length 0, which dictionary_learning cannot load."
+            )
+        t["W_dec"] = t["W_dec"] / length
+        t["encoder.weight"] = t["encoder.weight"] * length
+        t["encoder.bias"] = t["encoder.bias"] * length.squeeze(1)
     coder = make_coder(path, t, site="sae", code="continuous", **fields)
     model, hook = trainer.get("lm_name"), trainer.get("submodule_name")
     return Found(

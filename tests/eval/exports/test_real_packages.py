@@ -1,9 +1,10 @@
-"""What is exported is loaded by the packages themselves and gives the same codes and rows."""
+"""What is exported is loaded by the packages themselves, and what they save is imported: both give
+the same codes and rows."""
 
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -13,9 +14,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bsc.eval.exports import circuit_tracer
+from bsc.eval.exports.dictionary_learning import DICTIONARY_LEARNING
+from bsc.eval.exports.saelens import SAELENS
+from bsc.eval.exports.sparsify import SPARSIFY
 from bsc.eval.exports.weights import check_written
+from bsc.train.coders.coder import SparseCoder
 from tests.eval.exports.kinds import HELD, kinds, random_coder, rows
 from tests.eval.exports.test_formats import written
+from tests.hub import hub_environment, serve_hub
 
 PACKAGES = (
     "eai-sparsify==1.3.3", "sae-lens==6.54.12", "dictionary-learning==0.1.0",
@@ -49,14 +56,19 @@ def test_the_packages_themselves_compute_the_same(tmp_path: Path) -> None:
                 cases[case] = format_, config
     save_file({"x": rows()}, work / "rows.safetensors")
     (work / "cases.json").write_text(json.dumps({case: f for case, (f, _) in cases.items()}))
-    environment = os.environ | {
-        "PYTHONPATH": str(peers), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path),
-    }  # fmt: skip
+    alone = tmp_path / "alone"
+    shutil.copytree(work / "sparsify_sae_top-k", alone / "sparsify_sae_top-k")
     script = Path(__file__).with_name("real_packages.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(work)], env=environment, capture_output=True, text=True
-    )
+    with serve_hub({"somebody/coders": work, "else/coders": alone}) as (endpoint, asked):
+        environment = hub_environment(endpoint, tmp_path / "hf")
+        environment |= {"PYTHONPATH": str(peers), "HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, str(script), str(work)], env=environment, capture_output=True,
+            text=True,
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    got = {r.partition("/resolve/")[0] for r in asked if r.startswith("GET")}
+    assert {"GET /somebody/coders", "GET /else/coders"} <= got
     failed = json.loads((work / "failed.json").read_text())
     assert failed == {}, "\n".join(failed.values())
     assert len(cases) == 14
@@ -64,6 +76,23 @@ def test_the_packages_themselves_compute_the_same(tmp_path: Path) -> None:
         found = load_file(work / f"found-{case}.safetensors")
         computed = found["code"], found["y"]
         check_written(random_coder(config), partial(_theirs, computed), rows())
+    own = json.loads((work / "written.json").read_text())
+    assert len(own) == 18
+    for case, format_ in own.items():
+        found = load_file(work / f"found-{case}.safetensors")
+        assert 0 < float((found["code"] != 0).float().mean()) < 0.5, case
+        computed = found["code"], found["y"]
+        check_written(read_folder(work / case, format_), partial(_theirs, computed), rows())
+
+
+def read_folder(folder: Path, format_: str) -> SparseCoder:
+    """What `bsc import` reads."""
+    if format_ == "circuit-tracer":
+        return circuit_tracer.read(folder, 0).coder
+    reader = {
+        "sparsify": SPARSIFY, "saelens": SAELENS, "dictionary-learning": DICTIONARY_LEARNING,
+    }[format_]  # fmt: skip
+    return reader.read(folder).coder
 
 
 def _theirs(computed: tuple[Tensor, Tensor], x_Nd: Tensor) -> tuple[Tensor, Tensor]:
