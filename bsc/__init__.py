@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bsc.eval.config import EvalConfig
     from bsc.eval.evaluate import evaluate
     from bsc.eval.evaluation import read_evaluation
+    from bsc.eval.latent_table import latents
     from bsc.eval.passes import edits
     from bsc.eval.passes.inside import splice
     from bsc.eval.report.report import write_report
@@ -49,6 +50,7 @@ __all__ = [
     "capture",
     "edits",
     "evaluate",
+    "latents",
     "read_evaluation",
     "splice",
     "train_sweep",
@@ -70,6 +72,7 @@ _HOME = {
     "capture": "bsc.cache.capture.capture",
     "edits": "bsc.eval.passes.edits",
     "evaluate": "bsc.eval.evaluate",
+    "latents": "bsc.eval.latent_table",
     "read_evaluation": "bsc.eval.evaluation",
     "splice": "bsc.eval.passes.inside",
     "train_sweep": "bsc.train.trainer",

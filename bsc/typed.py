@@ -31,6 +31,9 @@ class Record(BaseModel):
             raise KeyError(name)
         return getattr(self, name)
 
+    def __str__(self) -> str:
+        return repr(self)
+
     def __contains__(self, name: object) -> bool:
         return name in self.model_fields_set
 

@@ -204,6 +204,12 @@ class CoderFigures(Fidelity, Firing, LossFigures, LatentFigures):
 
     ablation: Ablation | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"<CoderFigures FVU {self.fvu:.4f}, L0 {self.l0:.1f}, delta CE {self.delta_ce:.4f}, "
+            f"{self.dead:,} of {self.latents:,} latents dead>"
+        )
+
 
 class Accuracy(Record):
     """How often a probe is right."""
@@ -292,6 +298,12 @@ class Evaluation(Record):
     versions: dict[str, str]
     device: str
     at: str
+
+    def __repr__(self) -> str:
+        return (
+            f"<Evaluation of {len(self.coders)} coders on {self.held_out_rows:,} held-out rows of "
+            f"{self.documents:,} documents of {self.model['name']}>"
+        )
 
 
 class ShownContext(Record):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
@@ -23,7 +25,15 @@ from bsc.typed import Record
 
 # Control characters of a text must not reach the terminal.
 
-__all__ = ["LatentExamples", "latent_examples", "load_sample", "print_examples"]
+__all__ = [
+    "LatentContext",
+    "LatentExamples",
+    "contexts_of",
+    "held_out_text",
+    "latent_examples",
+    "load_sample",
+    "print_examples",
+]
 
 
 def load_sample(run: Run, coder: str) -> Sample:
@@ -95,26 +105,50 @@ def latent_examples(
     if not 0 <= latent < n_latents:
         raise UserError(f"{name}: no latent {latent}; they are 0 to {n_latents - 1}.")
     own = drawn.of(latent, None if part == "all" else part)
-    opened = open_store(run, store)
-    tokenizer = load_tokenizer(
-        model or str(opened.attributes["model"]["name"]), opened.attributes["model"]["revision"]
-    )
-    split_text = SplitText(opened.held_out, tokenizer)
+    split_text = held_out_text(run, store, model)
     codes = Codes(Pieces(EvaluationFolder(run).codes(name)), np.zeros(n_latents, np.int64))
     firing = codes.of(latent)
-    contexts: list[LatentContext] = []
-    for stratum in sorted(set(own.stratum.tolist()), reverse=True):
-        contexts += [
-            LatentContext(
-                stratum=int(stratum),
-                part=PARTS[own.part[i]],
-                row=int(own.row[i]),
-                margin=float(own.margin[i]),
-                text=split_text.marked(int(own.row[i]), *firing),
-            )
-            for i in np.flatnonzero(own.stratum == stratum)[:per_stratum]
-        ]
+    contexts = contexts_of(own, per_stratum, split_text, firing)
     return LatentExamples(coder=name, latent=latent, firings=len(firing[0]), contexts=contexts)
+
+
+def held_out_text(run: Run, store: str | Path | None, model: str | None) -> SplitText:
+    """The text of the held-out rows of a run's store.
+
+    Raises:
+        UserError: the store or the tokenizer is not there.
+    """
+    opened = open_store(run, store)
+    saved = opened.attributes["model"]
+    tokenizer = load_tokenizer(model or str(saved["name"]), saved["revision"])
+    return SplitText(opened.held_out, tokenizer)
+
+
+def contexts_of(
+    own: Sample,
+    per_stratum: int,
+    split_text: SplitText,
+    firing: tuple[NDArray[Any], NDArray[np.float32]],
+) -> list[LatentContext]:
+    """Contexts of a latent, the strongest tenth of its firings first.
+
+    Args:
+        own: drawn firings of the latent.
+        per_stratum: contexts of each tenth at most.
+        split_text: the text of the held-out rows.
+        firing: rows and margins of all its firings.
+    """
+    return [
+        LatentContext(
+            stratum=int(stratum),
+            part=PARTS[own.part[i]],
+            row=int(own.row[i]),
+            margin=float(own.margin[i]),
+            text=split_text.marked(int(own.row[i]), *firing),
+        )
+        for stratum in sorted(set(own.stratum.tolist()), reverse=True)
+        for i in np.flatnonzero(own.stratum == stratum)[:per_stratum]
+    ]
 
 
 def print_examples(found: LatentExamples) -> None:

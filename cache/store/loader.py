@@ -28,10 +28,17 @@ from bsc.cache.store.split import StoreSplit
 from bsc.errors import ConfigError
 from bsc.prefetch import prefetched
 
-__all__ = ["SHARDS_AT_ONCE", "START", "Cursor", "Group", "Loader"]
+__all__ = ["SHARDS_AT_ONCE", "START", "Cursor", "Group", "Loader", "shard_order"]
 
 SHARDS_AT_ONCE = 4
 _POLL_SECONDS = 0.1
+
+
+def shard_order(seed: int, epoch: int, shards: int) -> list[int]:
+    """The order of all shards in an epoch."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    order: list[int] = rng.permutation(shards).tolist()
+    return order
 
 
 class Cursor(NamedTuple):
@@ -75,6 +82,8 @@ class Loader:
         pinned: bool = False,
         ahead: int = 0,
         drop_last: bool = True,
+        shards: Collection[int] | None = None,
+        shuffle: bool = True,
     ) -> None:
         """Prepare to read; opens no shard.
 
@@ -89,6 +98,8 @@ class Loader:
             ahead: batches that a thread gathers before they are asked for.
             drop_last: whether the rows of an epoch that fill no batch are left out; otherwise they
                 come as a smaller batch.
+            shards: those that are read; None: all.
+            shuffle: whether shards and rows come in random order, or as they are stored.
 
         Raises:
             ConfigError: the split has fewer rows than a batch.
@@ -100,7 +111,8 @@ class Loader:
             )
         self.split, self.names, self.batch_rows = split, names, batch_rows
         self.seed, self.shards_at_once, self.drop_last = seed, shards_at_once, drop_last
-        self.ahead = ahead
+        self.ahead, self.shuffle = ahead, shuffle
+        self.shards = None if shards is None else frozenset(shards)
         self.cursor = START
         """After the last batch that was given."""
         self.waited = 0.0
@@ -139,6 +151,10 @@ class Loader:
                 )
             epoch, group, row = epoch + 1, 0, 0
 
+    def epoch_batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The batches of one epoch, as `batches` gives them; none where there are no rows."""
+        yield from self._given(self._batches(self._epoch(epoch, 0), epoch, 0))
+
     def ring_batches(
         self, ring: RingReader, ended: Callable[[], bool]
     ) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -167,8 +183,11 @@ class Loader:
 
     def _epoch(self, epoch: int, first: int) -> Iterator[tuple[int, list[int]]]:
         """The groups of an epoch: number and shards."""
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        order = rng.permutation(self.split.shards).tolist()
+        order = list(range(self.split.shards))
+        if self.shuffle:
+            order = shard_order(self.seed, epoch, self.split.shards)
+        if self.shards is not None:
+            order = [shard for shard in order if shard in self.shards]
         size = self.shards_at_once
         for group in range(first, -(-len(order) // size)):
             yield group, order[group * size : (group + 1) * size]
@@ -211,7 +230,9 @@ class Loader:
         # Counted from 1: the epoch's own order is drawn with counter 0.
         philox = np.random.Philox(key=[self.seed, epoch], counter=[0, 0, 0, number + 1])
         n = len(shards) * self.split.grid.shard_rows
-        order = np.random.Generator(philox).permutation(n).astype(np.int32)
+        order = np.arange(n, dtype=np.int32)
+        if self.shuffle:
+            order = np.random.Generator(philox).permutation(n).astype(np.int32)
         masks = [kept_rows(self.split, shard, self.names, self._without) for shard in shards]
         if masks[0] is not None:
             kept = np.concatenate([m for m in masks if m is not None])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from bsc.cache.store.manifest import parse_array_json, read_json
 from bsc.cache.store.shard import decode_shard, map_shard
 from bsc.cache.store.shard_rows import MappedTensor, QuantisedRows, ShardRows
 from bsc.errors import StoreError, nearest
+
+if TYPE_CHECKING:
+    from bsc.cache.store.dataset import RowDataset
 
 __all__ = ["Moments", "StoreSplit"]
 
@@ -75,11 +78,18 @@ class StoreSplit:
         Raises:
             StoreError: the metadata is missing, damaged, or not that of a store of this version.
         """
-        self.folder, self.split, self.codec = folder, split, codec
+        self.folder, self.split, self.codec, self.check = folder, split, codec, check
         self.specs = array_specs(hookpoints, split, codec)
         self._checks = ShardChecks(folder, split) if check else None
         self._map = lru_cache(maxsize=_MAPPED)(self._map_uncached)
         self.refresh()
+
+    def __repr__(self) -> str:
+        arrays = ", ".join(n for n, spec in self.specs.items() if spec.width is not None)
+        return (
+            f"<StoreSplit {self.split!r} of {self.where}: {self.rows:,} rows in {self.shards} "
+            f"shards; {arrays}>"
+        )
 
     def refresh(self) -> None:
         """Read again how many rows are committed, while a capture writes the store.
@@ -230,6 +240,31 @@ class StoreSplit:
             for start in range(0, self.grid.shard_rows, rows):
                 stop = min(start + rows, self.grid.shard_rows)
                 yield tuple(part.part(start, stop) for part in parts)
+
+    def dataset(
+        self,
+        hookpoint: str,
+        *,
+        batch_rows: int,
+        sides: Sequence[str] = ("input", "output"),
+        **more: Any,
+    ) -> RowDataset:
+        """Rows of a hookpoint as a dataset of torch, an epoch at each iteration.
+
+        Args:
+            hookpoint: of the store, for example ``"layers.3.mlp"``.
+            batch_rows: rows in a batch, which is a tuple of one bfloat16 tensor for each side.
+            sides: ``"input"``, ``"output"`` or both.
+            more: as for `bsc.cache.store.dataset.RowDataset`: shuffle, seed, rank and others.
+
+        Raises:
+            StoreError: there is no such hookpoint.
+            ConfigError: the split cannot be read like this.
+        """
+        from bsc.cache.store.dataset import RowDataset
+
+        names = [f"{hookpoint}/{side}" for side in sides]
+        return RowDataset(self, names, batch_rows=batch_rows, **more)
 
     def tokens(self, name: str) -> NDArray[Any]:
         """A whole token array, for example ``"token_id"``: 4 bytes a row in memory, or 8."""

@@ -155,6 +155,7 @@ def test_another_architecture_and_a_module_that_is_not_there() -> None:
         pass
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_code_in_the_docs_runs(
     evaluated: Run, store_path: Path, tiny_model: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

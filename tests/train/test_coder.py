@@ -161,3 +161,22 @@ def test_a_coder_of_version_1_has_no_hash_and_still_loads(tmp_path: Path) -> Non
 def test_impossible_coders_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_coder(**fields)
+
+
+@pytest.mark.filterwarnings("ignore:.*Sparse")
+@pytest.mark.parametrize("code", ["binary", "continuous"])
+def test_a_code_as_a_matrix(code: str) -> None:
+    coder = make_coder(site="sae", code=code)
+    coder.b_enc.sub_(4.0)  # so that some selected latents are off
+    x = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(1))
+    encoded = coder.encode(x)
+    matrix = coder.csr(encoded)
+    dense = torch.zeros(20, 12).scatter(1, encoded.latent.view(20, 3), encoded.value.view(20, 3))
+    assert matrix.shape == (20, 12) and matrix.nnz == int((dense != 0).sum()) < 60
+    assert (matrix.toarray() == dense.numpy()).all()
+    as_torch = torch.sparse_csr_tensor(
+        torch.from_numpy(matrix.indptr), torch.from_numpy(matrix.indices),
+        torch.from_numpy(matrix.data), matrix.shape,
+    )  # fmt: skip
+    summed = (as_torch @ coder.W_dec).view(4, 5, 6)
+    torch.testing.assert_close(summed, coder.latent_sum(encoded))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +34,9 @@ from bsc.train.coders import kernels
 from bsc.train.coders.config import CoderConfig
 from bsc.train.coders.kernels import Entries
 from bsc.train.coders.select import code_values, select_dense
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 __all__ = ["CODER_VERSION", "Code", "SparseCoder", "latent_thresholds", "parameter_shapes"]
 
@@ -214,6 +217,26 @@ class SparseCoder:
         margin = margins.gather(1, latent)
         value = code_values(self.config, latent, margin).masked_fill(ranked == -torch.inf, 0)
         return Code(latent, value, margin)
+
+    def csr(self, code: Code) -> csr_array:
+        """A code as a matrix (rows, F) of scipy, float32, with nothing where a latent is off.
+
+        Leading shapes become one: a code of (batch, sequence, k) has batch times sequence rows.
+        `torch.sparse_csr_tensor(m.indptr, m.indices, m.data, m.shape)` is the same in torch.
+        """
+        from scipy.sparse import csr_array
+
+        latent = code.latent.reshape(-1, code.latent.shape[-1])
+        value = code.value.detach().reshape(latent.shape)
+        on = value != 0
+        row_ends = torch.zeros(len(latent) + 1, dtype=torch.int64)
+        row_ends[1:] = on.sum(dim=1).cumsum(0)
+        matrix = csr_array(
+            (value[on].float().cpu().numpy(), latent[on].cpu().numpy(), row_ends.numpy()),
+            shape=(len(latent), self.config.n_latents),
+        )
+        matrix.sort_indices()
+        return matrix
 
     def skip(self, x: Tensor) -> Tensor:
         """What the coder gives with every latent off, (..., d_out): b_dec, and x W_skip^T if

@@ -105,6 +105,11 @@ class CoderModule(nn.Module):
             self.register_parameter(name, nn.Parameter(value))
         self.to(device)
 
+    def extra_repr(self) -> str:
+        """What it is, for `print`."""
+        c = self.config
+        return f"{c.code} {c.site}, {c.select}, k={c.k}, surrogate={self.surrogate}"
+
     def coder(self) -> SparseCoder:
         """The coder as its parameters stand, its tensors copied."""
         tensors = {n: t.detach().clone() for n, t in self.state_dict().items()}
