@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jinja2
 import yaml
 
-from bsc.eval.exports.publish import Published, without_places
+from bsc.eval.exports.publish import Published
 from bsc.formats import interval, percent, printable
 from bsc.train.coders.config import CoderConfig
 from bsc.train.run_config import RunConfig
 
-__all__ = ["Tool", "model_card", "text_facts"]
+__all__ = ["Tool", "model_card"]
 
 _SHOWN = 100
 """Coders in the table."""
@@ -56,18 +56,6 @@ class Tool(NamedTuple):
     """Where they are in its format, if they were written in it."""
     place: str = ""
     """Of the first of them."""
-
-
-def text_facts(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """What a store knows of its text."""
-    capture = without_places(provenance["capture"])
-    facts = {name.replace("_", " "): value for name, value in capture["text"].items()}
-    facts["held out share"] = facts.pop("held out", 0)
-    facts["tokens of a context"] = capture["context"]
-    return {
-        name: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        for name, value in facts.items()
-    }
 
 
 def model_card(

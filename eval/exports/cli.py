@@ -37,7 +37,11 @@ def export(
         Path | None,
         flag("For neuronpedia: RUN/interp/<judge>/latents.jsonl.", default="none"),
     ] = None,
-    creator: Annotated[str, flag("For neuronpedia: who publishes it.")] = "bsc",
+    creator: Annotated[str, flag("For neuronpedia: user there who publishes it.")] = "bsc",
+    hub: Annotated[
+        str | None,
+        flag("For neuronpedia: owner/name where `bsc push` put the run.", default="no links"),
+    ] = None,
     store: StoreNow = None,
     model: ModelNow = None,
 ) -> None:
@@ -67,17 +71,18 @@ def export(
             f"--format {format_} writes what one coder does, as it is: name one, without "
             f"--unit-rows. {len(names)} fit: {', '.join(names)}."
         )
-    _write_firings(opened, names[0], out, format_, explanations, creator, store, model)
+    _write_firings(opened, names[0], out, format_, explanations, creator, hub, store, model)
 
 
 def _write_firings(
     run: object, name: str, out: Path, format_: str, explanations: Path | None, creator: str,
-    store: str | None, model: str | None,
+    hub: str | None, store: str | None, model: str | None,
 ) -> None:  # fmt: skip
     from bsc.eval.exports.delphi import write_delphi_cache
     from bsc.eval.exports.neuronpedia import write_neuronpedia
     from bsc.eval.interp.config import InterpConfig
     from bsc.eval.interp.material import Materials
+    from bsc.hub import parse_address
     from bsc.train.run import Run
 
     assert isinstance(run, Run)
@@ -87,8 +92,9 @@ def _write_firings(
         written = write_delphi_cache(materials, material, out)
     else:
         written = write_neuronpedia(
-            materials, material, out, creator=creator, explanations=explanations
-        )
+            materials, material, out, creator=creator, explanations=explanations,
+            repository=parse_address(hub).repo if hub else None, model=model,
+        )  # fmt: skip
     typer.echo(str(written))
 
 

@@ -8,7 +8,7 @@ sampled firings stay, and text of the corpus goes only where it is asked for.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from bsc.train.run import Run
 from bsc.train.run_config import RunConfig
 from bsc.typed import parse_typed, write_typed
 
-__all__ = ["Published", "publish", "without_places"]
+__all__ = ["Published", "publish", "text_facts", "without_places"]
 
 _PLACE = re.compile(r"(~?/|\.\.?/|[A-Za-z]:[\\/]|\\\\|[a-z][a-z0-9+.-]*://)\S[^\n]*")
 
@@ -52,6 +52,18 @@ def without_places(value: Any) -> Any:
     if isinstance(value, str) and _PLACE.fullmatch(value) and not value.startswith(SCHEME):
         return re.split(r"[\\/]+", value.rstrip("\\/"))[-1]
     return value
+
+
+def text_facts(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """What a store knows of its text."""
+    capture = without_places(provenance["capture"])
+    facts = {name.replace("_", " "): value for name, value in capture["text"].items()}
+    facts["held out share"] = facts.pop("held out", 0)
+    facts["tokens of a context"] = capture["context"]
+    return {
+        name: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in facts.items()
+    }
 
 
 def publish(run: Run, names: Sequence[str], folder: Path, *, examples: bool) -> Published:

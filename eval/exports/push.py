@@ -23,9 +23,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from bsc.errors import StoreError, UserError, nearest
-from bsc.eval.exports.card import Tool, model_card, text_facts
+from bsc.eval.exports.card import Tool, model_card
 from bsc.eval.exports.export import WEIGHT_FORMATS, chosen_coders, export_coders, refusals
-from bsc.eval.exports.publish import Published, publish
+from bsc.eval.exports.publish import Published, publish, text_facts
 from bsc.eval.passes.setting import open_store
 from bsc.hub import (
     HubAddress,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -291,12 +292,31 @@ def test_the_cache_is_written_in_parts_without_empty_ones(
     assert len(list((tmp_path / "parts").rglob("*.safetensors"))) > 3
 
 
+COLUMNS = {
+    "model": ("id creatorId layers neuronsPerLayer owner", "displayNameShort displayName instruct "
+              "createdAt"),
+    "release": ("name description creatorName creatorId", "descriptionShort urls creatorNameShort "
+                "createdAt"),
+    "sourceset": ("modelId name description creatorName creatorId", "releaseName visibility type "
+                  "urls createdAt"),
+    "source": ("id modelId setName creatorId", "visibility num_prompts num_tokens_in_prompt "
+               "dataset hfRepoId hfFolderId createdAt"),
+    "features": ("modelId layer index", "sourceSetName maxActApprox frac_nonzero hasVector vector "
+                 "hookName neg_str neg_values pos_str pos_values creatorId createdAt"),
+    "activations": ("id modelId layer index tokens values maxValue maxValueTokenIndex minValue "
+                    "creatorId", "binMin binMax binContains qualifyingTokenIndex dfaValues "
+                    "lossValues createdAt"),
+    "explanations": ("id modelId layer index description authorId", "notes createdAt"),
+}  # fmt: skip
+"""Of Neuronpedia's tables: columns without a default, and others of theirs that are written."""
+
+
 def test_neuronpedias_lines(scored: tuple[Run, Scripted], tmp_path: Path) -> None:
     run, _ = scored
     name = run.coder_names()[0]
     explained = run.interp_folder / "simulated-loopback" / "latents.jsonl"
     main_ok("export", run.folder, name, "--format", "neuronpedia", "--out", tmp_path / "out",
-            "--explanations", explained)  # fmt: skip
+            "--explanations", explained, "--creator", "me", "--hub", "me/coders")  # fmt: skip
     (source,) = (tmp_path / "out").glob("*/*")
     lines = {
         kind: [
@@ -304,6 +324,19 @@ def test_neuronpedias_lines(scored: tuple[Run, Scripted], tmp_path: Path) -> Non
             for x in gzip.decompress((source / kind / "batch-0.jsonl.gz").read_bytes()).splitlines()
         ]
         for kind in ("features", "activations", "explanations")
+    }
+    for kind in ("model", "release", "sourceset", "source"):
+        lines[kind] = [json.loads((source / f"{kind}.jsonl").read_text())]
+    for kind, (required, others) in COLUMNS.items():
+        for line in lines[kind]:
+            assert set(required.split()) <= set(line) <= {*required.split(), *others.split()}, kind
+            assert all(line[name] not in (None, "") for name in required.split())
+            assert line.get("creatorId", "me") == "me" == line.get("authorId", "me")
+    (model,), (of_hub,) = lines["model"], lines["source"]
+    assert re.fullmatch("[a-z0-9_-]+", model["id"]) and model["layers"] == 3
+    assert (of_hub["hfRepoId"], of_hub["hfFolderId"]) == ("me/coders", f"coders/{name}")
+    assert {json.loads(one["notes"])["by"] for one in lines["explanations"]} == {
+        "simulated-loopback"
     }
     assert len(lines["features"]) == 64
     assert [f["index"] for f in lines["features"]] == [str(i) for i in range(64)]
