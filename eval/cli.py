@@ -92,18 +92,25 @@ def compare(
         Path,
         typer.Argument(help="Folder of another one; or the same, for its coders of several seeds."),
     ],
+    pair: Annotated[
+        list[str] | None,
+        flag(
+            "Coders to compare, FIRST=SECOND, by names or parts of them; several times.",
+            default="those of one name, or alike but for the seed",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare the coders of two runs: figures paired by document, and latents matched.
 
-    Coders of one name are a pair. "Latents alike" is the mean cosine of matched decoder rows.
+    "Latents alike" is the mean cosine of matched decoder rows.
     """
     from bsc.eval.compare import compare_runs
     from bsc.eval.figures_table import comparison_table
     from bsc.files import canonical_json
     from bsc.train.run import Run
 
-    result = compare_runs(Run.open(first), Run.open(second))
+    result = compare_runs(Run.open(first), Run.open(second), pair or ())
     if as_json:
         typer.echo(canonical_json(result.to_json()), nl=False)
     else:

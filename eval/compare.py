@@ -9,6 +9,7 @@ only where there are enough seeds for one.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,31 +120,38 @@ class _Side(NamedTuple):
     arrays: dict[str, NDArray[Any]]
 
 
-def compare_runs(first: Run, second: Run) -> Comparison:
+def compare_runs(first: Run, second: Run, pairs: Sequence[str] = ()) -> Comparison:
     """Differences of the second run's coders from the first's.
 
     Args:
         first: an evaluated run.
         second: another, or the same: then its coders that differ in the seed are compared.
+        pairs: coders that are compared, as ``"first=second"`` with names or parts of them; none:
+            those of one name, or alike but for their seed.
 
     Raises:
         UserError: a run is not evaluated, or no coders of the two can be compared.
     """
     a, b = (_Side(run, EvaluationFolder(run).read(), _documents(run)) for run in (first, second))
-    pairs = [
+    asked = [_named_pair(first, second, pair) for pair in pairs]
+    for x, y in asked:
+        for side, name in ((a, x), (b, y)):
+            if name not in side.evaluation.coders:
+                raise UserError(f"{side.run.folder}: {name} turned non-finite: it has no figures.")
+    found = [
         (x, y)
-        for x, y in _pairs(first, second)
+        for x, y in asked or _pairs(first, second)
         if x in a.evaluation.coders and y in b.evaluation.coders
     ]
-    if not pairs and first.folder.resolve() == second.folder.resolve():
+    if not found and first.folder.resolve() == second.folder.resolve():
         raise UserError(
             f"{first.folder}: a run beside itself: its coders that differ in the seed alone are "
             f"compared, and it has none. Train with --seed 0 --seed 1, or name another run."
         )
-    if not pairs:
+    if not found:
         raise UserError(
             f"{first.folder} and {second.folder} have no coders to compare: none share a name, and "
-            f"none differ in their seed alone."
+            f"none differ in their seed alone. --pair FIRST=SECOND names two."
         )
     with expected_form(
         f"documents.safetensors of {first.folder} or {second.folder}",
@@ -154,15 +162,34 @@ def compare_runs(first: Run, second: Run) -> Comparison:
         same_contexts = same_store and np.array_equal(*predicted)
         coders = [
             _compared(a, x, b, y, same_store=same_store, same_contexts=same_contexts)
-            for x, y in pairs
+            for x, y in found
         ]
     return Comparison(
         first=str(first.folder),
         second=str(second.folder),
         paired=same_contexts,
         coders=coders,
-        means=_means(first, second, coders),
+        means=[] if asked else _means(first, second, coders),
     )
+
+
+def _named_pair(first: Run, second: Run, pair: str) -> tuple[str, str]:
+    """Names of two coders from FIRST=SECOND.
+
+    Raises:
+        UserError: it is no pair, a name is not that of one coder, or they belong elsewhere.
+    """
+    names = pair.split("=")
+    if len(names) != 2 or not all(names):
+        raise UserError(f"--pair {pair}: should be FIRST=SECOND, a coder of each run.")
+    x, y = first.full_name(names[0]), second.full_name(names[1])
+    hooks = first.config().coder(x).hookpoint, second.config().coder(y).hookpoint
+    if hooks[0] != hooks[1]:
+        raise UserError(
+            f"--pair {pair}: {x} is of {hooks[0]} and {y} of {hooks[1]}, so their figures are of "
+            f"other rows."
+        )
+    return x, y
 
 
 def _compared(

@@ -124,8 +124,8 @@ def _first_training_row(store: ActivationStore, hook: str) -> int:
 def _check_room(setting: Setting, rows: int) -> None:
     """See that the codes fit on the disk before they are made."""
     needed = sum(
-        rows * c.config.k * (8 + (4 if c.config.n_latents > 1 << 16 else 2))
-        for c in setting.coders.values()
+        int(rows * _on(setting, name) * (8 + (4 if c.config.n_latents > 1 << 16 else 2)))
+        for name, c in setting.coders.items()
     )
     folder = EvaluationFolder(setting.run).path
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,6 +137,16 @@ def _check_room(setting: Setting, rows: int) -> None:
             f"{format_bytes(needed)}, but {format_bytes(free + there)} are free. Evaluate on fewer "
             f"rows with --rows."
         )
+
+
+def _on(setting: Setting, name: str) -> float:
+    """Latents per row that are selected: k, or what thresholds let through of some rows."""
+    coder = setting.coders[name]
+    if coder.config.select != "batch_topk":
+        return coder.config.k
+    array = f"{setting.hookpoint(name)}/{coder.config.side}"
+    (x,) = next(setting.split.batches((array,), 1024))
+    return float((coder.encode(x.to(coder.W_enc.device)).value != 0).sum() / len(x))
 
 
 def _coder_hash(run: Run, name: str) -> str:

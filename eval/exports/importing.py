@@ -6,10 +6,11 @@ computes here has to be what the other tool's formula makes of the same file.
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,7 +95,16 @@ def import_coders(
         )
     opened = ActivationStore(store)
     opened.held_out  # noqa: B018 - raises, with what to do, where there are none
-    coders: dict[str, tuple[RunCoder, SparseCoder]] = {}
+    found = _coders(sources, opened, format_, hookpoint, same_model=same_model)
+    return _write(Run(Path(runs) / name), found, opened)
+
+
+def _coders(
+    sources: Sequence[str | Path], opened: ActivationStore, format_: str, hookpoint: str | None, *,
+    same_model: bool,
+) -> Iterator[SparseCoder]:  # fmt: skip
+    """The coders of all sources, one at a time, each checked, with what is known of it."""
+    taken: set[str] = set()
     for source in sources:
         on_hub = fetch(str(source)) if str(source).startswith(SCHEME) else None
         for one in _read(on_hub.folder if on_hub else Path(source), format_, str(source)):
@@ -113,7 +123,8 @@ def import_coders(
                     f"{one.folder}: what was read does not compute the same as {one.format_}: "
                     f"{error}. Please report it."
                 ) from None
-            label = _label(one, hook, coders)
+            label = _label(one, hook, taken)
+            taken.add(label)
             about: dict[str, Any] = {
                 "name": label, "hookpoint": hook, "model": opened.attributes["model"]["name"],
                 **dict.fromkeys(_TRAINING),
@@ -125,9 +136,7 @@ def import_coders(
                     "checked": asdict(checked),
                 },
             }  # fmt: skip
-            planned = RunCoder(name=label, hookpoint=hook, coder=coder.config)
-            coders[label] = planned, SparseCoder(coder.config, coder.tensors, about=about)
-    return _write(Run(Path(runs) / name), coders, opened)
+            yield SparseCoder(coder.config, coder.tensors, about=about)
 
 
 def _read(source: Path, format_: str, named: str) -> Iterator[_Read]:
@@ -223,7 +232,7 @@ def _check_widths(one: _Read, store: ActivationStore, hook: str) -> None:
         )
 
 
-def _label(one: _Read, hook: str, taken: dict[str, Any]) -> str:
+def _label(one: _Read, hook: str, taken: set[str]) -> str:
     place = one.folder if one.folder.name != hook else one.folder.parent
     plain = _NAME.sub("-", place.name).strip("-.") or one.format_
     label, number = f"{hook}/{one.format_}-{plain}", 2
@@ -232,30 +241,45 @@ def _label(one: _Read, hook: str, taken: dict[str, Any]) -> str:
     return label
 
 
-def _write(
-    run: Run, coders: dict[str, tuple[RunCoder, SparseCoder]], store: ActivationStore
-) -> Run:
+def _write(run: Run, coders: Iterator[SparseCoder], store: ActivationStore) -> Run:
+    """Save coders as they come; the config last, without which it is no run."""
     check_new_folder(run.folder, "run")
+    first = next(coders, None)  # before anything is made: most mistakes are of every coder
+    if first is None:
+        raise UserError("an import needs at least one source.")
+    made = [f for f in (run.folder, run.folder.parent) if not f.exists()]
     run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with claim(run.folder):  # which nobody else has begun to fill
+            try:
+                planned = []
+                for coder in itertools.chain([first], coders):
+                    name, hook = coder.about["name"], coder.about["hookpoint"]
+                    coder.save(run.coder_folder(name))
+                    planned.append(RunCoder(name=name, hookpoint=hook, coder=coder.config))
+                write_atomically(run.metrics_path, "")
+                write_typed(run.config_path, _config(run, planned, store))
+            except BaseException:
+                shutil.rmtree(run.folder / "coders", ignore_errors=True)
+                run.metrics_path.unlink(missing_ok=True)
+                raise
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # not empty: somebody else's
+                folder.rmdir()
+        raise
+    return run
+
+
+def _config(run: Run, coders: list[RunCoder], store: ActivationStore) -> RunConfig:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     address = store.folder.address
-    config = RunConfig(
+    return RunConfig(
         version=RUN_VERSION, name=run.folder.name,
         store=address if "://" in address else str(Path(address).resolve()),
         store_id=store.store_id, model=store.attributes["model"], rows=store.train.rows, steps=None,
         batch_rows=None, micro_rows=None, seed=None, normalise=None, without_tokens=[],
         dead_after=None, log_every=None, device=None, rank=0, world=1, assigned={}, config=None,
-        coders=[planned for planned, _ in coders.values()], versions=versions(), started_at=now,
+        coders=list(coders), versions=versions(), started_at=now,
         completed=Completed(at=now, seconds=0.0, rows=0), imported=True,
     )  # fmt: skip
-    with claim(run.folder):  # which nobody else has begun to fill
-        try:
-            for name, (_, coder) in coders.items():
-                coder.save(run.coder_folder(name))
-            write_atomically(run.metrics_path, "")
-            write_typed(run.config_path, config)
-        except BaseException:
-            shutil.rmtree(run.folder / "coders", ignore_errors=True)
-            run.metrics_path.unlink(missing_ok=True)
-            raise
-    return run

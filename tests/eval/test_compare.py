@@ -86,3 +86,28 @@ def test_on_the_command_line(
 def test_a_run_that_is_not_evaluated_says_what_to_do(run: Run, evaluated: Run) -> None:
     with pytest.raises(StoreError, match=f"bsc eval {run.folder}"):
         compare_runs(evaluated, run)
+
+
+def test_any_two_coders_of_a_hookpoint_are_a_pair(
+    evaluated: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = (evaluated.full_name(f"skip_transcoder-{c}-k8") for c in ("binary", "continuous"))
+    found = compare_runs(
+        evaluated, evaluated, ["skip_transcoder-binary-k8=transcoder-continuous-k8"]
+    )
+    (entry,) = found["coders"]
+    assert (entry["first"], entry["second"]) == (a, b)
+    figures = raw(evaluated.eval_path)["coders"]
+    assert entry["fvu"]["difference"] == figures[b]["fvu"] - figures[a]["fvu"]
+    assert entry["fvu"]["interval"] and found["means"] == []
+    for pair, message in (
+        ("k8", "should be FIRST=SECOND"),
+        ("binary-k8=binary-k9", "no coder 'binary-k9'"),
+        ("k8=binary-k8", "is not one coder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare_runs(evaluated, evaluated, [pair])
+    folder = str(evaluated.folder)
+    with pytest.raises(SystemExit) as done:
+        main(["compare", folder, folder, "--pair", f"{a}={b}"])
+    assert not done.value.code and f"{a} -> {b}" in capsys.readouterr().out

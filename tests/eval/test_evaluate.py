@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from bsc.eval.passes.setting import matching_model, open_setting
 from bsc.eval.report.report import render_report
 from bsc.eval.show import latent_examples, load_sample
 from bsc.records import write_record
+from bsc.train.coders.coder import SparseCoder, parameter_shapes
+from bsc.train.coders.config import CoderConfig
 from bsc.train.config import TrainConfig
 from bsc.train.run import Run, claim
 from bsc.train.trainer import train_sweep
@@ -171,6 +174,21 @@ def test_codes_that_the_disk_cannot_hold_are_not_begun(
     with pytest.raises(StoreError, match=r"but 1\.0 kB are free\. Evaluate on fewer rows"):
         evaluate(copy, small)
     assert not copy.eval_path.exists()
+
+
+def test_room_is_asked_for_what_thresholds_let_through(store: ActivationStore) -> None:
+    """A coder of another tool has k = 1, and as many latents on as are above their thresholds."""
+    hook = store.hookpoint("layers.2.mlp")
+    config = CoderConfig(site="sae", code="continuous", select="batch_topk", k=1, n_latents=64,
+                         d_in=hook.d_out, d_out=hook.d_out)  # fmt: skip
+    torch.manual_seed(0)
+    tensors = {n: torch.randn(shape) for n, shape in parameter_shapes(config).items()}
+    tensors["select_threshold"] = torch.zeros(1)
+    coder = SparseCoder(config, tensors)
+    setting: Any = SimpleNamespace(
+        coders={"a": coder}, hookpoint=lambda name: hook.name, split=store.held_out
+    )
+    assert 20 < bsc.eval.evaluate._on(setting, "a") < 44
 
 
 def test_wrong_settings_are_named_before_anything_is_read(

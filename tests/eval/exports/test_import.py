@@ -393,6 +393,18 @@ def test_the_tutorial_runs(
     assert 0 < sae["fvu"] < 1.5
 
 
+def test_a_damaged_coder_behind_a_whole_one_leaves_nothing(
+    run: Run, store_path: Path, tmp_path: Path
+) -> None:
+    export_coders(run, ["skip_transcoder-continuous-k8*"], "sparsify", tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (weights,) = (tmp_path / "b").rglob("sae.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(UserError, match="cannot be read"):
+        import_coders([tmp_path / "a", tmp_path / "b"], store_path, runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_an_import_that_cannot_write_leaves_nothing_and_not_another_ones_run(
     run: Run, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,7 +421,8 @@ def test_an_import_that_cannot_write_leaves_nothing_and_not_another_ones_run(
         patched.setattr(SparseCoder, "save", full)
         with pytest.raises(OSError, match="No space"):
             import_it()
-    assert list((tmp_path / "runs" / "imported").iterdir()) == []
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs" / "imported").mkdir(parents=True)
     with claim(tmp_path / "runs" / "imported"):  # another process is at it
         with pytest.raises(UserError, match=r"not empty|in use"):
             import_it()
