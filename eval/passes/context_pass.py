@@ -32,8 +32,9 @@ __all__ = [
 _TOKENS_AT_ONCE = 8_192
 _LOGITS_AT_ONCE = 1 << 28
 """Logits of one forward pass at most: those of the clean model are kept in float32, 1 GiB."""
-_LOGITS_IN_CACHE = 1 << 21
-"""Logits that are turned into losses at a time, in float32."""
+_LOGITS_AT_A_TIME = {"cpu": 1 << 21, "cuda": 1 << 26}
+"""Logits that are turned into losses at a time, in float32: on a CPU as many as stay in its cache,
+on a GPU as many as keep it busy and take 256 MiB for each array."""
 
 CLEAN = "clean"
 """Name of the model as it is, beside the variants."""
@@ -85,11 +86,9 @@ class _Clean(NamedTuple):
 
 
 def _sums(clean: _Clean, logits: torch.Tensor) -> LossSums:
-    """Sums of a batch of contexts, some predictions at a time so that they stay in the cache."""
+    """Sums of a batch of contexts, worked out some predictions at a time."""
     nats, kl, right = (torch.empty(len(logits), device=logits.device) for _ in range(3))
-    at_once = max(1, _LOGITS_IN_CACHE // logits.shape[1])
-    for start in range(0, len(logits), at_once):
-        here = slice(start, start + at_once)
+    for here in _slices(logits):
         log_q = torch.log_softmax(logits[here].float(), dim=-1)
         target = clean.target[here]
         nats[here] = -log_q.gather(-1, target.unsqueeze(-1)).squeeze(-1)
@@ -98,8 +97,14 @@ def _sums(clean: _Clean, logits: torch.Tensor) -> LossSums:
     sums = []
     for values in (nats, kl, right, nats * clean.unseen):
         total = torch.zeros(clean.documents + 1, dtype=torch.float64, device=logits.device)
-        sums.append(total.index_add_(0, clean.document, values.double()).cpu().numpy()[:-1])
-    return LossSums(*sums)
+        sums.append(total.index_add_(0, clean.document, values.double()))
+    return LossSums(*torch.stack(sums).cpu().numpy()[:, :-1])  # the device is waited for once
+
+
+def _slices(logits: torch.Tensor) -> list[slice]:
+    """Predictions that are worked on together."""
+    at_once = max(1, _LOGITS_AT_A_TIME.get(logits.device.type, 1 << 21) // logits.shape[1])
+    return [slice(i, i + at_once) for i in range(0, len(logits), at_once)]
 
 
 def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -109,7 +114,8 @@ def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     negative, and an error that all logarithms of a row share, as of their float32 sum, cancels.
     """
     d = log_p - log_q
-    small = bool(d.min() < -20)  # exp(-d) may overflow there, and p be 0
+    # exp(-d) may overflow there, and p be 0. A GPU would be waited for to know.
+    small = d.device.type != "cpu" or bool(d.min() < -20)
     terms = torch.expm1(-d).add_(d).mul_(log_p.exp())
     if small:
         terms = torch.where(d < -20, log_q.exp() - log_p.exp() * (1 - d), terms)
@@ -199,9 +205,7 @@ def pass_over_contexts(
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
     """In float32, some rows at a time."""
     found = torch.empty(logits.shape, device=logits.device)
-    at_once = max(1, _LOGITS_IN_CACHE // logits.shape[1])
-    for start in range(0, len(logits), at_once):
-        here = slice(start, start + at_once)
+    for here in _slices(logits):
         found[here] = torch.log_softmax(logits[here].float(), dim=-1)
     return found
 

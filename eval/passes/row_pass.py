@@ -63,8 +63,13 @@ class _CoderPiece:
         self._keep(code, batch.number)
 
     def _keep(self, code: Code, index: Tensor) -> None:
-        # On the host: of a mask on a GPU every use as an index would wait for it.
-        on, latent, margin = (t.cpu() for t in (code.value != 0, code.latent, code.margin.float()))
+        # On the host, in one transfer: of a mask on a GPU every use as an index would wait for it.
+        latent = torch.where(code.value != 0, code.latent, -1).int()
+        margin = code.margin.float()
+        if latent.device.type != "cpu":
+            latent, bits = torch.stack([latent, margin.view(torch.int32)]).cpu()
+            margin = bits.view(torch.float32)
+        on, latent = latent >= 0, latent.long()
         self.counts += torch.bincount(latent[on], minlength=len(self.counts))
         self.entries.append((index.repeat_interleave(on.sum(dim=1)), latent[on], margin[on]))
 
