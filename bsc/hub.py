@@ -13,9 +13,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from bsc.errors import UserError
 
@@ -35,6 +35,7 @@ __all__ = [
 SCHEME = "hub://"
 _SECONDS = 6.0
 """For one request, and for finding the address of the host, which has no timeout of its own."""
+_answered: list[str] = []
 _REPOSITORY = r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)"
 _REVISION = r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[\w.%-]+))?"
 _ADDRESS = re.compile(rf"(?:hub://)?{_REPOSITORY}{_REVISION}(?P<path>/.*)?")
@@ -47,27 +48,30 @@ def hub_address() -> str:
     return str(constants.ENDPOINT)
 
 
-@cache
 def hub_answers() -> bool:
-    """Whether there is any answer from the hub; no, where HF_HUB_OFFLINE says not to ask."""
+    """Whether there is any answer from the hub; no, where HF_HUB_OFFLINE says not to ask.
+
+    Asked until there was one.
+    """
     import httpx
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
-    answers = []
+    if _answered:
+        return True
 
     def ask() -> None:
         try:
             httpx.head(hub_address(), timeout=_SECONDS)
-            answers.append(True)
+            _answered.append(hub_address())
         except (httpx.HTTPError, httpx.InvalidURL, OSError):
             pass
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_SECONDS + 1)
-    return bool(answers)
+    return bool(_answered)
 
 
 class HubAddress(NamedTuple):
@@ -101,7 +105,8 @@ def parse_address(text: str) -> HubAddress:
             f"{text}: should be hub://owner/name, hub://owner/name@revision or either with a "
             f"path in the repository, such as hub://owner/name/layers.3.mlp."
         )
-    return HubAddress(match["repo"], match["revision"], path)
+    revision = match["revision"]
+    return HubAddress(match["repo"], revision and unquote(revision), path)
 
 
 def check_file_name(name: str, where: object) -> None:

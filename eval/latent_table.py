@@ -17,6 +17,7 @@ from bsc.eval.interp.scores import InterpFolder, judged_latents
 from bsc.eval.passes.codes import Codes
 from bsc.eval.passes.pieces import Pieces
 from bsc.eval.show import LatentContext, contexts_of, held_out_text, load_sample
+from bsc.formats import printable
 from bsc.train.run import Run, as_run
 from bsc.typed import Record
 
@@ -45,7 +46,7 @@ class LatentRecord(Record):
     def __repr__(self) -> str:
         known = [f"{name} {score:.2f}" for name, score in self.scores.items()]
         words = ", ".join([f"{self.firings:,} firings", *known, *self.explanations.values()])
-        return f"<latent {self.latent} of {self.coder}: {words}>"
+        return f"<latent {self.latent} of {self.coder}: {printable(words)}>"
 
 
 def latents(
@@ -80,8 +81,8 @@ def latents(
     diagnoses = {one.latent: one.what for one in figures.ultra}
     explanations, scores = _interpreted(opened, name)
     shown = _Contexts(opened, name, counts, contexts, store, model) if contexts else None
-    for latent, firings in enumerate(counts.tolist()):
-        yield LatentRecord(
+    return (
+        LatentRecord(
             coder=name,
             latent=latent,
             firings=firings,
@@ -91,6 +92,8 @@ def latents(
             scores=scores.get(latent, {}),
             contexts=shown.of(latent) if shown else [],
         )
+        for latent, firings in enumerate(counts.tolist())
+    )
 
 
 class _Contexts:

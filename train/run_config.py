@@ -23,6 +23,8 @@ __all__ = [
 ]
 
 RUN_VERSION = 2
+_LONGEST_NAME = 240
+"""Bytes: what file systems take."""
 
 
 class RunCoder(Config):
@@ -40,8 +42,9 @@ class RunCoder(Config):
     @classmethod
     def _inside(cls, name: str) -> str:
         parts = PurePosixPath(name).parts
-        if name and (".." in parts or name[0] == "/" or not name.isprintable()):
-            raise ValueError(f"{name!r} is no name")
+        odd = ".." in parts or name[:1] == "/" or not name.isprintable()
+        if name and (odd or str(PurePosixPath(name)) != name or len(name.encode()) > _LONGEST_NAME):
+            raise ValueError(f"{name!r:.80} is no name")
         return name
 
     @property
@@ -142,6 +145,8 @@ class RunConfig(Record):
         names = [c.name for c in coders]
         if "" in names or len(set(names)) < len(names):
             raise ValueError("every coder should have a name of its own")
+        if within := [n for n in names if any(str(p) in names for p in PurePosixPath(n).parents)]:
+            raise ValueError(f"{within[0]!r:.80} lies in the folder of another coder")
         return coders
 
     def coder(self, name: str) -> RunCoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -20,8 +21,9 @@ __all__ = ["RowDataset"]
 class RowDataset(IterableDataset[tuple[torch.Tensor, ...]]):
     """Batches of rows, an epoch at each iteration; for `DataLoader(dataset, batch_size=None)`.
 
-    Ranks and workers read shards of their own, so that no row comes twice in an epoch. Rows are
-    bfloat16, and a batch is a tuple of one tensor (batch_rows, width) for each array.
+    Ranks and workers read shards of their own, so that no row comes twice in an epoch; the batches
+    of several workers come in turn. Rows are bfloat16, and a batch is a tuple of one tensor
+    (batch_rows, width) for each array. Workers of a store on object storage are started by spawn.
     """
 
     def __init__(
@@ -47,14 +49,16 @@ class RowDataset(IterableDataset[tuple[torch.Tensor, ...]]):
                 otherwise in the order of the store.
             seed: of the order.
             without_tokens: token ids whose rows are left out.
-            drop_last: whether every rank gets as many shards, and whole batches alone, which
-                training on several ranks needs; otherwise every row of the split comes.
+            drop_last: whether every rank gets as many shards and as many batches, all of them
+                whole, which training on several ranks needs: the last rows of every worker are left
+                out. Otherwise every row of the split comes.
             rank: of this process; None: that of torch.distributed, or 0.
             world: number of processes.
 
         Raises:
             StoreError: there is no such array.
-            ConfigError: there are fewer shards than ranks, or rows than in a batch.
+            ConfigError: there are fewer shards than ranks, fewer rows of a rank than in a batch, or
+                ranks would have different numbers of batches.
         """
         for name in names:
             split.spec(name)
@@ -70,15 +74,23 @@ class RowDataset(IterableDataset[tuple[torch.Tensor, ...]]):
                 f"{split.where}: {split.shards} shards of split {split.split!r} are fewer than "
                 f"{self.world} ranks, and each reads shards of its own."
             )
-        if batch_rows < 1 or (drop_last and batch_rows > split.grid.shard_rows * split.shards):
+        rows = split.shards // self.world * split.grid.shard_rows
+        if batch_rows < 1 or (drop_last and batch_rows > rows):
             raise ConfigError(
-                f"batch_rows={batch_rows}: should be 1 to {split.rows:,}, the rows of split "
-                f"{split.split!r} of {split.where}."
+                f"batch_rows={batch_rows}: should be 1 to {rows:,}, the rows of split "
+                f"{split.split!r} of {split.where} that a rank reads."
+            )
+        if without_tokens and drop_last and self.world > 1:
+            raise ConfigError(
+                "without_tokens: ranks would have different numbers of batches, and the one with "
+                "most would wait for the others. Give drop_last=False and join the ranks at the "
+                "end, or leave rows out after reading."
             )
         self.split, self.names, self.batch_rows = split, tuple(names), batch_rows
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
         self.without_tokens = tuple(without_tokens)
-        self.epoch = 0
+        # Shared with workers that stay from one epoch to the next.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __repr__(self) -> str:
         order = f"shuffled, seed {self.seed}" if self.shuffle else "in order"
@@ -90,26 +102,34 @@ class RowDataset(IterableDataset[tuple[torch.Tensor, ...]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration, the same on every rank."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        worker = get_worker_info()
+        worker, epoch = get_worker_info(), int(self._epoch)
         split, part = self.split, (0, 1)
         if worker is not None:  # mapped files and connections of another process are not used
+            _check_start(split.folder.address)
             split, part = _opened(*_where(split)), (worker.id, worker.num_workers)
+        shards = self._shards(epoch, *part)
+        rows = len(shards) * split.grid.shard_rows
+        if self.drop_last and 0 < rows < self.batch_rows:
+            raise ConfigError(
+                f"batch_rows={self.batch_rows}: each of {part[1]} workers reads {rows:,} rows or "
+                f"fewer, so no batch. Choose fewer workers, a smaller batch or drop_last=False."
+            )
         loader = Loader(
             split, self.names, batch_rows=self.batch_rows, seed=self.seed,
             without_tokens=self.without_tokens, drop_last=self.drop_last,
-            shards=self._shards(*part), shuffle=self.shuffle,
+            shards=shards, shuffle=self.shuffle,
         )  # fmt: skip
-        for batch in loader.epoch_batches(self.epoch):
+        for batch in loader.epoch_batches(epoch):
             yield tuple(rows.clone() for rows in batch)  # the loader uses its own again
 
-    def _shards(self, worker: int, workers: int) -> list[int]:
+    def _shards(self, epoch: int, worker: int, workers: int) -> list[int]:
         """Shards of this rank and one of its workers in this epoch."""
         order = list(range(self.split.shards))
         if self.shuffle:
-            order = shard_order(self.seed, self.epoch, self.split.shards)
+            order = shard_order(self.seed, epoch, self.split.shards)
         if self.drop_last:
             order = order[: len(order) // self.world * self.world]
         return order[self.rank :: self.world][worker::workers]
@@ -120,6 +140,23 @@ class RowDataset(IterableDataset[tuple[torch.Tensor, ...]]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, split=_opened(*state["split"]))
+
+
+def _check_start(address: str) -> None:
+    """See that a worker can read the store.
+
+    Raises:
+        ConfigError: it was forked, and connections to object storage do not outlive that.
+    """
+    kind = type(multiprocessing.current_process()).__name__
+    forked = kind == "ForkProcess" or (
+        kind == "Process" and multiprocessing.get_start_method() == "fork"
+    )
+    if "://" in address and forked:
+        raise ConfigError(
+            f"{address}: workers that are forked cannot read object storage. Give DataLoader "
+            f"multiprocessing_context='spawn'."
+        )
 
 
 def _where(split: StoreSplit) -> tuple[str, str, bool]:

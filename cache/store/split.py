@@ -263,7 +263,7 @@ class StoreSplit:
         """
         from bsc.cache.store.dataset import RowDataset
 
-        names = [f"{hookpoint}/{side}" for side in sides]
+        names = [f"{hookpoint}/{s}" for s in ((sides,) if isinstance(sides, str) else sides)]
         return RowDataset(self, names, batch_rows=batch_rows, **more)
 
     def tokens(self, name: str) -> NDArray[Any]:

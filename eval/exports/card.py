@@ -56,6 +56,8 @@ class Tool(NamedTuple):
     """Where they are in its format, if they were written in it."""
     place: str = ""
     """Of the first of them."""
+    written: int | None = None
+    """How many were written; None: all that it can hold."""
 
 
 def model_card(
@@ -165,7 +167,7 @@ def _tool(tool: Tool, coders: Mapping[str, CoderConfig], repo: str) -> dict[str,
     return {
         "format": tool.format,
         "name": _TOOLS[tool.format],
-        "held": len(coders) - len(tool.refusals),
+        "held": len(coders) - len(tool.refusals) if tool.written is None else tool.written,
         "folder": tool.folder,
         "reasons": list(dict.fromkeys(tool.refusals.values())),
         "what": f"In {_TOOLS[tool.format]}:",

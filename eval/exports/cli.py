@@ -176,7 +176,10 @@ def push(
     examples: Annotated[
         bool, flag("Publish the report's contexts too, which are text of the corpus.")
     ] = False,
-    keep_card: Annotated[bool, flag("Leave a README.md that is there as it is.")] = False,
+    card: Annotated[
+        str | None,
+        flag("keep or replace a README.md that somebody wrote or edited.", default="refused"),
+    ] = None,
     yes: Annotated[bool, flag("Upload without asking.", None, "--yes", "-y")] = False,
     dry_run: Annotated[bool, flag("Print the card and the files, and stop.")] = False,
     store: StoreNow = None,
@@ -199,6 +202,8 @@ def push(
             "--license: say under which licence the weights are published, as the hub spells it "
             "(apache-2.0, mit, cc-by-4.0, other, ...); it is not guessed."
         )
+    if not (asked or yes or dry_run):
+        raise UserError("--yes uploads without asking; --dry-run says what it would be.")
     opened = Run.open(run)
     if license_ is None:
         license_ = "other" if dry_run else typer.prompt("Licence of the weights").strip()
@@ -208,15 +213,13 @@ def push(
         if dry_run:
             typer.echo(f"\n{upload.card}", nl=False)
             return False
-        if not asked and not yes:
-            raise UserError("Nothing was uploaded: --yes uploads without asking.")
         size = format_bytes(upload.bytes)
         return yes or typer.confirm(f"Upload {len(upload.files)} files, {size}?")
 
     commit = push_run(
         opened, repository, licence=license_, confirm=confirm, coders=coders or ["*"],
         also=[one.strip() for one in (also or "").split(",") if one.strip()],
-        layout=layout, private=private, examples=examples, keep_card=keep_card, store=store,
+        layout=layout, private=private, examples=examples, card=card, store=store,
     )  # fmt: skip
     if commit:
         typer.echo(f"hub://{repository.removeprefix('hub://')}@{commit}")
@@ -243,6 +246,8 @@ def _show(upload: Upload) -> None:
     for name, each in sizes.items():
         many = f"  ({len(each)} files)" if len(each) > 1 else ""
         typer.echo(f"  {format_bytes(sum(each)):>9}  {printable(name)}{many}", err=True)
+    for name in upload.replaced:
+        typer.echo(f"  {'replaced':>9}  {printable(name)}", err=True)
     for name in upload.removed:
         typer.echo(f"  {'removed':>9}  {printable(name)}", err=True)
     typer.echo(f"  {format_bytes(upload.bytes):>9}  in {len(upload.files)} files", err=True)

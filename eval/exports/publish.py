@@ -1,8 +1,9 @@
 """What of a run leaves the machine: its records, of the coders that were chosen, without places.
 
 A place is a folder, or an address that is not the hub's: where the store was, a model in a folder,
-a file of labelled texts. Its last part is kept. Weights go as they are; checkpoints, codes and
-sampled firings stay, and text of the corpus goes only where it is asked for.
+a file of labelled texts. Its last part is kept: of fields that hold places, whatever they say, and
+of every other text that begins like one. Weights go as they are; checkpoints, codes and sampled
+firings stay, and text of the corpus goes only where it is asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ from bsc.typed import parse_typed, write_typed
 
 __all__ = ["Published", "publish", "text_facts", "without_places"]
 
-_PLACE = re.compile(r"(~?/|\.\.?/|[A-Za-z]:[\\/]|\\\\|[a-z][a-z0-9+.-]*://)\S[^\n]*")
+_PLACE = re.compile(
+    r"(/|~|\.\.?/|\$\w+/|[A-Za-z]:[\\/]|\\\\|file:|[A-Za-z][A-Za-z0-9+.-]*://)\S[^\n]*|.*/\.\./.*"
+)
+_PLACES = frozenset({"store", "runs", "probes", "ablation_score", "files"})
+"""Fields that hold places."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +44,26 @@ class Published:
     """Where every file is now, by its place in the run."""
 
 
-def without_places(value: Any) -> Any:
+def without_places(value: Any, field: str = "") -> Any:
     """JSON with every place of this machine reduced to its last part.
 
-    >>> without_places({"store": "/home/someone/acts", "code": "binary", "at": ["s3://mine/acts"]})
+    >>> without_places({"store": "mine/acts", "code": "binary", "at": ["s3://mine/acts"]})
     {'store': 'acts', 'code': 'binary', 'at': ['acts']}
     """
     if isinstance(value, dict):
-        return {without_places(name): without_places(one) for name, one in value.items()}
+        found: dict[str, Any] = {}
+        for name, one in value.items():
+            key, number = without_places(name), 2
+            while key in found:  # of two places that end alike
+                key, number = f"{without_places(name)}-{number}", number + 1
+            found[key] = without_places(one, name)
+        return found
     if isinstance(value, (list, tuple)):
-        return [without_places(one) for one in value]
-    if isinstance(value, str) and _PLACE.fullmatch(value) and not value.startswith(SCHEME):
-        return re.split(r"[\\/]+", value.rstrip("\\/"))[-1]
+        return [without_places(one, field) for one in value]
+    if not isinstance(value, str) or value.startswith(SCHEME):
+        return value
+    if field in _PLACES or _PLACE.fullmatch(value):
+        return re.split(r"[\\/@:]+", value.rstrip("\\/"))[-1]
     return value
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bsc.errors import StoreError, UserError
 from bsc.eval.evaluation import EvaluationFolder
+from bsc.eval.exports.publish import without_places
 from bsc.files import check_new_folder
 from bsc.hub import Repository, parse_address
 from bsc.progress import console, format_bytes, stage
@@ -23,9 +24,9 @@ from bsc.train.coders.repository import (
     fetch_checked,
     read_pushed,
 )
-from bsc.train.run import Run
+from bsc.train.run import Run, claim
 from bsc.train.run_config import Pulled, RunConfig
-from bsc.typed import write_typed
+from bsc.typed import parse_typed, write_typed
 
 __all__ = ["pull_run"]
 
@@ -55,20 +56,25 @@ def pull_run(text: str, out: str | Path | None = None) -> Run:
             f"{text}: a run is the whole of a repository. One coder of it: "
             f"bsc.SparseCoder.load({str(address)!r})."
         )
-    folder = Path(out) if out else Path("runs") / address.repo.rpartition("/")[2]
+    # Resolved: a link to an empty folder is one, and "." is a name.
+    folder = (Path(out) if out else Path("runs") / address.repo.rpartition("/")[2]).resolve()
     check_new_folder(folder, "run")
     repository, pushed = read_pushed(text)
     started = folder.parent / f".{folder.name}.{repository.commit[:12]}.partial"
     started.mkdir(parents=True, exist_ok=True)
     try:
-        _fetch(repository, pushed, started, folder.name)
+        with claim(started):  # which another pull may be filling
+            _fetch(repository, pushed, started, folder.name)
+            folder.mkdir(exist_ok=True)
+            # The config last, without which it is no run.
+            for path in sorted(started.iterdir(), key=lambda p: p.name == "config.json"):
+                if not path.name.startswith("."):
+                    path.rename(folder / path.name)
     except StoreError:
         shutil.rmtree(started, ignore_errors=True)
         raise
-    if folder.is_dir():
-        folder.rmdir()
-    started.rename(folder)
-    return Run(folder)
+    shutil.rmtree(started)
+    return Run(Path(out) if out else folder)
 
 
 def _fetch(repository: Repository, pushed: PushedRun, folder: Path, name: str) -> None:
@@ -79,7 +85,8 @@ def _fetch(repository: Repository, pushed: PushedRun, folder: Path, name: str) -
     config = Run(fetch_checked(repository, pushed, "config.json", fetched).parent).config()
     places = _places(repository, pushed, config)
     total = sum(pushed.files[source].bytes for source in places.values())
-    free = shutil.disk_usage(folder).free
+    there = sum((fetched / s).stat().st_size for s in places.values() if (fetched / s).exists())
+    free = shutil.disk_usage(folder).free + there
     if total > free:
         raise UserError(
             f"{address}: has {format_bytes(total)}, and {folder.parent} {format_bytes(free)} free."
@@ -98,7 +105,9 @@ def _fetch(repository: Repository, pushed: PushedRun, folder: Path, name: str) -
     shutil.rmtree(fetched)
     run = Run(folder)
     pulled = Pulled(repository=address.repo, commit=repository.commit)
-    write_typed(run.config_path, config.model_copy(update={"name": name, "pulled": pulled}))
+    # A place that somebody else wrote is not gone to: the store is named, not its address.
+    bare = parse_typed(RunConfig, without_places(config.to_json()), run.config_path)
+    write_typed(run.config_path, bare.model_copy(update={"name": name, "pulled": pulled}))
     for planned in config.coders:
         coder = run.coder(planned.name)
         if (coder.config, coder.about.get("hookpoint")) != (planned.coder, planned.hookpoint):

@@ -22,10 +22,18 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bsc.errors import StoreError, UserError, nearest
+from bsc.errors import UserError, nearest
 from bsc.eval.exports.card import Tool, model_card
 from bsc.eval.exports.export import WEIGHT_FORMATS, chosen_coders, export_coders, refusals
 from bsc.eval.exports.publish import Published, publish, text_facts
+from bsc.eval.exports.target import (
+    CARD,
+    changes,
+    check_pushed,
+    find_target,
+    keeps_card,
+    pushed_before,
+)
 from bsc.eval.passes.setting import open_store
 from bsc.hub import (
     HubAddress,
@@ -37,13 +45,11 @@ from bsc.hub import (
     parse_address,
     sha256_of,
 )
-from bsc.progress import console
 from bsc.train.coders.repository import (
     REPOSITORY_FILE,
     REPOSITORY_VERSION,
     PushedFile,
     PushedRun,
-    listed_files,
 )
 from bsc.train.run import Run
 from bsc.typed import write_typed
@@ -51,9 +57,7 @@ from bsc.typed import write_typed
 __all__ = ["Upload", "push_run"]
 
 _LAYOUTS = ("run", "sparsify")
-_CARD = "README.md"
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
-_NOT_OURS = {_CARD, ".gitattributes", REPOSITORY_FILE}
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class Upload:
     private: bool
     files: dict[str, Path]
     """By name in the repository."""
+    replaced: list[str]
+    """Names of those that are there already."""
     removed: list[str]
     """Files of an earlier push that go."""
     card: str
@@ -90,7 +96,7 @@ def push_run(
     layout: str = "run",
     private: bool = False,
     examples: bool = False,
-    keep_card: bool = False,
+    card: str | None = None,
     store: str | Path | None = None,
 ) -> str | None:
     """Upload a run.
@@ -105,17 +111,18 @@ def push_run(
         layout: of the repository.
         private: whether a new repository is private; an existing one has to be.
         examples: whether the contexts of the report go too, which are text of the corpus.
-        keep_card: whether a README.md that is there stays.
+        card: what becomes of a README.md that is there and that no push wrote as it is:
+            ``"keep"`` or ``"replace"``; None: it is an error.
         store: where the store is now, for checking what is written for other tools.
 
     Returns:
         The commit; None where it was not confirmed.
 
     Raises:
-        UserError: it cannot be published like this, or the hub refuses; nothing that `bsc pull`
-            would take has changed then.
+        UserError: it cannot be published like this, or the hub refuses. What `bsc pull` takes has
+            changed only where the message names the new commit.
     """
-    address = _checked_request(repo, licence, also, layout)
+    address = _checked_request(repo, licence, also, layout, card)
     names, warnings = _whole_coders(run, coders)
     with TemporaryDirectory(prefix="bsc-push-") as temporary:
         folder = Path(temporary)
@@ -125,28 +132,32 @@ def push_run(
         folders = _folders(published, layout)
         files = {_place(name, folders, layout): path for name, path in published.files.items()}
         tools = _write_formats(run, published, also, layout, folder, files, store)
-        card = model_card(
+        text = model_card(
             address.repo, published, folders, licence, tools, _text_of(run, store, warnings)
         )
-        there = _there(address, private=private)
-        (folder / _CARD).write_text(card)
-        if not (keep_card and there and _CARD in (there.sizes or {})):
-            files[_CARD] = folder / _CARD
+        there = find_target(address, private=private)
+        before = pushed_before(there) if there else None
+        (folder / CARD).write_text(text)
+        if there is None or not keeps_card(there, before, card):
+            files[CARD] = folder / CARD
         files[REPOSITORY_FILE] = _write_list(published, folders, files, folder)
-        removed = sorted(_pushed_before(there) - set(files)) if there else []
+        replaced, removed = changes(there, before, files)
         upload = Upload(
             address.repo,
             new=there is None,
             private=there.private if there else private,
             files=dict(sorted(files.items())),
+            replaced=replaced,
             removed=removed,
-            card=card,
+            card=text,
             warnings=warnings,
         )
         return _commit(upload, there, run.folder.name) if confirm(upload) else None
 
 
-def _checked_request(repo: str, licence: str, also: Sequence[str], layout: str) -> HubAddress:
+def _checked_request(
+    repo: str, licence: str, also: Sequence[str], layout: str, card: str | None
+) -> HubAddress:
     address = parse_address(repo)
     if address.path or address.revision:
         raise UserError(f"{repo}: a run is pushed to owner/name, without a revision or a path.")
@@ -157,6 +168,8 @@ def _checked_request(repo: str, licence: str, also: Sequence[str], layout: str) 
         )
     if layout not in _LAYOUTS:
         raise UserError(f"--layout {layout}: should be one of {', '.join(_LAYOUTS)}.")
+    if card not in (None, "keep", "replace"):
+        raise UserError(f"--card {card}: should be keep or replace.")
     if layout == "sparsify" and also:
         raise UserError(
             "--layout sparsify is sparsify's own format and nothing else, so that its load_many "
@@ -237,7 +250,7 @@ def _write_formats(
                 files[f"{inside}{name}"] = path
         place = written["coders"][held[0]]["place"]
         shown = inside.strip("/") or "<hookpoint>"
-        tools.append(Tool(format_, refused, shown, f"{inside}{place}"))
+        tools.append(Tool(format_, refused, shown, f"{inside}{place}", len(held)))
     if layout == "sparsify":
         stray = [n for n in published.names if f"{_folder_of(n, published)}/cfg.json" not in files]
         if stray:
@@ -267,50 +280,13 @@ def _write_list(
     published: Published, folders: dict[str, str], files: dict[str, Path], folder: Path
 ) -> Path:
     listed = {n: PushedFile(bytes=p.stat().st_size, sha256=sha256_of(p)) for n, p in files.items()}
-    listed.pop(_CARD, None)  # which people edit there
+    card = listed.pop(CARD, None)  # which people edit there
     record = PushedRun(
-        version=REPOSITORY_VERSION, run=published.config.name, coders=folders, files=listed
-    )
+        version=REPOSITORY_VERSION, run=published.config.name, coders=folders, files=listed,
+        card=card.sha256 if card else None,
+    )  # fmt: skip
     write_typed(folder / REPOSITORY_FILE, record)
     return folder / REPOSITORY_FILE
-
-
-def _there(address: HubAddress, *, private: bool) -> Repository | None:
-    """The repository as it is; None: there is none.
-
-    Raises:
-        UserError: it is public and should not be, or holds something else than a pushed run.
-    """
-    from huggingface_hub import HfApi
-
-    with as_user_error(address):
-        if not HfApi().repo_exists(address.repo):
-            return None
-    there = open_repository(address)
-    if private and not there.private:
-        raise UserError(
-            f"{address}: is public already. Make it private there, or leave --private out."
-        )
-    others = sorted(set(there.sizes or {}) - _NOT_OURS)
-    if others and REPOSITORY_FILE not in (there.sizes or {}):
-        raise UserError(
-            f"{address.repo}: holds other things ({', '.join(others[:4])}"
-            f"{', ...' if len(others) > 4 else ''}), which no `bsc push` wrote. Name a new "
-            f"repository."
-        )
-    return there
-
-
-def _pushed_before(there: Repository) -> set[str]:
-    """Files of an earlier push; none, where its list is damaged."""
-    sizes = there.sizes or {}
-    if REPOSITORY_FILE not in sizes:
-        return set()
-    try:
-        return set(listed_files(there).files) & set(sizes)
-    except StoreError as error:
-        console.print(f"{error} What it left there stays.", markup=False)
-        return set()
 
 
 def _commit(upload: Upload, there: Repository | None, run: str) -> str:
@@ -335,11 +311,5 @@ def _commit(upload: Upload, there: Repository | None, run: str) -> str:
             parent_commit=there.commit,
         )  # fmt: skip
     commit = str(done.oid)
-    now = open_repository(address._replace(revision=commit)).sizes or {}
-    lacking = [n for n, p in upload.files.items() if now.get(n) != p.stat().st_size]
-    if lacking:
-        raise UserError(
-            f"{address}: {len(lacking)} files are not there as they were pushed ({lacking[0]}). "
-            f"Is there a .gitignore in the repository that leaves them out?"
-        )
+    check_pushed(address._replace(revision=commit), upload.files)
     return commit

@@ -55,6 +55,6 @@ def test_scores_and_explanations_are_there_where_they_were_made(evaluated_copy: 
 
 def test_what_is_missing_is_said(run: Run, evaluated: Run) -> None:
     with pytest.raises(StoreError, match="not evaluated yet"):
-        next(latents(run, "skip_transcoder-binary-k8"))
+        latents(run, "skip_transcoder-binary-k8")
     with pytest.raises(UserError, match="no coder 'nothing'"):
-        next(latents(evaluated, "nothing"))
+        latents(evaluated, "nothing")

@@ -55,7 +55,9 @@ class PushedRun(Record):
     coders: dict[str, str]
     """Folder in the repository, by the name of the coder in its run."""
     files: dict[str, PushedFile]
-    """Every file that was pushed but this one."""
+    """Every file that was pushed but this one and the card."""
+    card: str | None = None
+    """SHA-256 of README.md as it was pushed, by which an edited one is known."""
 
     @field_validator("coders")
     @classmethod

@@ -184,6 +184,12 @@ def test_nothing_of_this_machine_or_of_the_corpus_leaves(
 def test_places_lose_all_but_their_last_part() -> None:
     value = {"a": ["/home/x/acts/", "s3://b/c", "~/m", "../m/n", "C:\\d\\e"], "/x/texts.csv": 1}
     assert without_places(value) == {"a": ["acts", "c", "m", "n", "e"], "texts.csv": 1}
+    others = ["file:/home/x/y", "S3://b/c", "$HOME/y", "~x/y", "acts/../../home/y", "s3://u:p@b/"]
+    assert without_places(others) == ["y", "c", "y", "y", "y", "b"]
+    assert without_places({"probes": ["secret/labels.csv", "stdlib"], "store": "mine/acts"}) == {
+        "probes": ["labels.csv", "stdlib"], "store": "acts",
+    }  # fmt: skip
+    assert without_places({"/a/t.csv": 1, "/b/t.csv": 2}) == {"t.csv": 1, "t.csv-2": 2}
     kept = ["hub://o/n", "o/n", "layers.3.mlp", "1/2", "a sentence with a / in it", ""]
     assert without_places(kept) == kept
 
@@ -220,7 +226,6 @@ def test_a_second_push_takes_the_place_of_the_first(evaluated: Run, hub: Hub) ->
     hub.state.repos[REPO].commits[hub.state.repos[REPO].head]["notes.md"] = b"of the user"
     done = hub.bsc(
         "push", str(evaluated.folder), REPO, "--license", "mit", "--yes", "--coders", "binary-k8",
-        "--keep-card",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "removed  coders/layers.2.mlp/sae-binary-k4-s0/coder.safetensors" in done.stderr
@@ -230,6 +235,56 @@ def test_a_second_push_takes_the_place_of_the_first(evaluated: Run, hub: Hub) ->
     for revision, n in ((first, len(evaluated.coder_names())), ("main", 1)):
         assert hub.bsc("pull", f"{REPO}@{revision}", "--out", revision).returncode == 0
         assert len(Run.open(hub.folder / revision).coder_names()) == n
+
+
+def test_what_people_wrote_on_the_hub_is_not_replaced(evaluated: Run, hub: Hub) -> None:
+    hub.push(evaluated, "--coders", "binary-k8")
+    repo = hub.state.repos[REPO]
+    repo.commits[repo.head]["README.md"] += b"\nEdited."
+    command = ("push", str(evaluated.folder), REPO, "--license", "mit", "--yes")
+    hub.refused("somebody wrote or edited its README.md", *command, "--coders", "binary-k8")
+    hub.push(evaluated, "--coders", "binary-k8", "--card", "keep")
+    assert hub.files["README.md"].endswith(b"Edited.")
+    hub.push(evaluated, "--coders", "binary-k8", "--card", "replace")
+    assert not hub.files["README.md"].endswith(b"Edited.")
+    repo.commits[repo.head]["coders/layers.2.mlp/sae-binary-k4-s0/config.json"] = b"of a person"
+    hub.refused("no `bsc push` wrote it", *command)
+    hub.push(evaluated, "--coders", "binary-k8")
+
+
+def test_a_push_whose_commit_cannot_be_looked_at_is_done(evaluated: Run, hub: Hub) -> None:
+    committed: list[str] = []
+
+    def then_silent(request: str) -> bool:
+        if "/commit/" in request:
+            committed.append(request)
+        return bool(committed) and request.startswith("GET")
+
+    hub.state.fails = then_silent
+    commit = hub.push(evaluated, "--coders", "binary-k8")
+    hub.state.fails = lambda request: False
+    assert commit == hub.state.repos[REPO].head
+
+
+def test_pull_into_an_empty_folder_and_nowhere_else(pushed: Files, hub: Hub) -> None:
+    hub.state.repos[REPO] = one_commit(with_place(pushed))
+    (hub.folder / "empty").mkdir()
+    (hub.folder / "link").symlink_to("empty")
+    done = hub.bsc("pull", REPO, "--out", "link")
+    assert done.returncode == 0, done.stderr
+    pulled = Run.open(hub.folder / "empty")
+    assert pulled.config().store == "acts", "what somebody else wrote is not gone to"
+    hub.refused("not empty", "pull", REPO, "--out", ".")
+
+
+def with_place(files: Files) -> Files:
+    """The files with a store on the network."""
+    config = json.loads(files["config.json"])
+    config["store"] = "s3://attacker/acts"
+    raw = sealed({n: v for n, v in config.items() if n != "xxh3_128"})
+    listed = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    changed = files | {"config.json": raw}
+    return with_list(changed, lambda one: one["files"].update({"config.json": listed}))
 
 
 def test_a_coder_is_loaded_by_name_also_without_a_network(pushed: Files, hub: Hub) -> None:
@@ -344,9 +399,9 @@ def test_ten_gigabytes_of_a_small_coder_are_not_fetched(pushed: Files, hub: Hub)
 
 def test_what_cannot_be_pushed_is_one_line(evaluated: Run, hub: Hub) -> None:
     run = str(evaluated.folder)
-    licence = ("--license", "mit")
+    licence = ("--license", "mit", "--yes")
     hub.refused("--license: say under which", "push", run, REPO)
-    hub.refused("--yes uploads without asking", "push", run, REPO, *licence)
+    hub.refused("--yes uploads without asking", "push", run, REPO, "--license", "mit")
     hub.refused("as the hub spells it", "push", run, REPO, "--license", "My Own!", "--yes")
     hub.refused("did you mean 'sparsify' or", "push", run, REPO, *licence, "--also", "sparsfy")
     hub.refused("one coder for each hookpoint", "push", run, REPO, *licence, "--layout", "sparsify")
@@ -356,13 +411,19 @@ def test_what_cannot_be_pushed_is_one_line(evaluated: Run, hub: Hub) -> None:
     hub.state.repos[REPO] = HubRepository(
         {"f" * 40: {"model.safetensors": b"", "config.json": b""}}
     )
-    hub.refused("holds other things", "push", run, REPO, *licence, "--yes")
+    hub.refused("holds other things", "push", run, REPO, *licence)
+    for files, message in (
+        ({"README.md": b"# Mine"}, "somebody wrote or edited its README.md"),
+        ({"bsc.json": b"{}", "config.json": b"{}"}, "not known what there may be replaced"),
+    ):
+        hub.state.repos[REPO] = one_commit(files)
+        hub.refused(message, "push", run, REPO, *licence, "--coders", "binary-k8")
     hub.state.repos[REPO] = one_commit({".gitattributes": b""})
-    hub.refused("is public already", "push", run, REPO, *licence, "--yes", "--private")
+    hub.refused("is public already", "push", run, REPO, *licence, "--private")
     del hub.state.repos[REPO]
     dry = hub.bsc("push", run, REPO, "--dry-run", "--coders", "binary-k8")
     assert dry.returncode == 0 and "## Figures" in dry.stdout and REPO not in hub.state.repos
-    without = hub.bsc("push", run, REPO, *licence, "--yes", token="")
+    without = hub.bsc("push", run, REPO, *licence, token="")
     assert without.returncode == 2 and "hf auth login" in without.stderr, without.stderr
 
 
