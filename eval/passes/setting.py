@@ -126,9 +126,10 @@ def open_store(run: Run, store: str | Path | None, *, check: bool = True) -> Act
     config = run.config()
     if store is None and "://" not in config.store and not Path(config.store).exists():
         raise StoreError(
-            f"{run.folder}: trained on store {config.store}, which is not there any more. Say "
-            f"where it is now with --store. `bsc report` and `bsc compare` work without it on runs "
-            f"that were evaluated before."
+            f"{run.folder}: trained on store {config.store}, which is not there"
+            f"{'' if config.pulled else ' any more'}. Say where it is with --store, or measure on "
+            f"another of the same model with --on. `bsc report` and `bsc compare` work without it "
+            f"on runs that were evaluated before."
         )
     opened = ActivationStore(store or config.store, check=check)
     if opened.store_id != config.store_id:
