@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from bsc.cache.store.dataset import RowDataset
+from bsc.cache.store.dataset import RowDataset, _check_start
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import ConfigError, StoreError
 from tests.cache.synthetic import GRID, make_store
@@ -112,3 +113,45 @@ def test_what_cannot_be_read_is_said_at_once(numbered: ActivationStore, tmp_path
     for batch_rows in (0, split.rows + 1):
         with pytest.raises(ConfigError, match="should be 1 to 960"):
             split.dataset(HOOK, batch_rows=batch_rows)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_that_stay_follow_the_epoch(numbered: ActivationStore) -> None:
+    dataset = numbered.train.dataset(HOOK, batch_rows=32)
+    loader = DataLoader(dataset, batch_size=None, num_workers=1, persistent_workers=True)
+    first = rows(list(loader))
+    dataset.set_epoch(1)
+    second = rows(list(loader))
+    assert second != first and second == rows(list(dataset))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_worker_without_a_whole_batch_says_so(numbered: ActivationStore) -> None:
+    dataset = numbered.train.dataset(HOOK, batch_rows=GRID.shard_rows * SHARDS // 2 + 1)
+    assert len(list(dataset)) == 1
+    with pytest.raises(ConfigError, match=r"each of 2 workers reads 480 rows or fewer, so no"):
+        list(DataLoader(dataset, batch_size=None, num_workers=2))
+    with pytest.raises(ConfigError, match=r"should be 1 to 480, the rows .* that a rank reads"):
+        numbered.train.dataset(HOOK, batch_rows=481, rank=0, world=2)
+
+
+def test_ranks_that_would_wait_for_each_other_are_refused(numbered: ActivationStore) -> None:
+    with pytest.raises(ConfigError, match="ranks would have different numbers of batches"):
+        numbered.train.dataset(HOOK, batch_rows=8, rank=0, world=2, without_tokens=[1])
+
+
+def test_forked_workers_do_not_read_object_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections do not outlive a fork: they would hang."""
+
+    class ForkProcess: ...
+
+    class SpawnProcess: ...
+
+    for kind, refused in ((ForkProcess, True), (SpawnProcess, False)):
+        monkeypatch.setattr(multiprocessing, "current_process", kind)
+        _check_start("/a/folder")
+        if refused:
+            with pytest.raises(ConfigError, match="multiprocessing_context='spawn'"):
+                _check_start("s3://bucket/acts")
+        else:
+            _check_start("s3://bucket/acts")

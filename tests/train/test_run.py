@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from bsc.describe import describe
-from bsc.errors import UserError
+from bsc.errors import StoreError, UserError
 from bsc.records import write_record
 from bsc.train.resume import resume
 from bsc.train.run import Run, claim
+from bsc.train.run_config import RunConfig
 from bsc.train.trainer import train_sweep
 from bsc.typed import parse_typed
 from tests.raw import raw
@@ -85,3 +86,11 @@ def test_the_config_of_hundreds_of_coders_is_checked_once(
     record["coders"].pop()
     write_record(tmp_path / "config.json", record)
     assert len(Run(tmp_path).coder_names()) == 299 and len(checked) == 2
+
+
+@pytest.mark.parametrize("names", [["a/b", "a/b/config.json"], ["./a"], ["a//b"], ["x" * 300]])
+def test_names_of_coders_that_would_collide_on_a_disk_are_none(run: Run, names: list[str]) -> None:
+    whole = run.config().to_json()
+    whole["coders"] = [whole["coders"][0] | {"name": name} for name in names]
+    with pytest.raises(StoreError, match="not of the form"):
+        parse_typed(RunConfig, whole, "config.json")
