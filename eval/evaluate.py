@@ -223,7 +223,7 @@ def _evaluate(setting: Setting, config: EvalConfig, sets: list[LabelledTexts]) -
         **{name: value for name, value in measured._asdict().items() if name != "shown"},
     )
     # Last: an interrupted evaluation leaves the one before as it was.
-    folder.write(result)
+    write_typed(run.eval_path, result)
     n = len(result.coders)
     console.print(f"{run.eval_path}: {n} coders on {setting.split.rows:,} held-out rows")
     return result

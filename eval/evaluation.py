@@ -20,7 +20,7 @@ from typing import Any, Literal
 from bsc.errors import StoreError
 from bsc.eval.config import EvalConfig
 from bsc.train.run import Run, as_run
-from bsc.typed import Record, read_typed, write_typed
+from bsc.typed import Record, read_typed
 
 __all__ = [
     "EVAL_VERSION",
@@ -205,10 +205,7 @@ class CoderFigures(Fidelity, Firing, LossFigures, LatentFigures):
     ablation: Ablation | None = None
 
     def __repr__(self) -> str:
-        return (
-            f"<CoderFigures FVU {self.fvu:.4f}, L0 {self.l0:.1f}, delta CE {self.delta_ce:.4f}, "
-            f"{self.dead:,} of {self.latents:,} latents dead>"
-        )
+        return f"<CoderFigures FVU {self.fvu:.4f}, L0 {self.l0:.1f}, delta CE {self.delta_ce:.4f}>"
 
 
 class Accuracy(Record):
@@ -300,10 +297,7 @@ class Evaluation(Record):
     at: str
 
     def __repr__(self) -> str:
-        return (
-            f"<Evaluation of {len(self.coders)} coders on {self.held_out_rows:,} held-out rows of "
-            f"{self.documents:,} documents of {self.model['name']}>"
-        )
+        return f"<Evaluation of {len(self.coders)} coders on {self.held_out_rows:,} held-out rows>"
 
 
 class ShownContext(Record):
@@ -375,9 +369,8 @@ class EvaluationFolder:
         """
         path = self.run.eval_path
         if not path.exists():
-            raise StoreError(
-                f"{self.run.folder}: not evaluated yet. Run `bsc eval {self.run.folder}`."
-            )
+            run = self.run.folder
+            raise StoreError(f"{run}: not evaluated yet. Run `bsc eval {run}`.")
         found = read_typed(Evaluation, path, "evaluation", EVAL_VERSION, self.remedy)
         if found.store_id != self.run.config().store_id:
             raise StoreError(f"{path}: of another store than the run. {self.remedy}")
@@ -391,10 +384,6 @@ class EvaluationFolder:
         """
         path = self.examples_path
         return read_typed(Examples, path, "examples", EVAL_VERSION, self.remedy).coders
-
-    def write(self, evaluation: Evaluation) -> None:
-        """Replace the figures."""
-        write_typed(self.run.eval_path, evaluation)
 
 
 def read_evaluation(run: Run | str | Path) -> Evaluation:

@@ -52,6 +52,10 @@ class HubState:
     written: list[dict[str, Any]] = field(default_factory=list)
     """Headers of commits, and bodies of requests that make a repository."""
 
+    def clear(self) -> None:
+        """Begin again, for the server that has this object."""
+        self.__dict__.update(HubState({}).__dict__)
+
 
 class _Hub(BaseHTTPRequestHandler):
     """Anything that is not known is recorded and refused."""

@@ -220,15 +220,17 @@ def evaluation(machine: Machine, found: Found) -> None:
             assert splice.coder_replacement(here)(*on_device).device == CUDA
     torch.manual_seed(0)
     logits = torch.randn(2, 40, 50, dtype=torch.bfloat16)  # clean and spliced
-    about = torch.randint(0, 50, (40,)), torch.arange(40) // 11, 3, torch.ones(40)
-    clean = context_pass._Clean(context_pass._log_softmax(logits[0]), *about)
+    target, document = torch.randint(0, 50, (40,)), torch.arange(40) // 11
+    unseen = torch.ones(40)
+    log_p = context_pass._log_softmax(logits[0])
+    clean = context_pass._Clean(log_p, target, document, 3, unseen)
     expected_sums = context_pass._sums(clean, logits[1])
     with pretended(machine):
         on_cuda = logits.to(CUDA)
-        there = [t.to(CUDA) if isinstance(t, torch.Tensor) else t for t in about]
+        there = target.to(CUDA), document.to(CUDA), 3, unseen.to(CUDA)
         machine.reset()
         log_p = context_pass._log_softmax(on_cuda[0])
-        sums = context_pass._sums(context_pass._Clean(log_p, *there), on_cuda[1])  # type: ignore[arg-type]
+        sums = context_pass._sums(context_pass._Clean(log_p, *there), on_cuda[1])
         note(found, "losses of a batch of contexts", machine)
     for a, b in zip(sums, expected_sums, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

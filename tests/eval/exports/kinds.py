@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from bsc.eval.exports import circuit_tracer, export
+from bsc.eval.exports.weights import Origin, Reference
 from bsc.train.coders.coder import SparseCoder, parameter_shapes
 from bsc.train.coders.config import CoderConfig
 
@@ -71,3 +74,17 @@ def random_coder(config: CoderConfig, seed: int = 0) -> SparseCoder:
 def rows(n: int = 300) -> torch.Tensor:
     """Rows to encode."""
     return torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(7))
+
+
+ORIGIN = Origin("a/model", "layers.0.mlp", 64)
+
+
+def written(format_: str, coder: SparseCoder, folder: Path) -> Reference:
+    """Write a coder in a format, and say what the other tool makes of it."""
+    folder.mkdir(parents=True)
+    if format_ == "circuit-tracer":
+        circuit_tracer.write_set({0: coder}, folder, ORIGIN.model)
+        return circuit_tracer.reference(folder, 0)
+    one = export._FORMATS[format_]
+    one.write(coder, folder, ORIGIN)
+    return one.reference(folder)

@@ -17,7 +17,6 @@ from bsc.errors import UserError
 from bsc.eval.exports import circuit_tracer, export
 from bsc.eval.exports.weights import (
     Origin,
-    Reference,
     check_written,
     linear_threshold,
     strict_threshold,
@@ -26,21 +25,10 @@ from bsc.eval.exports.weights import (
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
 from bsc.train.run import Run
-from tests.eval.exports.kinds import HELD, K, kinds, random_coder, rows
+from tests.eval.exports.kinds import HELD, K, kinds, random_coder, rows, written
 from tests.eval.interp.command import main_ok
 
-ORIGIN = Origin("a/model", "layers.0.mlp", 64)
 KINDS = {f"{site} {name}": (site, name, config) for site, name, config in kinds()}
-
-
-def written(format_: str, coder: SparseCoder, folder: Path) -> Reference:
-    folder.mkdir(parents=True)
-    if format_ == "circuit-tracer":
-        circuit_tracer.write_set({0: coder}, folder, ORIGIN.model)
-        return circuit_tracer.reference(folder, 0)
-    one = export._FORMATS[format_]
-    one.write(coder, folder, ORIGIN)
-    return one.reference(folder)
 
 
 def refusal(format_: str, config: CoderConfig) -> str | None:

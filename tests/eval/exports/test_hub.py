@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,126 +13,10 @@ import yaml
 from bsc.eval.evaluation import read_evaluation
 from bsc.eval.exports.publish import without_places
 from bsc.eval.report.report import render_report
-from bsc.records import sealed
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.run import Run
-from tests.hub import Files, HubRepository, HubState, hub_environment, serve
-
-REPO = "somebody/coders"
-TOKEN = "hf_NeverShowThisToken"
-
-
-class Done(NamedTuple):
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-class Commands:
-    """A process that asks one hub alone and runs commands one after the other.
-
-    The hub's client reads its variables once, when it is imported, which takes seconds.
-    """
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.environment = environment
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("hub_commands.py"))], env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def run(self, arguments: list[str], folder: Path, token: str) -> Done:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        asked = {"arguments": arguments, "folder": str(folder), "token": token}
-        self.process.stdin.write(json.dumps(asked) + "\n")
-        self.process.stdin.flush()
-        return Done(*json.loads(self.process.stdout.readline()))
-
-
-class Hub(NamedTuple):
-    """A server, and a way to run commands that ask it."""
-
-    state: HubState
-    commands: Commands
-    folder: Path
-
-    def python(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-        """A process of its own."""
-        return subprocess.run(
-            [sys.executable, *arguments], capture_output=True, text=True, timeout=300,
-            env=self.commands.environment | more, cwd=self.folder,
-        )  # fmt: skip
-
-    def bsc(self, *arguments: str, token: str = TOKEN) -> Done:
-        done = self.commands.run(list(arguments), self.folder, token)
-        assert TOKEN not in done.stdout + done.stderr and "Traceback" not in done.stderr
-        return done
-
-    def load(self, address: str) -> Done:
-        """Load a coder and print it."""
-        return self.bsc("load", address)
-
-    def refused(self, message: str, *arguments: str) -> None:
-        done = self.bsc(*arguments)
-        assert done.returncode == 2, done.stderr
-        assert message in done.stderr, done.stderr
-
-    def push(self, run: Run, *more: str) -> str:
-        """The commit."""
-        flags = ("--license", "mit", "--yes", *more)
-        done = self.bsc("push", str(run.folder.resolve()), REPO, *flags)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip().rpartition("@")[2]
-
-    @property
-    def files(self) -> Files:
-        repo = self.state.repos[REPO]
-        return repo.commits[repo.head]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubState, Commands]]:
-    state = HubState({})
-    with serve(state) as endpoint:
-        commands = Commands(hub_environment(endpoint, tmp_path_factory.mktemp("hf")))
-        yield state, commands
-        commands.process.communicate()
-
-
-@pytest.fixture
-def hub(served: tuple[HubState, Commands], tmp_path: Path) -> Hub:
-    """Empty, but for what earlier tests left in the cache of its client."""
-    state, commands = served
-    state.__init__({})  # type: ignore[misc] # the server keeps this object
-    return Hub(state, commands, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def pushed(
-    evaluated: Run, served: tuple[HubState, Commands], tmp_path_factory: pytest.TempPathFactory
-) -> Files:
-    """What a push of two coders leaves in a repository."""
-    state, commands = served
-    before, state.repos = state.repos, {}
-    one = Hub(state, commands, tmp_path_factory.mktemp("pushed"))
-    one.push(evaluated, "--coders", "*-k8-*", "--also", "sparsify,sparsify-binary")
-    files, state.repos = one.files, before
-    return files
-
-
-def one_commit(files: Files) -> HubRepository:
-    """Of files; the commit is theirs, since the client's cache lasts for all tests."""
-    digest = hashlib.sha1(b"".join(name.encode() + raw for name, raw in sorted(files.items())))
-    return HubRepository({digest.hexdigest(): files})
-
-
-def with_list(files: Files, change: Callable[[dict[str, Any]], None]) -> Files:
-    """The files with another list of them, whose hash is right."""
-    listed = json.loads(files["bsc.json"])
-    change(listed)
-    return files | {"bsc.json": sealed({n: v for n, v in listed.items() if n != "xxh3_128"})}
+from tests.eval.exports.hub_process import REPO, Hub, one_commit
+from tests.hub import Files, HubRepository
 
 
 def test_a_run_comes_back_as_it_left(evaluated: Run, hub: Hub) -> None:
@@ -266,27 +145,6 @@ def test_a_push_whose_commit_cannot_be_looked_at_is_done(evaluated: Run, hub: Hu
     assert commit == hub.state.repos[REPO].head
 
 
-def test_pull_into_an_empty_folder_and_nowhere_else(pushed: Files, hub: Hub) -> None:
-    hub.state.repos[REPO] = one_commit(with_place(pushed))
-    (hub.folder / "empty").mkdir()
-    (hub.folder / "link").symlink_to("empty")
-    done = hub.bsc("pull", REPO, "--out", "link")
-    assert done.returncode == 0, done.stderr
-    pulled = Run.open(hub.folder / "empty")
-    assert pulled.config().store == "acts", "what somebody else wrote is not gone to"
-    hub.refused("not empty", "pull", REPO, "--out", ".")
-
-
-def with_place(files: Files) -> Files:
-    """The files with a store on the network."""
-    config = json.loads(files["config.json"])
-    config["store"] = "s3://attacker/acts"
-    raw = sealed({n: v for n, v in config.items() if n != "xxh3_128"})
-    listed = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    changed = files | {"config.json": raw}
-    return with_list(changed, lambda one: one["files"].update({"config.json": listed}))
-
-
 def test_a_coder_is_loaded_by_name_also_without_a_network(pushed: Files, hub: Hub) -> None:
     hub.state.repos[REPO] = one_commit(pushed)
     address = f"hub://{REPO}/binary-k8"
@@ -331,70 +189,6 @@ def test_somebody_elses_push_in_between_is_not_overwritten(evaluated: Run, hub: 
     command = ("push", str(evaluated.folder), REPO, "--license", "mit", "--yes")
     hub.refused("cannot be pushed", *command, "--coders", "binary-k8")
     assert repo.head == "d" * 40
-
-
-def other_coder(files: Files) -> Files:
-    """One coder's files in the folder of the other, listed with their hashes."""
-    a, b = sorted({n.rpartition("/")[0] for n in files if n.endswith("coder.safetensors")})
-    listed = json.loads(files["bsc.json"])["files"]
-    changed = dict(files)
-    for file in ("config.json", "coder.safetensors", "firing.safetensors"):
-        changed[f"{a}/{file}"] = files[f"{b}/{file}"]
-        listed[f"{a}/{file}"] = listed[f"{b}/{file}"]
-    return with_list(changed, lambda one: one.update(files=listed))
-
-
-def flipped(files: Files, name: str) -> Files:
-    raw = bytearray(files[name])
-    raw[-1] ^= 1
-    return files | {name: bytes(raw)}
-
-
-def coder_file(files: Files) -> str:
-    return next(n for n in files if "binary-k8-s0" in n and n.endswith("coder.safetensors"))
-
-
-def claim(files: Files, size: int) -> Files:
-    name = coder_file(files)
-    return with_list(files, lambda one: one["files"][name].update(bytes=size))
-
-
-HOSTILE: dict[str, tuple[Callable[[Files], Files], str]] = {
-    "a file is missing": (
-        lambda f: {n: raw for n, raw in f.items() if n != coder_file(f)}, "not whole"),
-    "a byte is wrong": (lambda f: flipped(f, coder_file(f)), "is not the file that bsc.json lists"),
-    "the list is wrong": (lambda f: flipped(f, "bsc.json"), "cannot be read as JSON"),
-    "a path leads out": (
-        lambda f: with_list(f, lambda one: one["files"].update(
-            {"../../evil.json": {"bytes": 1, "sha256": "0"}})), "which is not fetched"),
-    "a coder leads out": (
-        lambda f: with_list(f, lambda one: one["coders"].update({"x": "../.."})), "lists no"),
-    "sizes are not those": (lambda f: claim(f, 10 << 30), "not whole"),
-    "another coder's files": (other_coder, "is not what config.json says"),
-    "no list": (lambda f: {n: raw for n, raw in f.items() if n != "bsc.json"}, "no bsc.json here"),
-    "another run's coders": (
-        lambda f: with_list(f, lambda one: one["coders"].pop(sorted(one["coders"])[0])),
-        "name other coders"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", HOSTILE)
-def test_a_hostile_repository_is_one_line(what: str, pushed: Files, hub: Hub) -> None:
-    change, message = HOSTILE[what]
-    hub.state.repos[REPO] = one_commit(change(pushed) | {"evil.pt": b"pickle"})
-    hub.refused(message, "pull", REPO)
-    assert not list(hub.folder.glob("runs/*")) and not (hub.folder.parent / "evil.json").exists()
-    assert not any("evil" in r for r in hub.state.requests)
-
-
-def test_ten_gigabytes_of_a_small_coder_are_not_fetched(pushed: Files, hub: Hub) -> None:
-    name = coder_file(pushed)
-    files = {n: raw for n, raw in claim(pushed, 10 << 30).items() if n != name}
-    hub.state.repos[REPO] = one_commit(files)
-    hub.state.claims = [{"rfilename": name, "size": 10 << 30}]
-    hub.refused("claims 10.7 GB", "pull", REPO)
-    hub.refused("claims 10.7 GB", "load", f"hub://{REPO}/binary-k8")
-    assert not any(name in r for r in hub.state.requests)
 
 
 def test_what_cannot_be_pushed_is_one_line(evaluated: Run, hub: Hub) -> None:

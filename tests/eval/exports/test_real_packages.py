@@ -20,8 +20,7 @@ from bsc.eval.exports.saelens import SAELENS
 from bsc.eval.exports.sparsify import SPARSIFY
 from bsc.eval.exports.weights import check_written
 from bsc.train.coders.coder import SparseCoder
-from tests.eval.exports.kinds import HELD, kinds, random_coder, rows
-from tests.eval.exports.test_formats import written
+from tests.eval.exports.kinds import HELD, kinds, random_coder, rows, written
 from tests.hub import hub_environment, serve_hub
 
 PACKAGES = (
