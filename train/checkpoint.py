@@ -56,7 +56,7 @@ def save_checkpoint(
         except SafetensorError as error:  # its form of what the file system refuses
             raise UserError(
                 f"{path}: the checkpoint cannot be written ({error}). The one before it counts: "
-                f"once there is room, `bsc train --resume` goes on from there."
+                f"once there is room, --resume goes on from there."
             ) from None
         descriptor = os.open(path, os.O_RDONLY)
         try:

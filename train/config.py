@@ -30,7 +30,15 @@ from bsc.options import CODERS, MACHINE, STEERING, option
 from bsc.train.coders.config import CoderChoices
 from bsc.train.preset import Preset, run_defaults
 
-__all__ = ["OPTIMISERS", "Decay", "Optimiser", "SweepPoint", "TrainConfig"]
+__all__ = [
+    "OPTIMISERS",
+    "Decay",
+    "Optimiser",
+    "SweepPoint",
+    "TrainConfig",
+    "parse_lr",
+    "plain_name",
+]
 
 Optimiser = Literal["adam", "signum", "signum_classic", "muon"]
 OPTIMISERS: tuple[Optimiser, ...] = get_args(Optimiser)
@@ -40,10 +48,13 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RUN, _TRAINING = "The run", "Training"
 
 
-def _lr(text: str) -> float | str:
+def parse_lr(text: str) -> float | str:
     """A learning rate as a user writes it.
 
-    >>> _lr("1e-3"), _lr("paper")
+    Raises:
+        ValueError: it is none.
+
+    >>> parse_lr("1e-3"), parse_lr("paper")
     (0.001, 'paper')
     """
     try:
@@ -52,7 +63,12 @@ def _lr(text: str) -> float | str:
         raise ValueError(f"a number or 'paper', got {text!r}") from None
 
 
-def _plain(name: str | None) -> str | None:
+def plain_name(name: str | None) -> str | None:
+    """A name that can be that of a folder.
+
+    Raises:
+        ValueError: it cannot.
+    """
     if name is not None and not _NAME.fullmatch(name):
         raise ValueError(f"letters, digits, '.', '_' and '-' make a name, got {name!r}")
     return name
@@ -73,7 +89,7 @@ class SweepPoint(CoderChoices):
         "Learning rate, or 'paper'.",
         CODERS,
         shown="by optimiser and code",
-        parser=_lr,
+        parser=parse_lr,
         metavar="FLOAT",
     )
     """Learning rate; "paper": by the rules of the authors' code; None: by ours, from the optimiser,
@@ -96,7 +112,7 @@ class SweepPoint(CoderChoices):
     seed: int = option(0, "Seed of the initial weights.", CODERS, ge=0, lt=2**63)
     """Coders with one seed begin with the same encoder."""
 
-    _group = field_validator("group")(_plain)
+    _group = field_validator("group")(plain_name)
 
 
 class TrainConfig(Config):
@@ -196,7 +212,7 @@ class TrainConfig(Config):
             return run_defaults(values.get("preset")) | values
         return values
 
-    _name = field_validator("name")(_plain)
+    _name = field_validator("name")(plain_name)
 
     @property
     def folder(self) -> Path:

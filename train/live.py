@@ -16,7 +16,7 @@ from rich.text import Text
 from bsc.formats import percent
 from bsc.progress import console
 
-__all__ = ["TrainingView", "training_view"]
+__all__ = ["TRAINING", "Columns", "TrainingView", "training_view"]
 
 _ROWS_SHOWN = 24
 _REPORT_SECONDS = 600.0
@@ -25,15 +25,24 @@ _DISK_BOUND = 0.1
 """Share of the time spent waiting for rows above which a run counts as bound by its data."""
 
 
+Columns = Mapping[str, tuple[str, str]]
+"""Columns of a table of coders: by title the field of metrics.jsonl and how it is written."""
+TRAINING: Columns = {
+    "FVU": ("fvu", ".4f"), "held out": ("held_out_fvu", ".4f"), "L0": ("l0", ".1f"),
+    "dead": ("dead", "%"), "lr": ("lr", ".2g"),
+}  # fmt: skip
+
+
 class TrainingView:
     """Handle of a running view."""
 
-    def __init__(self, label: str, total: int, done: int) -> None:
+    def __init__(self, label: str, total: int, done: int, columns: Columns = TRAINING) -> None:
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(),
             TextColumn("{task.fields[note]}"), TimeRemainingColumn(compact=True), console=console,
         )  # fmt: skip
         self._task = self._bar.add_task(label, total=total, completed=done, note="")
+        self._columns = columns
         self._done, self._started = done, time.perf_counter()
         self._waited = 0.0
         self._reported = self._started
@@ -79,11 +88,11 @@ class TrainingView:
     def __rich__(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("coder", no_wrap=True)
-        for title in ("FVU", "held out", "L0", "dead", "lr"):
+        for title in self._columns:
             table.add_column(title, justify="right")
         ranked = sorted(self.figures.items(), key=lambda item: item[1].get("fvu") or 9e9)
         for name, f in ranked[:_ROWS_SHOWN]:
-            table.add_row(name, *_cells(f))
+            table.add_row(name, *(_cell(f, *column) for column in self._columns.values()))
         more = len(ranked) - _ROWS_SHOWN
         parts: list[Any] = [self._bar]
         if ranked:
@@ -93,16 +102,17 @@ class TrainingView:
         return Group(*parts)
 
 
-def _cells(f: Mapping[str, Any]) -> list[str]:
-    held_out = f.get("held_out_fvu")
-    return [
-        f"{f['fvu']:.4f}", "" if held_out is None else f"{held_out:.4f}", f"{f['l0']:.1f}",
-        percent(f["dead"], 1), f"{f['lr']:.2g}",
-    ]  # fmt: skip
+def _cell(f: Mapping[str, Any], field: str, form: str) -> str:
+    value = f.get(field)
+    if value is None:
+        return ""
+    return percent(value, 1) if form == "%" else format(value, form)
 
 
 @contextmanager
-def training_view(label: str, total: int, done: int = 0) -> Iterator[TrainingView]:
+def training_view(
+    label: str, total: int, done: int = 0, columns: Columns = TRAINING
+) -> Iterator[TrainingView]:
     """Show a run while the block trains; afterwards one line.
 
     Where stderr is no terminal there is that line, and one every ten minutes before it.
@@ -111,8 +121,9 @@ def training_view(label: str, total: int, done: int = 0) -> Iterator[TrainingVie
         label: what is trained.
         total: rows in all.
         done: rows that were done before.
+        columns: of the table of coders.
     """
-    view = TrainingView(label, total, done)
+    view = TrainingView(label, total, done, columns)
     if console.is_terminal:
         with Live(view, console=console, refresh_per_second=4, transient=True):
             yield view

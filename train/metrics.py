@@ -13,7 +13,7 @@ from bsc.files import canonical_json
 
 __all__ = ["MetricsWriter", "check_targets"]
 
-_SHOWN = ("fvu", "l0", "dead", "lr", "held_out_fvu", "held_out_l0")
+_SHOWN = ("fvu", "l0", "dead", "lr", "held_out_fvu", "held_out_l0", "kl", "ce")
 
 
 def check_targets(*, tensorboard: bool, wandb: str | None) -> None:
@@ -120,7 +120,7 @@ class MetricsWriter:
             raise StoreError(
                 f"{self._path}: no longer there: the run's folder was removed or moved while it "
                 f"was trained, so training stops. Train again, or move the folder back and go on "
-                f"with bsc train --resume."
+                f"with --resume."
             )
 
     def flush(self) -> int:

@@ -131,13 +131,14 @@ class Run:
         interrupted = part / "config.json"
         if interrupted.exists() and not Run(part).config().completed:
             raise UserError(
-                f"{self.folder}: a run that has not ended is here. Go on with it: bsc train "
-                f"--resume {self.folder}, as it was started; or give another --name."
+                f"{self.folder}: a run that has not ended is here. Go on with it: "
+                f"{Run(part).config().going_on} {self.folder}, as it was started; or give another "
+                f"--name."
             )
-        if self.config_path.exists() and self.config().completed:
+        if self.config_path.exists() and (config := self.config()).completed:
             raise UserError(
                 f"{self.folder}: a complete run is here. Give another --name; or train it longer: "
-                f"bsc train --resume {self.folder} --tokens with more than it had."
+                f"{config.going_on} {self.folder} --tokens with more than it had."
             )
         if part.is_dir():
             files = list(part.iterdir())
@@ -170,7 +171,7 @@ class Run:
         if not config.completed:
             raise StoreError(
                 f"{folder}: training of this run has not ended, or was interrupted. Go on with it: "
-                f"bsc train --resume {folder}"
+                f"{config.going_on} {folder}"
                 + (f" --rank R --world {config.world}" if config.world > 1 else "")
             )
         return run

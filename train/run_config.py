@@ -15,6 +15,8 @@ from bsc.typed import Record
 __all__ = [
     "RUN_VERSION",
     "Completed",
+    "Finetuned",
+    "FinetunedCoder",
     "PlannedCoder",
     "Pulled",
     "RunCoder",
@@ -74,6 +76,42 @@ class PlannedCoder(RunCoder):
         return self.model_copy(update={"name": "", "seed": 0})
 
 
+class FinetunedCoder(RunCoder):
+    """A coder that was finetuned through the model (bsc.finetune)."""
+
+    parent: str
+    """Name of the coder that it began as, in the run that `Finetuned.run` names."""
+    parent_xxh3_128: str
+    """Hash of that coder's tensors."""
+    optimiser: Optimiser
+    lr: float
+    warmup: float
+    decay: Decay
+    clip_norm: float | None
+    surrogate: str | None
+    """Gradient of binary latents; None of continuous coders."""
+
+    @property
+    def but_for_the_seed(self) -> Self:
+        """What coders share that differ in their seed alone."""
+        own = {"name": "", "parent": "", "parent_xxh3_128": "", "seed": 0}
+        return self.model_copy(update=own)
+
+
+class Finetuned(Record):
+    """What a run of finetuned coders began as."""
+
+    run: str
+    """Where the run was whose coders they are."""
+    loss: str
+    sets: list[list[str]]
+    """Coders that are spliced in together."""
+    context: int
+    """Tokens in a context at most."""
+    config: dict[str, Any]
+    """Its settings (bsc.finetune.config)."""
+
+
 class Completed(Record):
     """How a training ended."""
 
@@ -128,7 +166,7 @@ class RunConfig(Record):
     assigned: dict[str, int]
     """Rank of every coder."""
     config: TrainConfig | None
-    coders: list[PlannedCoder | RunCoder]
+    coders: list[PlannedCoder | FinetunedCoder | RunCoder]
     versions: dict[str, str]
     started_at: str
     completed: Completed | None = None
@@ -136,6 +174,8 @@ class RunConfig(Record):
     trained_on: TrainedOn | None = None
     imported: bool = False
     """Whether its coders were trained elsewhere (bsc.eval.exports.importing)."""
+    finetuned: Finetuned | None = None
+    """What its coders were before, if they were finetuned (bsc.finetune)."""
     pulled: Pulled | None = None
     """Where it came from, if not from this machine: then no checkpoint came with it."""
 
@@ -157,6 +197,11 @@ class RunConfig(Record):
     def planned(self) -> list[PlannedCoder]:
         """The coders that are trained here."""
         return [c for c in self.coders if isinstance(c, PlannedCoder)]
+
+    @property
+    def going_on(self) -> str:
+        """Command that goes on with the run, but for the folder and its rank."""
+        return "bsc finetune --resume" if self.finetuned else "bsc train --resume"
 
     @property
     def hookpoints(self) -> list[str]:

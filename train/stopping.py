@@ -13,10 +13,13 @@ __all__ = ["asked_to_stop"]
 
 
 @contextmanager
-def asked_to_stop() -> Iterator[threading.Event]:
+def asked_to_stop(going_on: str) -> Iterator[threading.Event]:
     """Set by Ctrl-C or SIGTERM, so that a step is finished and a checkpoint written first.
 
     A second signal has its usual effect.
+
+    Args:
+        going_on: command that goes on, to be told.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -26,7 +29,7 @@ def asked_to_stop() -> Iterator[threading.Event]:
 
     def ask(number: int, frame: object) -> None:
         stop.set()
-        console.print("stopping after this step; `bsc train --resume` goes on from there")
+        console.print(f"stopping after this step; `{going_on}` goes on from there")
         for s, handler in before.items():
             signal.signal(s, handler)
 

@@ -252,7 +252,7 @@ class _Loop:
             tensorboard=job.part / "tensorboard" if config.tensorboard else None,
             wandb=config.wandb,
         )
-        with writer, asked_to_stop() as stop:
+        with writer, asked_to_stop("bsc train --resume") as stop:
             with training_view(label, total, self.step * config.batch_rows) as view:
                 view.figures.update(self._figures_before())
                 started, saved = time.perf_counter() - self.seconds, time.perf_counter()

@@ -18,7 +18,7 @@ from bsc.cache.model.models import LanguageModel
 from bsc.eval.passes.contexts import Contexts
 from bsc.eval.passes.pieces import Arrays, Pieces
 from bsc.eval.passes.prefix import Prefix
-from bsc.eval.passes.splice import Replacement, splice, zero_replacement
+from bsc.eval.passes.splice import Replacement, splice
 
 __all__ = [
     "CLEAN",
@@ -27,6 +27,7 @@ __all__ = [
     "Variant",
     "joined",
     "pass_over_contexts",
+    "slices",
 ]
 
 _TOKENS_AT_ONCE = 8_192
@@ -88,7 +89,7 @@ class _Clean(NamedTuple):
 def _sums(clean: _Clean, logits: torch.Tensor) -> LossSums:
     """Sums of a batch of contexts, worked out some predictions at a time."""
     nats, kl, right = (torch.empty(len(logits), device=logits.device) for _ in range(3))
-    for here in _slices(logits):
+    for here in slices(logits):
         log_q = torch.log_softmax(logits[here].float(), dim=-1)
         target = clean.target[here]
         nats[here] = -log_q.gather(-1, target.unsqueeze(-1)).squeeze(-1)
@@ -101,7 +102,7 @@ def _sums(clean: _Clean, logits: torch.Tensor) -> LossSums:
     return LossSums(*torch.stack(sums).cpu().numpy()[:, :-1])  # the device is waited for once
 
 
-def _slices(logits: torch.Tensor) -> list[slice]:
+def slices(logits: torch.Tensor) -> list[slice]:
     """Predictions that are worked on together."""
     at_once = max(1, _LOGITS_AT_A_TIME.get(logits.device.type, 1 << 21) // logits.shape[1])
     return [slice(i, i + at_once) for i in range(0, len(logits), at_once)]
@@ -185,9 +186,8 @@ def pass_over_contexts(
         )
         if not tried:
             tried = True
-            for hooks, prefix in prefixes.items():
-                if prefix.layers and not _works(lm, inputs, prefix, hooks):
-                    prefix.drop()
+            for prefix in prefixes.values():
+                prefix.try_out(lm.model, inputs)
         found = {CLEAN: _sums(clean, logits)}
         kept = None
         if without_tokens:
@@ -205,19 +205,9 @@ def pass_over_contexts(
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
     """In float32, some rows at a time."""
     found = torch.empty(logits.shape, device=logits.device)
-    for here in _slices(logits):
+    for here in slices(logits):
         found[here] = torch.log_softmax(logits[here].float(), dim=-1)
     return found
-
-
-def _works(
-    lm: LanguageModel, inputs: Mapping[str, torch.Tensor], prefix: Prefix, hooks: tuple[str, ...]
-) -> bool:
-    """Whether leaving out the layers before the hookpoints changes not a bit."""
-    with splice(lm.base, dict.fromkeys(hooks, zero_replacement)):
-        whole = lm.model(**inputs, use_cache=False).logits
-        with prefix.left_out():
-            return torch.equal(whole, lm.model(**inputs, use_cache=False).logits)
 
 
 def _to_arrays(found: Mapping[str, LossSums], names: list[str]) -> Arrays:

@@ -20,7 +20,14 @@ from bsc.progress import console
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.run import Run
 
-__all__ = ["Setting", "matching_model", "open_setting", "open_store"]
+__all__ = [
+    "Setting",
+    "check_widths",
+    "matching_model",
+    "open_setting",
+    "open_store",
+    "separation_in",
+]
 
 
 _SAME_ROWS = 0.01
@@ -165,21 +172,35 @@ def open_setting(
                 f"of its training"
             )
         else:
-            _check_widths(opened, name, coder)
+            check_widths(opened, name, coder)
             coders[name] = coder.to(on)
-    separation: Separation = "positions"
-    if opened.packing == "masked":
-        separation = document_separation(
-            RowTap(lm.base, run.config().hookpoints).rows,
-            dtype=lm.model.dtype,
-            device=on,
-            vocabulary=int(lm.model.get_input_embeddings().weight.shape[0]),
-        )
+    separation = separation_in(opened, lm, run.config().hookpoints)
     without = tuple(run.config().without_tokens)
     return Setting(run, opened, lm, coders, left_out, separation, without)
 
 
-def _check_widths(store: ActivationStore, name: str, coder: SparseCoder) -> None:
+def separation_in(store: ActivationStore, lm: LanguageModel, hookpoints: list[str]) -> Separation:
+    """How the model keeps the documents of a context of this store apart.
+
+    Raises:
+        UserError: it does not, though the store was captured so.
+    """
+    if store.packing != "masked":
+        return "positions"
+    return document_separation(
+        RowTap(lm.base, hookpoints).rows,
+        dtype=lm.model.dtype,
+        device=lm.model.device,
+        vocabulary=int(lm.model.get_input_embeddings().weight.shape[0]),
+    )
+
+
+def check_widths(store: ActivationStore, name: str, coder: SparseCoder) -> None:
+    """See that a coder takes and gives rows of the width that its hookpoint has.
+
+    Raises:
+        StoreError: it does not.
+    """
     hook: Any = store.hookpoint(str(coder.about["hookpoint"]))
     found = (coder.config.d_in, coder.config.d_out)
     expected = (hook.d_out if coder.config.site == "sae" else hook.d_in, hook.d_out)

@@ -94,7 +94,9 @@ def splice(
                     )
                 stay |= kept.to(stay.device)
             rows = replace(flat_x, flat_y).to(y.dtype)
-            new = torch.where(stay.unsqueeze(1), flat_y, rows).view_as(y)
+            # Of a row that is not finite no gradient is wanted, nor the pass back that it takes.
+            old = flat_y.detach() if kept is None else flat_y
+            new = torch.where(stay.unsqueeze(1), old, rows).view_as(y)
             return type(output)((new, *output[1:])) if several else new
 
         return hook

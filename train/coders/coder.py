@@ -262,6 +262,10 @@ class SparseCoder:
 
     __call__ = forward
 
+    def xxh3_128(self) -> str:
+        """Hash of its tensors: what tells this coder from another one."""
+        return _tensor_hash({n: t.detach().cpu().contiguous() for n, t in self.tensors.items()})
+
     def save(self, folder: Path) -> None:
         """Write the coder to `folder`, which is made if need be."""
         folder.mkdir(parents=True, exist_ok=True)

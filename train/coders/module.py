@@ -7,44 +7,38 @@ parameters and come back in that of the rows.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag, linear
+from torch.nn.functional import linear
+from torch.nn.utils.parametrize import register_parametrization
 
-from bsc.train.coders import surrogates, topk
+from bsc.train.coders import sparse_grad, surrogates, topk
 from bsc.train.coders.coder import Code, SparseCoder, latent_thresholds, parameter_shapes
 from bsc.train.coders.select import select_dense
+from bsc.train.coders.sparse_grad import Selected
 
 __all__ = ["CoderModule"]
 
 
-class _Step(torch.autograd.Function):
-    """1 where a margin is above 0 (or everywhere), with the gradient of a surrogate.
+_LEAST_LENGTH = 1e-20
+"""Of a row that is divided by its length."""
 
-    Gradients are those of training (docs/coders.md), to pre-activations and to log thresholds.
-    """
 
-    @staticmethod
-    def forward(
-        ctx: Any, margin: Tensor, log_threshold: Tensor, shift: Tensor, surrogate: str | None,
-        temperature: float, always_on: bool,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(margin, log_threshold, shift)
-        ctx.how = surrogate, temperature
-        return torch.ones_like(margin) if always_on else (margin > 0).to(margin.dtype)
+class _LengthAndDirection(nn.Module):
+    """A matrix as the lengths of its rows and their directions."""
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        margin, log_threshold, shift = ctx.saved_tensors
-        surrogate, temperature = ctx.how
-        none = (None,) * 4
-        if surrogate is None:
-            return (None, None, *none)
-        g = surrogates.SURROGATES[surrogate](grads[0], margin + shift, temperature)
-        factor = surrogates.threshold_factor(surrogate, log_threshold.exp(), temperature)
-        return (g, g * factor, *none)
+    def forward(self, length: Tensor, direction: Tensor) -> Tensor:
+        """(F, d) of (F, 1) and (F, d), whatever the length of the directions is."""
+        own = torch.linalg.vector_norm(direction, dim=1, keepdim=True).clamp_min(_LEAST_LENGTH)
+        matrix: Tensor = direction * (length / own)
+        return matrix
+
+    def right_inverse(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Lengths and directions of a matrix."""
+        length = torch.linalg.vector_norm(matrix, dim=1, keepdim=True)
+        return length, matrix / length.clamp_min(_LEAST_LENGTH)
 
 
 class CoderModule(nn.Module):
@@ -72,7 +66,12 @@ class CoderModule(nn.Module):
     """Batch top-k: smallest selected margins, a buffer."""
 
     def __init__(
-        self, coder: SparseCoder, surrogate: str | None = None, temperature: float | None = None
+        self,
+        coder: SparseCoder,
+        surrogate: str | None = None,
+        temperature: float | None = None,
+        *,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         """Take a copy of a coder's tensors.
 
@@ -81,6 +80,7 @@ class CoderModule(nn.Module):
             surrogate: gradient of a binary latent's step, one of `surrogates.SURROGATES`; None:
                 none, so that nothing flows through binary latents.
             temperature: of the surrogate; None: as in training.
+            compute_dtype: of products; None: that of the parameters. Training takes bfloat16.
 
         Raises:
             ValueError: there is no such surrogate.
@@ -96,6 +96,7 @@ class CoderModule(nn.Module):
         copies = {n: t.detach().clone() for n, t in coder.tensors.items()}
         n, d = copies["encoder.weight"].shape
         dtype, device = coder.dtype, coder.W_enc.device
+        self.compute_dtype = compute_dtype or dtype
         self.encoder = nn.Linear(d, n, device="meta", dtype=dtype)
         self.encoder.weight = nn.Parameter(copies.pop("encoder.weight"))
         self.encoder.bias = nn.Parameter(copies.pop("encoder.bias"))
@@ -112,54 +113,107 @@ class CoderModule(nn.Module):
 
     def coder(self) -> SparseCoder:
         """The coder as its parameters stand, its tensors copied."""
-        tensors = {n: t.detach().clone() for n, t in self.state_dict().items()}
-        assert set(tensors) == set(parameter_shapes(self.config))
+        names = parameter_shapes(self.config)
+        tensors = {n: attrgetter(n)(self).detach().clone() for n in names}
         return SparseCoder(self.config, tensors, about=self.about)
+
+    def hold_row_lengths(self) -> None:
+        """Train the directions of the decoder's rows, and their lengths as the coder was trained:
+        not at all, or, with a learned amplitude, as numbers of their own.
+
+        Only of coders whose decoder rows had length 1 in training. `W_dec` is then worked out from
+        `parametrizations.W_dec.original0` (lengths) and `original1` (directions).
+        """
+        if self.config.decoder_norm == "unit":
+            register_parametrization(self, "W_dec", _LengthAndDirection())
+            if self.config.amplitude == "none":
+                lengths: nn.Parameter = self.get_parameter("parametrizations.W_dec.original0")
+                lengths.requires_grad_(False)
+
+    @torch.no_grad()
+    def renormalise(self) -> Tensor | None:
+        """Give directions length 1 again after a step, and return what they were divided by,
+        (F, 1); None where lengths are not held. The coder stays the same."""
+        if not isinstance(getattr(self, "parametrizations", None), nn.ModuleDict):
+            return None
+        direction = self.get_parameter("parametrizations.W_dec.original1")
+        lengths: Tensor = torch.linalg.vector_norm(direction, dim=1, keepdim=True)
+        direction.div_(lengths.clamp_(min=_LEAST_LENGTH))
+        return lengths
 
     def encode(self, x: Tensor) -> Code:
         """Code of rows (..., d_in), differentiable but for which latents are selected."""
-        config, own = self.config, self.encoder.weight.dtype
-        rows = x.reshape(-1, x.shape[-1]).to(own)
+        return self._shaped(self._encode(self._rows(x))[0], x)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1]).to(self.encoder.weight.dtype)
+
+    def _shaped(self, code: Code, x: Tensor) -> Code:
+        return Code(*(t.reshape(*x.shape[:-1], t.shape[-1]) for t in code))
+
+    def _encode(self, rows: Tensor) -> tuple[Code, Selected]:
+        """Code of rows (N, d_in) and what is selected."""
+        config, weight, bias = self.config, self.encoder.weight, self.encoder.bias
         if config.site == "sae":
             rows = rows - self.b_dec
-        pre = linear(rows, self.encoder.weight, self.encoder.bias)
-        log_threshold = self._log_threshold(pre)
-        margins = pre - (log_threshold.exp() if config.has_threshold else 0)
-        latent, on = self._select(margins.detach())
-        margin = margins.gather(1, latent)
+        log_threshold = self._log_threshold(weight)
+        with torch.no_grad():
+            theta = log_threshold.exp() * config.has_threshold
+            acting, dtype = bias - theta, self.compute_dtype
+            margins = linear(rows.to(dtype), weight.to(dtype), acting.to(dtype))
+            latent, on = self._select(margins)
+            # The bias as it is, where products round it.
+            product = margins.gather(1, latent).to(rows.dtype) - acting.to(dtype)[latent]
+        selected = Selected(latent, config.n_latents)
+        product = sparse_grad.with_gradient(rows, weight, product, self.compute_dtype, selected)
+        pre = product + sparse_grad.of_latents(bias, selected)
+        margin = pre
+        if config.has_threshold:
+            margin = pre - sparse_grad.of_latents(log_threshold.exp(), selected)
         value = margin.relu()
         binary = latent >= config.first_binary
         if config.code != "continuous":
             self._say_that_gradients_stop(margin)
             # The margin's own dependence on the threshold is in the step.
-            at = pre.gather(1, latent) - log_threshold.detach().exp()[latent] * config.has_threshold
-            step: Tensor = _Step.apply(  # type: ignore[no-untyped-call] # torch leaves it untyped
-                at, log_threshold[latent], self._shift(margins.detach(), latent), self.surrogate,
-                self.temperature, config.always_on,
+            step = sparse_grad.step(
+                pre - theta[latent], sparse_grad.of_latents(log_threshold, selected),
+                self._shift(margins, latent), self.surrogate, self.temperature, config.always_on,
             )  # fmt: skip
             value = torch.where(binary, step, value)
-        value = value.masked_fill(~on, 0)
-        shape = (*x.shape[:-1], latent.shape[1])
-        return Code(latent.reshape(shape), value.reshape(shape), margin.reshape(shape))
+        return Code(latent, value.masked_fill(~on, 0), margin), selected
 
     def decode(self, code: Code, x: Tensor) -> Tensor:
         """y_hat (..., d_out) of a code, and of the rows that it is of (for the skip path)."""
         latent, value = (t.reshape(-1, t.shape[-1]) for t in (code.latent, code.value))
+        selected = Selected(latent, self.config.n_latents)
+        y = self._decode(value, selected, self._rows(x))
+        return y.reshape(*code.latent.shape[:-1], -1)
+
+    def _decode(self, value: Tensor, selected: Selected, rows: Tensor) -> Tensor:
         value = value.to(self.W_dec.dtype)
-        y = embedding_bag(latent, self.W_dec, per_sample_weights=value, mode="sum") + self.b_dec
-        y = y.reshape(*code.latent.shape[:-1], -1)
-        return y + linear(x.to(y.dtype), self.W_skip) if hasattr(self, "W_skip") else y
+        y = sparse_grad.decoded(value, self.W_dec, self.compute_dtype, selected) + self.b_dec
+        if not hasattr(self, "W_skip"):
+            return y
+        products = linear(rows.to(self.compute_dtype), self.W_skip.to(self.compute_dtype))
+        return y + products.to(y.dtype)
+
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Code]:
+        """y_hat (..., d_out) of rows (..., d_in) in the dtype of the parameters, and their code."""
+        rows = self._rows(x)
+        code, selected = self._encode(rows)
+        y = self._decode(code.value, selected, rows)
+        return y.reshape(*x.shape[:-1], -1), self._shaped(code, x)
 
     def forward(self, x: Tensor) -> Tensor:
         """y_hat (..., d_out) of rows (..., d_in), in the dtype of the rows."""
-        return self.decode(self.encode(x), x).to(x.dtype)
+        return self.reconstruct(x)[0].to(x.dtype)
 
-    def _log_threshold(self, pre: Tensor) -> Tensor:
+    def _log_threshold(self, weight: Tensor) -> Tensor:
         """(F,): 0 where a latent has no threshold, which its margin then does not see."""
         if not self.config.has_threshold:
-            return pre.new_zeros(pre.shape[1])
+            return weight.new_zeros(len(weight))
         first = self.config.first_binary
-        none = pre.new_full((first,), -torch.inf)
+        none = weight.new_full((first,), -torch.inf)
         return torch.cat([none, self.log_threshold]) if first else self.log_threshold
 
     def _select(self, margins: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,100 @@
+"""What to finetune, as a user asks for it. Imports neither torch nor zarr."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from bsc.config import Config
+from bsc.counts import parse_count
+from bsc.options import MACHINE, STEERING, option
+from bsc.train.config import Decay, Optimiser, parse_lr, plain_name
+
+__all__ = ["FinetuneConfig", "Loss"]
+
+Loss = Literal["kl", "ce", "kl+fvu"]
+_WHAT, _HOW = "What is finetuned", "Finetuning"
+
+
+class FinetuneConfig(Config):
+    """A run of finetuned coders."""
+
+    name: str = option("finetuned", "Name of the new run.", _WHAT)
+    runs: Path | None = option(None, "Folder of runs.", _WHAT, shown="the one that RUN is in")
+    coders: tuple[str, ...] = option(
+        (), "Pattern of coders' names, such as '*binary*'; several times.", _WHAT, shown="all"
+    )
+    together: bool = option(
+        False,
+        "Whether coders that are alike but for the hookpoint are spliced in at once, and learn to "
+        "work together; else each is spliced in alone.",
+        _WHAT,
+        flag="--together/--apart",
+    )
+    loss: Loss = option(
+        "kl",
+        "kl: divergence from the model as it is. ce: cross-entropy of the next token. kl+fvu: KL "
+        "and reconstruction, which weigh the same.",
+        _HOW,
+    )
+    tokens: int = option(10_000_000, "Tokens to finetune on.", _HOW, ge=1, parser=parse_count)
+    """More than the text has are more passes over it."""
+    batch_tokens: int = option(8192, "Tokens in a step.", _HOW, ge=2, le=2**24, parser=parse_count)
+    micro_tokens: int | None = option(
+        None, "Tokens worked on at a time.", _HOW, ge=2, shown="what memory allows",
+        parser=parse_count,
+    )  # fmt: skip
+    """A step adds up the gradients of its batch. Bounds the memory, changes nothing but
+    rounding."""
+    optimiser: Optimiser = option("adam", "adam, signum, signum_classic, muon.", _HOW)
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["paper"] | None = option(
+        None,
+        "Learning rate, or 'paper'.",
+        _HOW,
+        shown="by optimiser and code",
+        parser=parse_lr,
+        metavar="FLOAT",
+    )
+    """paper: 1e-3 with 50 steps of warm-up, which the authors took for Adam and rows as the module
+    gives them (`--normalise none`)."""
+    warmup: float | None = Field(default=None, ge=0, le=1)
+    """Share of the steps over which the learning rate rises; None: 0.05, 0 for signum."""
+    decay: Decay | None = None
+    """How it falls afterwards: linear, none; None: linear, none for signum."""
+    clip_norm: float | None = option(
+        None, "Length that gradients of a coder are cut to.", _HOW, gt=0, shown="not cut"
+    )
+    normalise: Literal["rms", "none"] = option(
+        "rms",
+        "Units that weights are trained in. rms: those of training, so that step sizes mean the "
+        "same for every module. none: those of the module.",
+        _HOW,
+    )
+    precision: Literal["bf16", "fp32"] = option(
+        "bf16", "Precision of a coder's products: bf16, fp32.", _HOW
+    )
+    dead_after: int = option(
+        1_000_000, "Tokens without firing that make a latent dead.", _HOW, ge=1, parser=parse_count
+    )
+    log_every: int = Field(default=10, ge=1)
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int | None = option(
+        None, "Steps between checkpoints.", STEERING, ge=1, shown="every ten minutes"
+    )
+    keep_checkpoint: bool = option(
+        True,
+        "Whether the last one is kept when the run has ended.",
+        STEERING,
+        flag="--keep-checkpoint/--no-keep-checkpoint",
+    )
+    tensorboard: bool = option(
+        False, "Write TensorBoard files too.", STEERING, flag="--tensorboard/--no-tensorboard"
+    )
+    wandb: str | None = option(None, "Project at Weights & Biases.", STEERING)
+    device: str | None = option(
+        None, "cpu, cuda or cuda:1.", MACHINE, shown="a GPU where there is one"
+    )
+
+    _name = field_validator("name")(plain_name)

@@ -1,0 +1,269 @@
+"""What a run of finetuning comes to: a request, checked and decided before anything is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bsc.cache.model.attention import Separation
+from bsc.cache.model.models import LanguageModel
+from bsc.cache.store.store import ActivationStore
+from bsc.devices import pick_device
+from bsc.errors import UserError, nearest
+from bsc.eval.passes.prefix import Prefix
+from bsc.eval.passes.setting import check_widths, matching_model, open_store, separation_in
+from bsc.finetune.config import FinetuneConfig
+from bsc.finetune.memory import MemoryPlan, ModelSize, plan_memory
+from bsc.finetune.schedule import schedule_of
+from bsc.finetune.text import StoreText
+from bsc.progress import console
+from bsc.train.coders.coder import SparseCoder
+from bsc.train.memory import available_bytes
+from bsc.train.metrics import check_targets
+from bsc.train.run import Run
+from bsc.train.run_config import RUN_VERSION, Finetuned, FinetunedCoder, RunCoder, RunConfig
+from bsc.versions import versions
+
+__all__ = ["FinetuneJob", "make_job"]
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """Everything that decides a run."""
+
+    config: FinetuneConfig
+    parent: Run
+    run: Run
+    store: ActivationStore
+    text: StoreText
+    lm: LanguageModel
+    separation: Separation
+    without_tokens: tuple[int, ...]
+    planned: list[FinetunedCoder]
+    sets: list[list[str]]
+    """Names of coders that are spliced in together."""
+    memory: MemoryPlan
+    free: int
+    """Bytes that may be used beside the model."""
+    batch_contexts: int
+    steps: int
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a step, where contexts are full."""
+        return self.batch_contexts * self.text.context
+
+    def coder(self, planned: FinetunedCoder) -> SparseCoder:
+        """The coder that one begins as.
+
+        Raises:
+            UserError: it is damaged, not of this model, or another one than when the run began.
+        """
+        coder = self.parent.coder(planned.parent)
+        check_widths(self.store, planned.name, coder)
+        if coder.xxh3_128() != planned.parent_xxh3_128:
+            raise UserError(
+                f"{self.parent.folder}: {planned.parent} is not the coder that this run began "
+                f"with: it was trained on, or exchanged. Finetune it under another --name."
+            )
+        return coder
+
+    def record(self) -> RunConfig:
+        """What config.json holds until the run is complete."""
+        before, config = self.parent.config(), self.config
+        return RunConfig(
+            version=RUN_VERSION,
+            name=config.name,
+            store=before.store,
+            store_id=self.store.store_id,
+            model=self.store.attributes["model"],
+            rows=self.store.train.rows,
+            steps=self.steps,
+            batch_rows=self.batch_tokens,
+            micro_rows=self.memory.micro_contexts * self.text.context,
+            seed=None,
+            normalise=config.normalise,
+            without_tokens=list(self.without_tokens),
+            dead_after=config.dead_after,
+            log_every=config.log_every,
+            device=self.lm.model.device.type,
+            rank=0,
+            world=1,
+            assigned={},
+            config=None,
+            coders=list(self.planned),
+            versions=versions(),
+            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            finetuned=Finetuned(
+                run=str(self.parent.folder.resolve()),
+                loss=config.loss,
+                sets=self.sets,
+                context=self.text.context,
+                config=config.model_dump(mode="json"),
+            ),
+        )
+
+
+def make_job(
+    parent: Run,
+    config: FinetuneConfig,
+    *,
+    store: str | Path | None = None,
+    model: str | None = None,
+    check: bool = True,
+    run: Run | None = None,
+    saved: RunConfig | None = None,
+) -> FinetuneJob:
+    """Check a request and decide everything, without writing or loading a coder.
+
+    Args:
+        parent: the run whose coders are finetuned.
+        config: how.
+        store: where its store is now; None: where it was in training.
+        model: where the model is now; None: where it was at the capture.
+        check: whether shards are compared with the manifest when they are first read.
+        run: the new run; None: where the config says.
+        saved: what the run's config.json holds, if it goes on.
+
+    Raises:
+        UserError: the request cannot be carried out.
+    """
+    chosen = _chosen(parent, config.coders)
+    if run is None:
+        run = Run((config.runs or parent.folder.resolve().parent) / config.name)
+        if run.folder.resolve() == parent.folder.resolve():
+            raise UserError(f"--name {config.name}: that is the run itself. Give another name.")
+        run.check_new(run.folder)
+    check_targets(tensorboard=config.tensorboard, wandb=config.wandb)
+    opened = open_store(parent, store, check=check)
+    text = StoreText.of(opened)
+    contexts = config.batch_tokens // text.context
+    steps = config.tokens // (max(1, contexts) * text.context)
+    if contexts < 1 or steps < 1:
+        what = "--batch-tokens" if contexts < 1 else "--tokens"
+        least = text.context if contexts < 1 else contexts * text.context
+        given = config.batch_tokens if contexts < 1 else config.tokens
+        raise UserError(
+            f"{what} {given}: fewer than {least:,} tokens, which is one "
+            + ("context of this store." if contexts < 1 else "step. Give more, or a smaller batch.")
+        )
+    planned = _saved_coders(saved) if saved else _planned(parent, chosen, config, steps)
+    sets = _sets(planned, together=config.together)
+    device = pick_device(config.device)
+    lm = matching_model(opened, model, device)
+    free = available_bytes(device)
+    if saved is not None and saved.micro_rows is not None:
+        config = config.model_copy(update={"micro_tokens": saved.micro_rows})
+    memory = plan_memory(
+        planned, max(map(len, sets)), _size(lm, planned), config, text.context, device.type, free
+    )
+    separation = separation_in(opened, lm, list(dict.fromkeys(c.hookpoint for c in planned)))
+    without = tuple(parent.config().without_tokens)
+    return FinetuneJob(
+        config, parent, run, opened, text, lm, separation, without, planned, sets, memory, free,
+        contexts, steps,
+    )  # fmt: skip
+
+
+def _saved_coders(saved: RunConfig) -> list[FinetunedCoder]:
+    """The coders of a run of finetuning."""
+    return [c for c in saved.coders if isinstance(c, FinetunedCoder)]
+
+
+def _chosen(parent: Run, patterns: Sequence[str]) -> list[RunCoder]:
+    """The coders that any of the patterns means, and all where there are none.
+
+    Raises:
+        UserError: a pattern means none.
+    """
+    coders = parent.config().coders
+    names = [c.name for c in coders]
+    wanted: set[str] = set() if patterns else set(names)
+    for pattern in patterns:
+        found = [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, f"*/{pattern}")]
+        if not found:
+            raise UserError(
+                f"--coders {pattern}: no coder of {parent.folder} has such a name"
+                f"{nearest(pattern, names)}. Put * around a part of a name: '*binary*'."
+            )
+        wanted.update(found)
+    return [c for c in coders if c.name in wanted]
+
+
+def _planned(
+    parent: Run, chosen: Sequence[RunCoder], config: FinetuneConfig, steps: int
+) -> list[FinetunedCoder]:
+    """What becomes of the coders that are finite."""
+    planned = []
+    for before in chosen:
+        coder = parent.coder(before.name)
+        if coder.about.get("frozen_at_step") is not None:
+            console.print(f"{before.name}: left out, it turned non-finite in training")
+            continue
+        schedule = schedule_of(config, before.coder.code, steps)
+        planned.append(
+            FinetunedCoder(
+                name=before.name,
+                hookpoint=before.hookpoint,
+                group=before.group,
+                coder=before.coder,
+                seed=before.seed,
+                parent=before.name,
+                parent_xxh3_128=coder.xxh3_128(),
+                optimiser=config.optimiser,
+                lr=schedule.lr,
+                warmup=schedule.warmup,
+                decay=schedule.decay,
+                clip_norm=config.clip_norm,
+                surrogate=_surrogate(before),
+            )
+        )
+    if not planned:
+        raise UserError(f"{parent.folder}: every coder that was named turned non-finite.")
+    return planned
+
+
+def _surrogate(coder: RunCoder) -> str | None:
+    """That of training; Gumbel-softmax is about which latent of a group is selected, which here is
+    the one that will be selected afterwards, so the sigmoid takes its place."""
+    if coder.coder.code == "continuous":
+        return None
+    return "sigmoid" if coder.coder.surrogate == "gumbel" else coder.coder.surrogate
+
+
+def _sets(planned: Sequence[FinetunedCoder], *, together: bool) -> list[list[str]]:
+    """Names of coders that are spliced in together: those that differ in their hookpoint alone."""
+    if not together:
+        return [[c.name] for c in planned]
+    groups: dict[str, list[FinetunedCoder]] = {}
+    for coder in planned:
+        groups.setdefault(coder.name.removeprefix(f"{coder.hookpoint}/"), []).append(coder)
+    for label, own in groups.items():
+        hooks = [c.hookpoint for c in own]
+        if len(set(hooks)) < len(hooks):
+            raise UserError(f"--together: several coders of {hooks[0]} are called {label}.")
+    return [[c.name for c in own] for own in groups.values()]
+
+
+def _size(lm: LanguageModel, planned: Sequence[FinetunedCoder]) -> ModelSize:
+    """What memory depends on. Of models that do not say how they are made, more than they need."""
+    config: Any = lm.model.config
+    config = getattr(config, "get_text_config", lambda: config)()
+    layers = int(getattr(config, "num_hidden_layers", 0) or 1)
+    table = lm.model.get_input_embeddings().weight
+    first = min(
+        (len(Prefix(lm.base, [hook]).layers) for hook in {c.hookpoint for c in planned}), default=0
+    )
+    return ModelSize(
+        width=int(table.shape[1]),
+        layers=max(1, layers - first),
+        heads=int(getattr(config, "num_attention_heads", 0) or 1),
+        vocabulary=int(table.shape[0]),
+        bytes_each=torch.finfo(lm.model.dtype).bits // 8,
+    )

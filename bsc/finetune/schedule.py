@@ -1,0 +1,63 @@
+"""Learning rates of finetuning."""
+
+from __future__ import annotations
+
+from bsc.errors import ConfigError
+from bsc.finetune.config import FinetuneConfig
+from bsc.train.schedule import default_decay, default_warmup
+
+__all__ = ["Schedule", "schedule_of"]
+
+from typing import NamedTuple
+
+from bsc.train.config import Decay
+
+_LR = {
+    ("adam", "continuous"): 1e-3,
+    ("adam", "binary"): 1e-3,
+}
+"""Learning rates for rows in units of rms."""
+_PAPER_LR, _PAPER_WARMUP = 1e-3, 50
+
+
+class Schedule(NamedTuple):
+    """Learning rate of a coder over a run."""
+
+    lr: float
+    warmup: float
+    """Share of the steps."""
+    decay: Decay
+
+
+def schedule_of(config: FinetuneConfig, code: str, steps: int) -> Schedule:
+    """Learning rate, warm-up and decay of a coder.
+
+    Args:
+        config: of the run.
+        code: of the coder; hybrids take the learning rate of continuous coders.
+        steps: of the run.
+
+    Raises:
+        ConfigError: nothing was measured or published for this optimiser.
+    """
+    warmup = default_warmup(config.optimiser) if config.warmup is None else config.warmup
+    decay = config.decay or default_decay(config.optimiser)
+    if config.lr == "paper":
+        if config.optimiser != "adam":
+            raise ConfigError(
+                f"--lr paper: the authors finetuned with adam, not {config.optimiser}. Give a "
+                f"number."
+            )
+        if config.warmup is None:
+            warmup = min(1.0, _PAPER_WARMUP / steps)
+        return Schedule(_PAPER_LR, warmup, decay)
+    if config.lr is not None:
+        return Schedule(config.lr, warmup, decay)
+    kind = "binary" if code == "binary" else "continuous"
+    if (config.optimiser, kind) not in _LR:
+        known = ", ".join(sorted({name for name, _ in _LR}))
+        raise ConfigError(
+            f"--optimiser {config.optimiser}: no learning rate was measured for it; give --lr. "
+            f"Without one: {known}."
+        )
+    return Schedule(_LR[config.optimiser, kind], warmup, decay)
