@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bsc.finetune.config import FinetuneConfig
-from bsc.finetune.finetune import finetune, tuned_coders
+from bsc.finetune.finetune import finetune, stepper_of, tuned_coders
 from bsc.finetune.job import FinetuneJob, make_job
 from bsc.finetune.step import Stepper
 from bsc.finetune.text import Place
@@ -154,11 +154,7 @@ def cost(args: argparse.Namespace) -> dict[str, Any]:
     )
     job = make_job(Run.open(args.run), config)
     coders = tuned_coders(job)
-    stepper = Stepper(
-        job.lm, [[coders[n] for n in own] for own in job.sets], loss="kl",
-        packing=job.text.packing, separation=job.separation,
-        micro_contexts=job.memory.micro_contexts,
-    )  # fmt: skip
+    stepper = stepper_of(job, coders)
     _, batch = next(job.text.batches(job.lm.tokenizer, job.batch_contexts, Place()))
     plain = Plain(job, stepper, batch)
     ways: dict[str, Callable[[], Any]] = {

@@ -19,6 +19,7 @@ import bsc.demo.cli
 import bsc.eval.cli
 import bsc.eval.exports.cli
 import bsc.eval.interp.cli
+import bsc.finetune.cli
 import bsc.train.cli
 from bsc.errors import UserError
 from bsc.flags import AsJson
@@ -72,6 +73,7 @@ def info(
 bsc.demo.cli.add_commands(app)
 bsc.cache.cli.add_commands(app)
 bsc.train.cli.add_commands(app)
+bsc.finetune.cli.add_commands(app)
 bsc.eval.cli.add_commands(app)
 bsc.eval.interp.cli.add_commands(app)
 bsc.eval.exports.cli.add_commands(app)
@@ -86,6 +88,7 @@ _INTERRUPTED = 130
 _GOES_ON = {
     "cache": "What is committed is kept; the same command goes on from there.",
     "train": "bsc train --resume RUN goes on from the last checkpoint.",
+    "finetune": "bsc finetune --resume RUN goes on from the last checkpoint.",
     "eval": "The same command goes on from there.",
     "interp": "What was answered is kept; the same command goes on from there.",
 }

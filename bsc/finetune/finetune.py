@@ -35,7 +35,14 @@ from bsc.train.stopping import asked_to_stop
 from bsc.train.training_rows import Scale
 from bsc.typed import combined, write_typed
 
-__all__ = ["FinetuneSummary", "finetune", "resume_finetune", "run_job", "tuned_coders"]
+__all__ = [
+    "FinetuneSummary",
+    "finetune",
+    "resume_finetune",
+    "run_job",
+    "stepper_of",
+    "tuned_coders",
+]
 
 _CHECKPOINT_SECONDS = 600.0
 _AHEAD = 2
@@ -216,20 +223,25 @@ def tuned_coders(job: FinetuneJob) -> dict[str, TunedCoder]:
     return {p.name: TunedCoder(p, job.coder(p), scale(p), job.config, device) for p in job.planned}
 
 
+def stepper_of(job: FinetuneJob, coders: Mapping[str, TunedCoder]) -> Stepper:
+    """The model of a job with its coders."""
+    return Stepper(
+        job.lm,
+        [[coders[name] for name in own] for own in job.sets],
+        loss=job.config.loss,
+        packing=job.text.packing,
+        separation=job.separation,
+        without_tokens=job.without_tokens,
+        micro_contexts=job.memory.micro_contexts,
+    )
+
+
 class _Loop:
     """Steps, metrics and checkpoints."""
 
     def __init__(self, job: FinetuneJob, coders: Mapping[str, TunedCoder]) -> None:
         self.job, self.coders = job, list(coders.values())
-        self.stepper = Stepper(
-            job.lm,
-            [[coders[name] for name in own] for own in job.sets],
-            loss=job.config.loss,
-            packing=job.text.packing,
-            separation=job.separation,
-            without_tokens=job.without_tokens,
-            micro_contexts=job.memory.micro_contexts,
-        )
+        self.stepper = stepper_of(job, coders)
         self.step = 0
         """Steps that were taken."""
         self.place = Place()

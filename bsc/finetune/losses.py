@@ -25,9 +25,9 @@ class Predictions(NamedTuple):
     """What the model as it is predicts, and what comes."""
 
     p: Tensor
-    """(tokens, vocabulary) float32, probabilities of the next token."""
+    """(tokens, vocabulary) float32 or better, probabilities of the next token."""
     entropy: Tensor
-    """(tokens,) float32, of each of these in nats."""
+    """(tokens,), of each of these in nats."""
     target: Tensor
     """(tokens,) int64, the next token."""
     weight: Tensor
@@ -36,23 +36,30 @@ class Predictions(NamedTuple):
 
 def clean_predictions(logits: Tensor, target: Tensor, weight: Tensor) -> Predictions:
     """From the logits (tokens, vocabulary) of the model as it is."""
-    p = torch.empty(logits.shape, device=logits.device)
-    entropy = torch.empty(len(logits), device=logits.device)
+    wide = _wide(logits)
+    p = torch.empty(logits.shape, dtype=wide, device=logits.device)
+    entropy = torch.empty(len(logits), dtype=wide, device=logits.device)
     for here in slices(logits):
-        log_p = torch.log_softmax(logits[here].float(), dim=-1)
+        log_p = torch.log_softmax(logits[here].to(wide), dim=-1)
         p[here] = log_p.exp()
         entropy[here] = -(p[here] * log_p).sum(-1)
     return Predictions(p, entropy, target, weight)
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, clean: Predictions, kl: bool) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(logits)
-        sums = torch.zeros(2, device=logits.device)
+        wide = _wide(logits)
+        sums = torch.zeros(2, dtype=wide, device=logits.device)
         for here in slices(logits):
-            log_q = torch.log_softmax(logits[here].float(), dim=-1)
-            p, weight, target = clean.p[here], clean.weight[here], clean.target[here].unsqueeze(1)
+            log_q = torch.log_softmax(logits[here].to(wide), dim=-1)
+            p, target = clean.p[here], clean.target[here].unsqueeze(1)
+            weight = clean.weight[here].to(wide)
             divergence = -clean.entropy[here] - torch.linalg.vecdot(p, log_q)
             nats = -log_q.gather(1, target).squeeze(1)
             sums += torch.stack([torch.dot(divergence, weight), torch.dot(nats, weight)])
@@ -79,7 +86,7 @@ def prediction_loss(logits: Tensor, clean: Predictions, *, kl: bool) -> tuple[Te
         kl: whether the loss is KL, else CE.
 
     Returns:
-        The loss, and [KL, CE], sums of nats, float32.
+        The loss, and [KL, CE], sums of nats, float32 or better.
     """
     made: tuple[Tensor, Tensor] = _Loss.apply(logits, clean, kl)  # type: ignore[no-untyped-call] # torch leaves it untyped
     return made

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from bsc.errors import ConfigError
 from bsc.finetune.config import FinetuneConfig
+from bsc.train.config import Decay
 from bsc.train.schedule import default_decay, default_warmup
 
 __all__ = ["Schedule", "schedule_of"]
-
-from typing import NamedTuple
-
-from bsc.train.config import Decay
 
 _LR = {
     ("adam", "continuous"): 1e-3,

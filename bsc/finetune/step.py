@@ -83,14 +83,14 @@ class Stepper:
         predicted, rows = _counts(batch, self.packing)
         for coder in (c for s in active for c in s):
             coder.begin()
-        sums = torch.zeros((len(active), 2), device=self.lm.model.device)
+        sums = torch.zeros((len(active), 2), dtype=torch.float64, device=self.lm.model.device)
         for start in range(0, len(batch.token_id), self.micro_contexts):
             part = slice(start, start + self.micro_contexts)
             self._accumulate(batch, part, active, sums, predicted / max(1, rows))
         # All that the host has to know of a step, read at once: each read waits for the device.
         known = torch.stack(
             [
-                torch.cat([sums[i].double(), c.figures, c.finite(predicted).double().unsqueeze(0)])
+                torch.cat([sums[i], c.figures, c.finite(predicted).double().unsqueeze(0)])
                 for i, own in enumerate(active)
                 for c in own
             ]

@@ -66,7 +66,7 @@ class TunedCoder:
         self.module = CoderModule(
             coder.in_units(x=1 / scale.x, y=1 / scale.y).to(device),
             planned.surrogate,
-            compute_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+            compute_dtype=torch.bfloat16 if config.precision == "bf16" else None,
         )
         self.module.hold_row_lengths()
         fixed = planned.coder.threshold == "fixed"
@@ -118,9 +118,10 @@ class TunedCoder:
             if kept is not None:
                 used &= ~kept
             # What is not used must not reach a gradient, in which 0 times infinity is not 0.
-            rows = rows.float().masked_fill(~used.unsqueeze(1), 0) / self.scale.x
+            own = self.module.encoder.weight.dtype
+            rows = rows.to(own).masked_fill(~used.unsqueeze(1), 0) / self.scale.x
             y_hat, code = self.module.reconstruct(rows)
-            target = y.detach().float() / self.scale.y
+            target = y.detach().to(own) / self.scale.y
             error = (y_hat - target).masked_fill(~used.unsqueeze(1), 0).square().sum()
             self.error, self.rows = error / self.scale.variance_y, used.sum()
             self._count(code, used)
