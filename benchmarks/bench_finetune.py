@@ -6,7 +6,7 @@
 sweep: finetunes coders of a run once for each learning rate and number of tokens in a step, and
 prints KL over the last tenth of each run: of training documents, before the update that they are
 in, so of text that was not finetuned on. The figures choose the defaults of
-`bsc.finetune.schedule`; the test documents have no part in them.
+`bsc.finetuning.schedule`; the test documents have no part in them.
 
 cost: seconds of a step of all coders of a run, beside what it cannot do without, in turns: one
 forward pass of the model, and for each coder the passes forward and back of what comes after it,
@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bsc.finetune.config import FinetuneConfig
-from bsc.finetune.finetune import finetune, stepper_of, tuned_coders
-from bsc.finetune.job import FinetuneJob, make_job
-from bsc.finetune.step import Stepper
-from bsc.finetune.text import Place
+from bsc.finetuning.config import FinetuneConfig
+from bsc.finetuning.finetune import finetune, stepper_of, tuned_coders
+from bsc.finetuning.job import FinetuneJob, make_job
+from bsc.finetuning.step import Stepper
+from bsc.finetuning.text import Place
 from bsc.train.run import Run
 from bsc.versions import versions
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from bsc.eval.passes import edits
     from bsc.eval.passes.inside import splice
     from bsc.eval.report.report import write_report
-    from bsc.finetune.config import FinetuneConfig
-    from bsc.finetune.finetune import finetune
+    from bsc.finetuning.config import FinetuneConfig
+    from bsc.finetuning.finetune import finetune
     from bsc.train.coders.coder import SparseCoder
     from bsc.train.coders.config import CoderConfig
     from bsc.train.coders.module import CoderModule
@@ -68,7 +68,7 @@ _HOME = {
     "CoderConfig": "bsc.train.coders.config",
     "CoderModule": "bsc.train.coders.module",
     "EvalConfig": "bsc.eval.config",
-    "FinetuneConfig": "bsc.finetune.config",
+    "FinetuneConfig": "bsc.finetuning.config",
     "Run": "bsc.train.run",
     "SparseCoder": "bsc.train.coders.coder",
     "TextSource": "bsc.cache.model.text_source",
@@ -77,7 +77,7 @@ _HOME = {
     "capture": "bsc.cache.capture.capture",
     "edits": "bsc.eval.passes.edits",
     "evaluate": "bsc.eval.evaluate",
-    "finetune": "bsc.finetune.finetune",
+    "finetune": "bsc.finetuning.finetune",
     "latents": "bsc.eval.latent_table",
     "read_evaluation": "bsc.eval.evaluation",
     "splice": "bsc.eval.passes.inside",

@@ -19,7 +19,7 @@ import bsc.demo.cli
 import bsc.eval.cli
 import bsc.eval.exports.cli
 import bsc.eval.interp.cli
-import bsc.finetune.cli
+import bsc.finetuning.cli
 import bsc.train.cli
 from bsc.errors import UserError
 from bsc.flags import AsJson
@@ -73,7 +73,7 @@ def info(
 bsc.demo.cli.add_commands(app)
 bsc.cache.cli.add_commands(app)
 bsc.train.cli.add_commands(app)
-bsc.finetune.cli.add_commands(app)
+bsc.finetuning.cli.add_commands(app)
 bsc.eval.cli.add_commands(app)
 bsc.eval.interp.cli.add_commands(app)
 bsc.eval.exports.cli.add_commands(app)

@@ -29,7 +29,7 @@ from bsc.train.trainer import train_sweep
 EMBEDDED = Path(bsc.embedded.__path__[0]) / "model"
 
 
-def make_model(folder: Path, **shape: int) -> Path:
+def make_model(folder: Path, **shape: float) -> Path:
     """A Llama model with random weights and the embedded tokenizer, saved as transformers does."""
     torch.manual_seed(0)
     fields: dict[str, Any] = {

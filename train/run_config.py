@@ -77,7 +77,7 @@ class PlannedCoder(RunCoder):
 
 
 class FinetunedCoder(RunCoder):
-    """A coder that was finetuned through the model (bsc.finetune)."""
+    """A coder that was finetuned through the model (bsc.finetuning)."""
 
     parent: str
     """Name of the coder that it began as, in the run that `Finetuned.run` names."""
@@ -109,7 +109,7 @@ class Finetuned(Record):
     context: int
     """Tokens in a context at most."""
     config: dict[str, Any]
-    """Its settings (bsc.finetune.config)."""
+    """Its settings (bsc.finetuning.config)."""
 
 
 class Completed(Record):
@@ -175,7 +175,7 @@ class RunConfig(Record):
     imported: bool = False
     """Whether its coders were trained elsewhere (bsc.eval.exports.importing)."""
     finetuned: Finetuned | None = None
-    """What its coders were before, if they were finetuned (bsc.finetune)."""
+    """What its coders were before, if they were finetuned (bsc.finetuning)."""
     pulled: Pulled | None = None
     """Where it came from, if not from this machine: then no checkpoint came with it."""
 

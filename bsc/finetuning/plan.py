@@ -6,9 +6,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from bsc.finetune.finetune import stepper_of, tuned_coders
-from bsc.finetune.job import FinetuneJob
-from bsc.finetune.text import Place
+from bsc.finetuning.finetune import stepper_of, tuned_coders
+from bsc.finetuning.job import FinetuneJob
+from bsc.finetuning.text import Place
 from bsc.progress import format_bytes
 
 __all__ = ["FinetunePlan", "plan_finetune"]

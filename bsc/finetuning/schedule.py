@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from bsc.errors import ConfigError
-from bsc.finetune.config import FinetuneConfig
+from bsc.finetuning.config import FinetuneConfig
 from bsc.train.config import Decay
 from bsc.train.schedule import default_decay, default_warmup
 

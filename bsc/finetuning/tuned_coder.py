@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bsc.eval.passes.splice import Replacement
-from bsc.finetune.config import FinetuneConfig
+from bsc.finetuning.config import FinetuneConfig
 from bsc.train.coders.coder import Code, SparseCoder
 from bsc.train.coders.module import CoderModule
 from bsc.train.optim import CoderOptimiser

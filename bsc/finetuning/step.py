@@ -21,9 +21,9 @@ from bsc.cache.model.models import LanguageModel
 from bsc.cache.model.tokens import ContextBatch
 from bsc.eval.passes.prefix import Prefix
 from bsc.eval.passes.splice import splice
-from bsc.finetune.config import Loss
-from bsc.finetune.losses import Predictions, clean_predictions, prediction_loss
-from bsc.finetune.tuned_coder import TunedCoder
+from bsc.finetuning.config import Loss
+from bsc.finetuning.losses import Predictions, clean_predictions, prediction_loss
+from bsc.finetuning.tuned_coder import TunedCoder
 
 __all__ = ["Stepper"]
 

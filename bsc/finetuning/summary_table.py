@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-from bsc.finetune.finetune import FinetuneSummary
+from bsc.finetuning.finetune import FinetuneSummary
 from bsc.formats import percent
 
 __all__ = ["summary_table"]

@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bsc.cache.model.models import LanguageModel
 from bsc.cache.model.tokens import ContextBatch
 from bsc.cache.store.manifest import TextPoint
-from bsc.finetune.config import FinetuneConfig, Loss
-from bsc.finetune.step import Stepper
-from bsc.finetune.tuned_coder import TunedCoder
+from bsc.finetuning.config import FinetuneConfig, Loss
+from bsc.finetuning.step import Stepper
+from bsc.finetuning.tuned_coder import TunedCoder
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
 from bsc.train.coders.surrogates import SURROGATES
@@ -78,8 +78,8 @@ def tuned(config: CoderConfig, hook: str, seed: int = 0) -> TunedCoder:
             tensors["W_dec"] *= torch.rand(LATENTS, 1).double() + 0.5
         tensors["W_dec"] *= UNIT_Y
     # Margins that the surrogates see: neither far below their thresholds nor far above.
-    near = config.surrogate in ("gumbel", "rectangle")
-    tensors["encoder.weight"] *= 0.2 if near else 3
+    near = {"gumbel": 0.2, "rectangle": 0.05}.get(config.surrogate)
+    tensors["encoder.weight"] *= near or 3
     tensors["encoder.bias"] += 8.5 if near else 7
     coder = SparseCoder(config, tensors)
     surrogate = None if config.code == "continuous" else config.surrogate
@@ -222,7 +222,7 @@ def check(lm: LanguageModel, coders: list[TunedCoder], loss: Loss, micro: int = 
                 wanted[name],
                 rtol=1e-7,
                 atol=1e-9 * size,
-                msg=lambda m, n=name: f"{n}: {m}",
+                msg=f"the gradient of {name}",
             )
 
 

@@ -18,10 +18,10 @@ from bsc.devices import pick_device
 from bsc.errors import UserError, nearest
 from bsc.eval.passes.prefix import Prefix
 from bsc.eval.passes.setting import check_widths, matching_model, open_store, separation_in
-from bsc.finetune.config import FinetuneConfig
-from bsc.finetune.memory import MemoryPlan, ModelSize, plan_memory
-from bsc.finetune.schedule import schedule_of
-from bsc.finetune.text import StoreText
+from bsc.finetuning.config import FinetuneConfig
+from bsc.finetuning.memory import MemoryPlan, ModelSize, plan_memory
+from bsc.finetuning.schedule import schedule_of
+from bsc.finetuning.text import StoreText
 from bsc.progress import console
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.memory import available_bytes

@@ -11,7 +11,7 @@ from bsc.flags import AsJson, Check, ModelNow, StoreNow, command, flag
 from bsc.options import STEERING
 
 if TYPE_CHECKING:
-    from bsc.finetune.finetune import FinetuneSummary
+    from bsc.finetuning.finetune import FinetuneSummary
     from bsc.train.run import Run
 
 __all__ = ["add_commands"]
@@ -39,15 +39,21 @@ def finetune(
     new run. `bsc eval` measures it and `bsc compare RUN NEW` shows what changed.
     """
     from bsc.config import parse_config
+    from bsc.devices import rank_and_world
     from bsc.errors import UserError
     from bsc.files import canonical_json
-    from bsc.finetune.config import FinetuneConfig
-    from bsc.finetune.finetune import finetune as finetune_run
-    from bsc.finetune.finetune import resume_finetune
-    from bsc.finetune.job import make_job
-    from bsc.finetune.plan import plan_finetune
+    from bsc.finetuning.config import FinetuneConfig
+    from bsc.finetuning.finetune import finetune as finetune_run
+    from bsc.finetuning.finetune import resume_finetune
+    from bsc.finetuning.job import make_job
+    from bsc.finetuning.plan import plan_finetune
     from bsc.train.run import Run
 
+    if rank_and_world(None, None)[1] > 1:
+        raise UserError(
+            "bsc finetune is one process. Several share the work as runs of their own, each with "
+            "some of the coders (--coders) and a --name."
+        )
     if resume:
         if plan:
             raise UserError("--plan is for a new run; leave --resume out.")
@@ -66,7 +72,7 @@ def finetune(
 def _say(run: Run, summaries: list[FinetuneSummary], *, as_json: bool) -> None:
     """Print what came of it; exit 1 if every coder turned non-finite."""
     from bsc.files import canonical_json
-    from bsc.finetune.summary_table import summary_table
+    from bsc.finetuning.summary_table import summary_table
 
     if as_json:
         result = {"run": str(run.folder), "coders": [s._asdict() for s in summaries]}
@@ -87,6 +93,6 @@ def add_commands(app: typer.Typer) -> None:
     """Put finetuning into the command line."""
     command(
         app,
-        {"values": "bsc.finetune.config:FinetuneConfig"},
+        {"values": "bsc.finetuning.config:FinetuneConfig"},
         epilog="Example: bsc finetune runs/run --tokens 10M --coders '*k32*'",
     )(finetune)

@@ -8,7 +8,7 @@ from math import prod
 from typing import NamedTuple
 
 from bsc.errors import ConfigError
-from bsc.finetune.config import FinetuneConfig
+from bsc.finetuning.config import FinetuneConfig
 from bsc.progress import format_bytes
 from bsc.train.coders.coder import parameter_shapes
 from bsc.train.optim import state_bytes

@@ -19,11 +19,11 @@ from bsc.config import parse_config
 from bsc.devices import keep_freed_memory
 from bsc.errors import ConfigError, StoreError, UserError
 from bsc.files import make_folder
-from bsc.finetune.config import FinetuneConfig
-from bsc.finetune.job import FinetuneJob, make_job
-from bsc.finetune.step import Stepper
-from bsc.finetune.text import Place
-from bsc.finetune.tuned_coder import FIGURES, Progress, TunedCoder
+from bsc.finetuning.config import FinetuneConfig
+from bsc.finetuning.job import FinetuneJob, make_job
+from bsc.finetuning.step import Stepper
+from bsc.finetuning.text import Place
+from bsc.finetuning.tuned_coder import FIGURES, Progress, TunedCoder
 from bsc.prefetch import prefetched
 from bsc.progress import console
 from bsc.train.checkpoint import load_checkpoint, save_checkpoint
