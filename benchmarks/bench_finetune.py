@@ -35,7 +35,6 @@ from bsc.finetuning.config import FinetuneConfig
 from bsc.finetuning.finetune import finetune, stepper_of, tuned_coders
 from bsc.finetuning.job import FinetuneJob, make_job
 from bsc.finetuning.step import Stepper
-from bsc.finetuning.text import Place
 from bsc.train.run import Run
 from bsc.versions import versions
 
@@ -155,7 +154,7 @@ def cost(args: argparse.Namespace) -> dict[str, Any]:
     job = make_job(Run.open(args.run), config)
     coders = tuned_coders(job)
     stepper = stepper_of(job, coders)
-    _, batch = next(job.text.batches(job.lm.tokenizer, job.batch_contexts, Place()))
+    _, batch = next(job.text.batches(job.lm.tokenizer, job.batch_contexts, job.text.fresh))
     plain = Plain(job, stepper, batch)
     ways: dict[str, Callable[[], Any]] = {
         "step": lambda: stepper.step(batch, 0, 10**6),

@@ -142,7 +142,7 @@ def _run(run: Run) -> dict[str, Any]:
             "planned_rows": config["steps"] * config["batch_rows"],
             "processes": world,
             "coders": run.coder_names(),
-        } | ({} if holder else {"go_on": f"bsc train --resume {run.folder}{each}"})  # fmt: skip
+        } | ({} if holder else {"go_on": f"{config.going_on} {run.folder}{each}"})  # fmt: skip
     return {
         "kind": "run",
         "state": "imported: trained elsewhere" if config.get("imported") else "complete",
@@ -152,7 +152,7 @@ def _run(run: Run) -> dict[str, Any]:
         "rows": config["completed"]["rows"],
         "evaluated": run.eval_path.exists(),
         "coders": run.coder_names(),
-    } | ({"pulled": config["pulled"].to_json()} if "pulled" in config else {})
+    } | {name: config[name].to_json() for name in ("pulled", "finetuned") if name in config}
 
 
 def render(facts: dict[str, Any], indent: int = 0) -> str:

@@ -106,15 +106,21 @@ def compare(
     "Latents alike" is the mean cosine of matched decoder rows.
     """
     from bsc.eval.compare import compare_runs
-    from bsc.eval.figures_table import comparison_table
+    from bsc.eval.figures_table import changes_table, comparison_table
+    from bsc.eval.finetuned import finetuned_changes
     from bsc.files import canonical_json
     from bsc.train.run import Run
 
-    result = compare_runs(Run.open(first), Run.open(second), pair or ())
+    runs = Run.open(first), Run.open(second)
+    result, changed = compare_runs(*runs, pair or ()), finetuned_changes(*runs)
     if as_json:
-        typer.echo(canonical_json(result.to_json()), nl=False)
+        more = {"finetuned": changed.to_json()} if changed else {}
+        typer.echo(canonical_json(result.to_json() | more), nl=False)
     else:
         comparison_table(result)
+        if changed:
+            typer.echo()
+            changes_table(changed)
 
 
 def report(

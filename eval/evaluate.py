@@ -348,6 +348,7 @@ def _write_sums(
         write_firing_counts(setting.run, name, own.counts)
         arrays |= {
             f"{name}/nats": losses[name].nats,
+            f"{name}/kl": losses[name].kl,
             f"{name}/squared_error": own.by_document["coder"],
             f"{name}/squared_deviation": own.by_document["total"],
         }

@@ -5,11 +5,12 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from bsc.eval.compare import Comparison
+from bsc.eval.compare import Comparison, Difference
 from bsc.eval.evaluation import Evaluation
-from bsc.formats import interval, percent
+from bsc.eval.finetuned import PROBE, Changed, Closed
+from bsc.formats import interval, percent, percent_interval
 
-__all__ = ["comparison_table", "figures_table"]
+__all__ = ["changes_table", "comparison_table", "figures_table"]
 
 
 def figures_table(evaluation: Evaluation, title: str | None = None) -> None:
@@ -72,3 +73,41 @@ def comparison_table(comparison: Comparison) -> None:
             )
     if not comparison.paired:
         console.print("Not on the same contexts, so differences of delta CE have no interval.")
+
+
+def changes_table(changed: Changed) -> None:
+    """Print what finetuning changed on stdout."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("finetuned", no_wrap=True)
+    for name in (
+        "delta CE closed", "95 % interval", "KL closed", "95 % interval", "L0", "> 10 %",
+        "predictability", "probe, 1 latent", "encoder cosine", "decoder cosine", "Jaccard",
+    ):  # fmt: skip
+        table.add_column(name, justify="right")
+    for one in changed.coders:
+        first = next((p.accuracy for p in one.probes if (p.arm, p.columns) == PROBE), None)
+        moved = one.moved
+        table.add_row(
+            one.coder,
+            *_closed(one.delta_ce_closed),
+            *_closed(one.kl_closed),
+            _both(one.l0, ".1f"),
+            _both(one.ultra, "d"),
+            _both(one.predictability, ".3f"),
+            _both(first, ".3f"),
+            *(f"{q[1]:.3f}" if q else "-"
+              for q in (moved.encoder_cosine, moved.decoder_cosine, moved.jaccard)),
+        )  # fmt: skip
+    Console(highlight=False, width=240).print(table)
+
+
+def _closed(closed: Closed | None) -> tuple[str, str]:
+    if closed is None:
+        return "-", "-"
+    return percent(closed.share), percent_interval(closed.interval, 0)
+
+
+def _both(figure: Difference | None, form: str) -> str:
+    if figure is None:
+        return "-"
+    return f"{figure.first:{form}} -> {figure.second:{form}}"

@@ -179,6 +179,11 @@ def run_job(
         batches = loop.batches()
         if new:
             loop.first = next(batches)  # a text that gives nothing is told before anything is made
+            if loop.first[0].epoch:
+                console.print(
+                    "the capture read the whole text, so the coders are finetuned on documents "
+                    "that they were trained on"
+                )
             make_folder(job.run.folder, "run")
         stack.enter_context(claim(job.run.folder))
         record = job.record()
@@ -244,7 +249,7 @@ class _Loop:
         self.stepper = stepper_of(job, coders)
         self.step = 0
         """Steps that were taken."""
-        self.place = Place()
+        self.place = job.text.fresh
         """Of the last batch."""
         self.seconds = 0.0
         self.first: tuple[Place, Any] | None = None

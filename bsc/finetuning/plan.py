@@ -8,7 +8,6 @@ from typing import Any
 
 from bsc.finetuning.finetune import stepper_of, tuned_coders
 from bsc.finetuning.job import FinetuneJob
-from bsc.finetuning.text import Place
 from bsc.progress import format_bytes
 
 __all__ = ["FinetunePlan", "plan_finetune"]
@@ -71,7 +70,7 @@ def plan_finetune(job: FinetuneJob) -> FinetunePlan:
     memory = job.memory
     parts = {name: getattr(memory, name) for name in ("weights", "optimisers", "acting", "passes")}
     stepper = stepper_of(job, tuned_coders(job))
-    _, batch = next(job.text.batches(job.lm.tokenizer, job.batch_contexts, Place()))
+    _, batch = next(job.text.batches(job.lm.tokenizer, job.batch_contexts, job.text.fresh))
     seconds = 0.0
     for step in range(2):
         began = time.perf_counter()

@@ -1,4 +1,8 @@
-"""Training documents of a store's own text, as contexts that are filled as in the capture."""
+"""Training documents of a store's own text, as contexts that are filled as in the capture.
+
+First those that the capture did not come to, which no coder has seen; then the whole text again and
+again.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Any, NamedTuple
 from bsc.cache.model.text import fingerprint, read_text
 from bsc.cache.model.text_source import Packing, TextSource
 from bsc.cache.model.tokens import ContextBatch, context_batches
-from bsc.cache.store.manifest import TextPoint
+from bsc.cache.store.manifest import TextPoint, windows
 from bsc.cache.store.store import ActivationStore
 from bsc.config import parse_config
 from bsc.errors import UserError
@@ -24,6 +28,7 @@ class Place(NamedTuple):
     """Where a batch is in the text."""
 
     epoch: int = 0
+    """0: after what the capture read; then passes over the whole text."""
     document: int = 0
     offset: int = 0
     rows: int = 0
@@ -36,6 +41,9 @@ class StoreText:
     source: TextSource
     packing: Packing
     context: int
+    fresh: Place
+    """Where the capture's training rows end. Of several writers, who divide a stream of files among
+    them in ways of their own, so many documents are passed over as they read."""
 
     @classmethod
     def of(cls, store: ActivationStore) -> StoreText:
@@ -65,7 +73,7 @@ class StoreText:
                 )
             # A document is held out by its own words, wherever its file is and whenever it changed.
             console.print(f"{store.folder}: its text was changed or moved since the capture")
-        return cls(source, made["packing"], store.context)
+        return cls(source, made["packing"], store.context, _end_of_capture(store))
 
     def batches(self, tokenizer: Any, contexts: int, start: Place) -> Iterator[tuple[Place, Any]]:
         """Whole batches of contexts of training documents, without end.
@@ -84,14 +92,14 @@ class StoreText:
         epoch = start.epoch
         at = TextPoint(start.document, start.offset, start.rows)
         while True:
-            some = False
+            some, whole = False, at == TextPoint()
             for batch in self._pass(tokenizer, contexts, at):
                 if len(batch.token_id) < contexts:  # what is left at the end of the text
                     continue
                 some = True
                 p = batch.point
                 yield Place(epoch, p.document, p.offset, p.rows), batch
-            if not some and at == TextPoint():
+            if whole and not some:
                 raise UserError(
                     f"the training documents of the text give fewer than {contexts} contexts of "
                     f"{self.context} tokens, which is one batch. Give a smaller --batch-tokens, or "
@@ -110,3 +118,13 @@ class StoreText:
             packing=self.packing,
             starts={"train": at},
         )
+
+
+def _end_of_capture(store: ActivationStore) -> Place:
+    ends = []
+    for rank in range(store.writers):
+        ends += [window.next for window in windows(store.folder, "train", rank)][-1:]
+    if len(ends) == 1:
+        (end,) = ends
+        return Place(0, end.document, end.offset, end.rows)
+    return Place(0, max((end.document for end in ends), default=-1) + 1)

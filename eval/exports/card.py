@@ -12,7 +12,7 @@ import yaml
 from bsc.eval.exports.publish import Published
 from bsc.formats import interval, percent, printable
 from bsc.train.coders.config import CoderConfig
-from bsc.train.run_config import RunConfig
+from bsc.train.run_config import FinetunedCoder, PlannedCoder, RunConfig
 
 __all__ = ["Tool", "model_card"]
 
@@ -80,7 +80,8 @@ def model_card(
     """
     config, names = published.config, published.names
     coders = {c.name: c.coder for c in config.coders}
-    rates = sorted({c.lr for c in config.planned})
+    trained = [c for c in config.coders if isinstance(c, (PlannedCoder, FinetunedCoder))]
+    rates = sorted({c.lr for c in trained})
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bsc.eval.exports", "."),
         autoescape=False,  # Markdown: foreign text goes through `text` and `code`
@@ -109,7 +110,7 @@ def model_card(
         reads=_reads(config),
         first=first.coder,
         first_reads=f"the {first.coder.side} of {first.hookpoint}",
-        optimisers=sorted({c.optimiser for c in config.planned}),
+        optimisers=sorted({c.optimiser for c in trained}),
         rates=" to ".join(f"{r:.3g}" for r in (rates[:1] + rates[-1:] if rates[1:] else rates)),
         text=text,
         tools=[_tool(one, coders, repo) for one in tools],

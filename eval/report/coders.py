@@ -11,7 +11,7 @@ from bsc.eval.evaluation import CoderFigures, EvaluationFolder, ShownLatent
 from bsc.files import canonical_json
 from bsc.records import expected_form
 from bsc.train.run import Run
-from bsc.train.run_config import PlannedCoder, RunCoder, RunConfig
+from bsc.train.run_config import FinetunedCoder, PlannedCoder, RunCoder, RunConfig
 
 __all__ = ["CurvePoint", "ReportedCoder", "by_panel", "read_coders", "run_labels"]
 
@@ -60,7 +60,7 @@ class ReportedCoder:
     @property
     def trained_here(self) -> bool:
         """Whether its training is known."""
-        return isinstance(self.planned, PlannedCoder)
+        return isinstance(self.planned, (PlannedCoder, FinetunedCoder))
 
     @property
     def seed(self) -> int:
@@ -83,12 +83,14 @@ class ReportedCoder:
         coder = self.planned.coder
         words = [self.planned.hookpoint, coder.site.replace("_", " ")]
         words.append(f"{coder.n_latents:,} latents")
+        if isinstance(self.planned, FinetunedCoder):
+            words.append("finetuned")
         return ", ".join([*words, self.model] if self.model else words)
 
     @property
     def variant(self) -> str:
         """What coders share that differ in k and seed alone: they are one line of a plot."""
-        varying = {"name", "seed", "k_init", "lr", "coder"}
+        varying = {"name", "seed", "k_init", "lr", "coder", "parent", "parent_xxh3_128"}
         own = self.planned.model_dump(exclude=varying)
         coder = self.planned.coder.model_dump(exclude={"k", "k_binary"})
         # Learning rates that follow from k by a rule are no other variant; a sweep names it.

@@ -95,14 +95,15 @@ class Drawing:
 
 @contextmanager
 def panels(
-    count: int, height: float = 2.7, columns: int | None = None
+    count: int, height: float = 2.7, columns: int | None = None, *, share: bool = True
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure of panels that share the y axis, as wide as the page where there are several.
+    """A figure of panels, as wide as the page where there are several.
 
     Args:
         count: panels.
         height: of a row of them, in inches.
         columns: panels in a row; None: up to four, evenly.
+        share: whether they share the y axis.
     """
     rows = -(-count // 4) if columns is None else -(-count // columns)
     columns = columns or -(-count // rows)
@@ -112,8 +113,9 @@ def panels(
         engine.set(w_pad=0.08)  # the last number of an axis is not the first of the next one
         axes: list[Axes] = []
         for i in range(count):
-            axes.append(figure.add_subplot(rows, columns, i + 1, sharey=axes[0] if axes else None))
-            if i % columns:
+            first = axes[0] if axes and share else None
+            axes.append(figure.add_subplot(rows, columns, i + 1, sharey=first))
+            if share and i % columns:
                 axes[-1].tick_params(labelleft=False)
         yield figure, axes
 

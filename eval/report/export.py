@@ -11,12 +11,13 @@ from typing import Any
 from bsc.errors import UserError
 from bsc.eval.evaluation import Evaluation, EvaluationFolder
 from bsc.eval.report.coders import ReportedCoder, read_coders, run_labels
+from bsc.eval.report.finetuned import ShownChange, read_changes
 from bsc.eval.report.interp import Scored, read_interp
 from bsc.eval.report.report import drawings
 from bsc.eval.report.summary import matched_tables
 from bsc.files import write_atomically, write_json
 from bsc.train.run import Run
-from bsc.train.run_config import PlannedCoder
+from bsc.train.run_config import FinetunedCoder, PlannedCoder
 from bsc.typed import Record
 
 __all__ = ["coder_table", "write_figures"]
@@ -31,7 +32,7 @@ def coder_table(rows: Sequence[ReportedCoder]) -> list[Line]:
     found = []
     for row in rows:
         planned, coder = row.planned, row.planned.coder
-        here = planned if isinstance(planned, PlannedCoder) else None
+        here = planned if isinstance(planned, (PlannedCoder, FinetunedCoder)) else None
         line: Line = {
             "run": row.run,
             "name": row.name,
@@ -44,6 +45,7 @@ def coder_table(rows: Sequence[ReportedCoder]) -> list[Line]:
             "n_latents": coder.n_latents,
             "optimiser": here and here.optimiser,
             "lr": here and here.lr,
+            "parent": here.parent if isinstance(here, FinetunedCoder) else None,
         }
         left_out = ("ultra", "ablation", "log10_rate_histogram")
         found.append(line | _flat(row.figures, left_out=left_out))
@@ -116,6 +118,17 @@ def _interp(found: Sequence[Scored]) -> list[Line]:
     ]
 
 
+def _finetuned(found: Sequence[ShownChange]) -> list[Line]:
+    """A line for each coder and figure, before and after."""
+    return [
+        {"run": shown.after, "before": shown.before, "coder": change.coder, "figure": figure}
+        | _flat(one)
+        for shown in found
+        for change in shown.changed.coders
+        for figure, one in change.differences()
+    ]
+
+
 def _matched(rows: Sequence[ReportedCoder]) -> list[Line]:
     return [
         {
@@ -163,6 +176,7 @@ def write_figures(runs: Sequence[Run], folder: Path) -> Path:
     rows = read_coders(runs)
     interp = read_interp(runs, run_labels(runs), rows)
     labels = run_labels(runs)
+    finetuned = read_changes(runs, labels, rows)
     evaluations = {
         label: EvaluationFolder(run).read() for run, label in zip(runs, labels, strict=True)
     }
@@ -174,10 +188,11 @@ def write_figures(runs: Sequence[Run], folder: Path) -> Path:
         "probing": _probing(evaluations),
         "stability": _stability(evaluations),
         "interp": _interp(interp),
+        "finetuned": _finetuned(finetuned),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for drawing in drawings(runs, rows, interp).values():
+        for drawing in drawings(runs, rows, interp, finetuned).values():
             drawing.save(folder)
         for name, lines in tables.items():
             if lines:

@@ -24,6 +24,7 @@ from bsc.eval.figures.intervals import MIN_SAMPLE
 from bsc.eval.report import plots
 from bsc.eval.report.coders import ReportedCoder, read_coders, run_labels
 from bsc.eval.report.drawing import COLOURS, Drawing
+from bsc.eval.report.finetuned import ShownChange, before_and_after, read_changes
 from bsc.eval.report.interp import Scored, read_interp
 from bsc.eval.report.interp_plots import frequency_curves, scores
 from bsc.eval.report.plots import Curve
@@ -44,7 +45,10 @@ few megabytes with hundreds of coders. eval.json and the exported tables have al
 
 
 def drawings(
-    runs: Sequence[Run], rows: Sequence[ReportedCoder], interp: Sequence[Scored] = ()
+    runs: Sequence[Run],
+    rows: Sequence[ReportedCoder],
+    interp: Sequence[Scored] = (),
+    finetuned: Sequence[ShownChange] = (),
 ) -> dict[str, Drawing]:
     """Every figure of the page, by name."""
     k = "k, latents selected per token"
@@ -94,6 +98,7 @@ def drawings(
     for scored in interp:
         if any(one.coders for one in scored.sets):
             found += [scores(scored, rows), *frequency_curves(scored, rows)]
+    found += map(before_and_after, finetuned)
     return {drawing.name: drawing for drawing in found}
 
 
@@ -198,6 +203,7 @@ def render_report(runs: Sequence[Run]) -> str:
         f"Evaluate the run again: bsc eval {runs[0].folder}.",
     ):
         interp = read_interp(runs, run_labels(runs), rows)
+        finetuned = read_changes(runs, run_labels(runs), rows)
         page = _rendered(
             style=Markup((folder / "style.css").read_text()),
             script=Markup(script),
@@ -215,8 +221,9 @@ def render_report(runs: Sequence[Run]) -> str:
             matched={by: matched_tables(rows, by) for by in ("l0", "bits")},
             control=control_table(rows),
             ablation_bars=_ablation_bars(rows),
-            drawings=drawings(runs, rows, interp),
+            drawings=drawings(runs, rows, interp, finetuned),
             interp=interp,
+            finetuned=finetuned,
             shown_ultra=max(4, ALL_ULTRA // len(rows)),
             examples=[(row, _marked(row, _thinned(row.examples, latents))) for row in rows],
         )

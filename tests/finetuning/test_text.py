@@ -62,6 +62,18 @@ def test_the_first_contexts_are_the_rows_of_the_store(
     assert not any(rows.values())  # each row of the store was met, and none was met twice
 
 
+def test_it_begins_with_documents_that_the_capture_did_not_come_to(
+    store: ActivationStore, lm: LanguageModel
+) -> None:
+    text = StoreText.of(store)
+    assert text.fresh.rows == store.train.rows
+    trained = set(store.train.tokens("doc_id").tolist())
+    batches = islice(text.batches(lm.tokenizer, 16, text.fresh), 20)
+    first, *others = (set(np.unique(batch.doc_id).tolist()) for _, batch in batches)
+    # The last document of the capture goes on.
+    assert first & trained <= {text.fresh.document} and not trained & set().union(*others)
+
+
 def test_a_held_out_document_never_appears(store: ActivationStore, lm: LanguageModel) -> None:
     """In more than a whole pass over the text, by number and by its words."""
     text = StoreText.of(store)
