@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,7 +181,7 @@ def test_leaving_out_the_layers_before_a_splice_changes_not_a_bit(
         "mean": dict.fromkeys(hooks, mean_replacement(torch.linspace(-1, 1, 32))),
     }
     short = sums(lm, ids, variants)
-    monkeypatch.setattr(Prefix, "__init__", lambda self, *_: self.drop())
+    monkeypatch.setattr(Prefix, "recorded", lambda self: nullcontext())
     whole = sums(lm, ids, variants)
     for name in short:
         assert all(np.array_equal(a, b) for a, b in zip(short[name], whole[name], strict=True))
@@ -249,12 +251,37 @@ def test_a_model_whose_later_layers_look_back_runs_whole(
         layers[0].register_forward_hook(keep),
         layers[2].register_forward_hook(lambda m, a, out: out * kept["scale"]),
     ]
-    dropped = []
-    monkeypatch.setattr(Prefix, "drop", lambda self: dropped.append(self))
+    tried: list[Prefix] = []
+    real = Prefix.try_out
+
+    def try_out(self: Prefix, *given: Any) -> None:
+        tried.append(self)
+        assert self.layers
+        real(self, *given)
+
+    monkeypatch.setattr(Prefix, "try_out", try_out)
     sums(lm, ids.first(32), {"zero": {HOOK: zero_replacement}})
     for handle in handles:
         handle.remove()
-    assert len(dropped) == 1
+    (prefix,) = tried
+    assert not prefix.layers and not prefix._parts
+
+
+def test_what_comes_before_a_splice_within_its_layer_runs_once(
+    lm: LanguageModel, ids: Contexts
+) -> None:
+    """The attention before it, and the module whose output is replaced."""
+    layer = lm.model.model.layers[1]
+    inner = {"self_attn": layer.self_attn.o_proj, "mlp": layer.mlp.down_proj}
+    runs = dict.fromkeys(inner, 0)
+    handles = [
+        module.register_forward_hook(lambda *_, n=name: runs.__setitem__(n, runs[n] + 1))
+        for name, module in inner.items()
+    ]
+    sums(lm, ids, {str(i): {HOOK: zero_replacement} for i in range(5)})
+    for handle in handles:
+        handle.remove()
+    assert runs == {"self_attn": 2, "mlp": 2}  # as it is, and the trial without leaving out
 
 
 def test_an_interrupted_pass_goes_on(
