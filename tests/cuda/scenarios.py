@@ -287,9 +287,68 @@ def capture(machine: Machine, found: Found) -> None:
             staging.close()
 
 
+def finetuning(machine: Machine, found: Found) -> None:
+    """A coder in the place of a module, the loss of what is predicted, and a step.
+
+    Autograd's engine needs a real device, so the passes back are called one by one.
+    """
+    from bsc.finetuning.config import FinetuneConfig
+    from bsc.finetuning.losses import clean_predictions, prediction_loss
+    from bsc.finetuning.tuned_coder import TunedCoder
+    from bsc.train.coders import sparse_grad
+    from bsc.train.run_config import FinetunedCoder
+    from bsc.train.training_rows import Scale
+
+    for name, config in configs():
+        start = bank_of(config, "cpu", torch.float32, 1).export(0)
+        surrogate = None if config.code == "continuous" else config.surrogate
+        planned = FinetunedCoder(
+            name="a", hookpoint="h", coder=start.config, parent="a", parent_xxh3_128="",
+            optimiser="adam", lr=1e-3, warmup=0.0, decay="none", clip_norm=None,
+            surrogate="sigmoid" if surrogate == "gumbel" else surrogate,
+        )  # fmt: skip
+        x, y = rows_of(config, torch.float32)
+        zero = torch.zeros(WIDTH)
+        scale = Scale(1.5, 1.5, zero, zero, 3.0)
+        results: dict[str, list[torch.Tensor]] = {}
+        places = [(torch.device("cpu"), "fp32"), (CUDA, "bf16"), (CUDA, "fp32")]
+        for device, precision in places:
+            settings = FinetuneConfig.model_validate({"precision": precision})
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            with pretended(machine), torch.no_grad():
+                coder = TunedCoder(planned, start, scale, settings, device)
+                rows = x.to(device), y.to(device)
+                kept = (torch.arange(len(x)) % 7 == 0).to(device)
+                target = (torch.arange(len(x)) % 5).to(device)
+                weight = torch.ones(len(x)).to(device)
+                machine.reset()
+                coder.begin()
+                y_hat = coder.replacement(kept)(*rows)
+                clean = clean_predictions(y_hat + 0.1, target, weight)
+                loss, both = prediction_loss(y_hat * y_hat, clean, kl=True)
+                code = coder.module.encode(rows[0])
+                chosen = sparse_grad.Selected(code.latent, config.n_latents)
+                context: Any = types.SimpleNamespace(
+                    needs_input_grad=(True, True), how=(dtype, chosen), selected=chosen
+                )
+                context.saved_tensors = code.value, coder.module.W_dec
+                g_value, g_table, *_ = sparse_grad._Decoded.backward(context, y_hat)
+                context.saved_tensors = rows[0], coder.module.encoder.weight
+                g_rows, g_weight, *_ = sparse_grad._WithGradient.backward(context, g_value)
+                g_bias, _ = sparse_grad._OfLatents.backward(context, g_value)
+                coder.finite(len(x))
+                coder.step(0, 2, len(x))
+                if device == CUDA:
+                    note(found, f"finetuning {precision}, a coder and a batch: {name}", machine)
+                made = (y_hat, loss, both, g_table, g_rows, g_weight, g_bias, coder.figures)
+                results[device.type] = [host(t).clone() for t in made]
+        for a, b in zip(results["cuda"], results["cpu"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 SCENARIOS: dict[str, Callable[[Machine, Found], None]] = {
     "banks": banks, "optimisers": optimisers, "trainers": trainers, "evaluation": evaluation,
-    "capture": capture,
+    "capture": capture, "finetuning": finetuning,
 }  # fmt: skip
 
 
