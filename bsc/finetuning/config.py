@@ -41,7 +41,7 @@ class FinetuneConfig(Config):
     )
     tokens: int = option(10_000_000, "Tokens to finetune on.", _HOW, ge=1, parser=parse_count)
     """More than the text has are more passes over it."""
-    batch_tokens: int = option(8192, "Tokens in a step.", _HOW, ge=2, le=2**24, parser=parse_count)
+    batch_tokens: int = option(2048, "Tokens in a step.", _HOW, ge=2, le=2**24, parser=parse_count)
     micro_tokens: int | None = option(
         None, "Tokens worked on at a time.", _HOW, ge=2, shown="what memory allows",
         parser=parse_count,

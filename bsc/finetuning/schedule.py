@@ -15,7 +15,8 @@ _LR = {
     ("adam", "continuous"): 1e-3,
     ("adam", "binary"): 1e-3,
 }
-"""Learning rates for rows in units of rms."""
+"""Learning rates for rows in units of rms:
+benchmarks/records/finetune_2core-xeon-amx_2026-11-22.md."""
 _PAPER_LR, _PAPER_WARMUP = 1e-3, 50
 
 

@@ -15,6 +15,7 @@ from bsc.eval.evaluate import evaluate
 from bsc.finetuning.config import FinetuneConfig
 from bsc.finetuning.finetune import finetune, run_job, stepper_of, tuned_coders
 from bsc.finetuning.job import make_job
+from bsc.finetuning.schedule import Schedule, schedule_of
 from bsc.finetuning.text import Place
 from bsc.train.coders.coder import Code, SparseCoder
 from bsc.train.run import Run
@@ -186,3 +187,15 @@ def test_rows_of_left_out_tokens_stay_as_they_are(
     assert zeros > 0
     stepper.step(batch, 0, 10)
     assert seen == [batch.token_id.size - zeros]
+
+
+def test_learning_rates() -> None:
+    def of(code: str = "binary", **fields: Any) -> Schedule:
+        return schedule_of(FinetuneConfig(**fields), code, 1_000)
+
+    assert of() == of("continuous") == of("hybrid") == Schedule(1e-3, 0.05, "linear")
+    assert of(lr="paper") == Schedule(1e-3, 0.05, "linear")  # 50 of 1,000 steps
+    assert schedule_of(FinetuneConfig(lr="paper"), "binary", 200).warmup == 0.25
+    assert schedule_of(FinetuneConfig(lr="paper"), "binary", 20).warmup == 1.0
+    assert of(lr=0.5, optimiser="signum") == Schedule(0.5, 0.0, "none")
+    assert of(lr=0.5, warmup=0.2, decay="none") == Schedule(0.5, 0.2, "none")
