@@ -31,6 +31,8 @@ __all__ = [
 _MICRO_ROWS = {"cpu": 8192, "cuda": 65536}
 """Rows that are worked on at a time where memory allows: more gain nothing."""
 _LEAST_ROWS = 256
+_COUNTED = 2**31
+"""Pre-activations of a pass on CUDA are fewer: its kernels count them in 32 bits."""
 _LIBRARIES = 64 << 20
 """What torch and its libraries take for themselves at their first products; measured."""
 EVALUATION_ROWS = 256
@@ -177,13 +179,19 @@ def plan_memory(
         work = _LIBRARIES + rows * kept + max(step + rows * passing, evaluation)
         return MemoryPlan(weights, optimisers, products, work, batches, rows)
 
+    widest = max(c.coder.n_latents for c in planned)
     if config.micro_rows is not None:
-        made = plan(min(config.micro_rows, config.batch_rows))
+        rows = min(config.micro_rows, config.batch_rows)
+        if device.type == "cuda" and rows * widest >= _COUNTED:
+            raise ConfigError(
+                f"micro_rows: {rows:,} rows of {widest:,} latents at a time are more than 2^31 "
+                f"pre-activations, which kernels of CUDA count in 32 bits. Give "
+                f"{(_COUNTED - 1) // widest:,} or fewer, or leave it out."
+            )
+        made = plan(rows)
     else:
         rows = min(_MICRO_ROWS.get(device.type, 8192), config.batch_rows)
-        # Kernels of CUDA count the pre-activations of a pass in 32 bits.
-        widest = max(c.coder.n_latents for c in planned)
-        while device.type == "cuda" and rows * widest >= 2**31 and rows > _LEAST_ROWS:
+        while device.type == "cuda" and rows * widest >= _COUNTED and rows > _LEAST_ROWS:
             rows //= 2
         while plan(rows).total > free and rows > _LEAST_ROWS:
             rows //= 2

@@ -114,6 +114,10 @@ def test_pre_activations_of_a_pass_are_counted_in_32_bits_on_a_gpu(store: Any) -
     config = TrainConfig(batch_rows=65_536)
     rows = plan_memory(planned, config, torch.device("cuda"), 2**50).micro_rows
     assert rows == 8_192 and rows * 131_072 < 2**31 <= 2 * rows * 131_072
+    asked = config.model_copy(update={"micro_rows": 16_384})
+    with pytest.raises(UserError, match=r"more than 2\^31 pre-activations.*Give 16,383 or fewer"):
+        plan_memory(planned, asked, torch.device("cuda"), 2**50)
+    assert plan_memory(planned, asked, CPU, 2**50).micro_rows == 16_384
 
 
 def test_the_plan_of_a_sweep_in_words_and_figures(store_path: Path) -> None:
