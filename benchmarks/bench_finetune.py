@@ -154,7 +154,7 @@ def cost(args: argparse.Namespace) -> dict[str, Any]:
     job = make_job(Run.open(args.run), config)
     coders = tuned_coders(job)
     stepper = stepper_of(job, coders)
-    _, batch = next(job.text.batches(job.lm.tokenizer, job.batch_contexts, job.text.fresh))
+    _, batch = next(job.text.batches(job.lm.tokenizer, job.batch_contexts))
     plain = Plain(job, stepper, batch)
     ways: dict[str, Callable[[], Any]] = {
         "step": lambda: stepper.step(batch, 0, 10**6),

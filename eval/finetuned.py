@@ -59,8 +59,9 @@ class Moved(Record):
     encoder_cosine: list[float]
     """Of a latent's encoder row before and after."""
     decoder_cosine: list[float]
-    jaccard: list[float]
-    """Rows where it fires before and after, over rows where it fires before or after."""
+    jaccard: list[float] | None
+    """Rows where it fires before and after, over rows where it fires before or after. None where
+    other rows were evaluated, or the codes are not there, as of a run that was pulled."""
 
 
 class ProbeChange(Record):
@@ -142,6 +143,8 @@ def finetuned_changes(before: Run, after: Run) -> Changed | None:
         and before.coder(c.parent).xxh3_128() == c.parent_xxh3_128
     ]
     a, b = _Side(before), _Side(after)
+    if a.evaluation.store_id != b.evaluation.store_id:
+        return None  # of other documents
     pairs = [c for c in pairs if c.parent in a.evaluation.coders and c.name in b.evaluation.coders]
     if not pairs:
         return None
@@ -178,7 +181,15 @@ def _change(a: _Side, b: _Side, planned: FinetunedCoder) -> FinetunedChange:
     of_ce = [None, None] if not same else [s.array(n, "nats") for s, n in ((a, x), (b, y))]
     of_kl = [None, None] if not same else [s.array(n, "kl") for s, n in ((a, x), (b, y))]
     error = [s.array(n, "squared_error") for s, n in ((a, x), (b, y))]
-    total = a.array(x, "squared_deviation")
+    total, other = a.array(x, "squared_deviation"), b.array(y, "squared_deviation")
+    # But for the order in which a GPU adds up.
+    if (
+        total is None
+        or other is None
+        or total.shape != other.shape
+        or not np.allclose(total, other, rtol=1e-9)
+    ):
+        error = [None, None]
     cost = [None if own is None else own - clean for own in of_ce]
     plain = {
         name: Difference(first=f[name], second=g[name], difference=g[name] - f[name])
@@ -197,7 +208,7 @@ def _change(a: _Side, b: _Side, planned: FinetunedCoder) -> FinetunedChange:
         predictability=_predictability(a, x, b, y, weighted=False),
         predictability_weighted=_predictability(a, x, b, y, weighted=True),
         probes=_probes(a.evaluation.probing, x, b.evaluation.probing, y),
-        moved=_moved(a.run, x, b.run, y),
+        moved=_moved(a.run, x, b.run, y, same_rows=f.rows == g.rows),
         **plain,
     )
 
@@ -268,7 +279,7 @@ def _probes(
     return sorted(found, key=lambda p: (p.set, p.arm, p.columns))
 
 
-def _moved(before: Run, x: str, after: Run, y: str) -> Moved:
+def _moved(before: Run, x: str, after: Run, y: str, *, same_rows: bool) -> Moved:
     coders = before.coder(x), after.coder(y)
     counts = firing_counts(before, x), firing_counts(after, y)
     alive = np.flatnonzero(counts[0] + counts[1])
@@ -281,11 +292,12 @@ def _moved(before: Run, x: str, after: Run, y: str) -> Moved:
         for matrix in ("W_enc", "W_dec")
     ]
     themselves = Matching(alive, alive, cosines[1], "themselves", 0.0)
+    there = same_rows and all(sum(len(f.row) for f in c) == c.counts.sum() for c in codes)
     return Moved(
         latents=len(alive),
         encoder_cosine=_quantiles(cosines[0]),
         decoder_cosine=_quantiles(cosines[1]),
-        jaccard=_quantiles(firing_jaccard(codes[0], codes[1], themselves)),
+        jaccard=_quantiles(firing_jaccard(codes[0], codes[1], themselves)) if there else None,
     )
 
 

@@ -127,13 +127,13 @@ def _record(run: Run, folder: str | Path, rank: int, world: int) -> RunConfig:
         raise StoreError(f"{folder}: no such run{hint}. `bsc train` makes one.")
     part = Run(run.part(rank, world))
     record = part.config() if part.config_path.exists() else None
+    if record is not None and record.finetuned:
+        raise UserError(f"{folder}: finetuned coders. Go on with `{record.going_on} {folder}`.")
     if record is not None and record.imported:
         raise UserError(
             f"{folder}: these coders were trained elsewhere (bsc import), so there is no training "
             f"to go on with."
         )
-    if record is not None and record.finetuned:
-        raise UserError(f"{folder}: finetuned coders. Go on with `{record.going_on} {folder}`.")
     if record is not None and record.pulled:
         raise UserError(
             f"{folder}: pulled from {record.pulled.repository}, and checkpoints are not published, "

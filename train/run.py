@@ -136,10 +136,13 @@ class Run:
                 f"--name."
             )
         if self.config_path.exists() and (config := self.config()).completed:
-            raise UserError(
-                f"{self.folder}: a complete run is here. Give another --name; or train it longer: "
-                f"{config.going_on} {self.folder} --tokens with more than it had."
+            longer = (
+                ""
+                if config.finetuned
+                else f"; or train it longer: {config.going_on} {self.folder} --tokens with more "
+                f"than it had"
             )
+            raise UserError(f"{self.folder}: a complete run is here. Give another --name{longer}.")
         if part.is_dir():
             files = list(part.iterdir())
             if files and all(p.name == _LOCK or p.name.endswith(".partial") for p in files):

@@ -83,6 +83,8 @@ class FinetunedCoder(RunCoder):
     """Name of the coder that it began as, in the run that `Finetuned.run` names."""
     parent_xxh3_128: str
     """Hash of that coder's tensors."""
+    parent_kind: str = ""
+    """Hash of what that coder shares with those that differ from it in their seed alone."""
     optimiser: Optimiser
     lr: float
     warmup: float
@@ -99,7 +101,7 @@ class FinetunedCoder(RunCoder):
 
 
 class Finetuned(Record):
-    """What a run of finetuned coders began as."""
+    """What a run of finetuned coders began as. Where that was imported, so is this."""
 
     run: str
     """Where the run was whose coders they are."""

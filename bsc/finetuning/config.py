@@ -41,7 +41,15 @@ class FinetuneConfig(Config):
     )
     tokens: int = option(10_000_000, "Tokens to finetune on.", _HOW, ge=1, parser=parse_count)
     """More than the text has are more passes over it."""
-    batch_tokens: int = option(2048, "Tokens in a step.", _HOW, ge=2, le=2**24, parser=parse_count)
+    batch_tokens: int | None = option(
+        None,
+        "Tokens in a step.",
+        _HOW,
+        ge=2,
+        le=2**24,
+        shown="2,048, or a context where that is longer",
+        parser=parse_count,
+    )
     micro_tokens: int | None = option(
         None, "Tokens worked on at a time.", _HOW, ge=2, shown="what memory allows",
         parser=parse_count,
@@ -57,19 +65,26 @@ class FinetuneConfig(Config):
         parser=parse_lr,
         metavar="FLOAT",
     )
-    """paper: 1e-3 with 50 steps of warm-up, which the authors took for Adam and rows as the module
-    gives them (`--normalise none`)."""
-    warmup: float | None = Field(default=None, ge=0, le=1)
-    """Share of the steps over which the learning rate rises; None: 0.05, 0 for signum."""
-    decay: Decay | None = None
-    """How it falls afterwards: linear, none; None: linear, none for signum."""
+    """paper: 1e-3 with 50 steps of warm-up, which the authors took for Adam, in the units of the
+    module: `normalise = "none"` goes with it."""
+    warmup: float | None = option(
+        None,
+        "Share of the steps over which the learning rate rises.",
+        _HOW,
+        ge=0,
+        le=1,
+        shown="0.05; 0 for signum",
+    )
+    decay: Decay | None = option(
+        None, "How it falls afterwards: linear, none.", _HOW, shown="linear; none for signum"
+    )
     clip_norm: float | None = option(
         None, "Length that gradients of a coder are cut to.", _HOW, gt=0, shown="not cut"
     )
     normalise: Literal["rms", "none"] = option(
         "rms",
-        "Units that weights are trained in. rms: those of training, so that step sizes mean the "
-        "same for every module. none: those of the module.",
+        "Units that weights are trained in. rms: rows have a root mean square of 1, so that step "
+        "sizes mean the same for every module. none: rows as the module gives them.",
         _HOW,
     )
     precision: Literal["bf16", "fp32"] = option(
@@ -78,8 +93,7 @@ class FinetuneConfig(Config):
     dead_after: int = option(
         1_000_000, "Tokens without firing that make a latent dead.", _HOW, ge=1, parser=parse_count
     )
-    log_every: int = Field(default=10, ge=1)
-    """Steps between two lines of metrics.jsonl."""
+    log_every: int = option(10, "Steps between two lines of metrics.jsonl.", STEERING, ge=1)
     checkpoint_every: int | None = option(
         None, "Steps between checkpoints.", STEERING, ge=1, shown="every ten minutes"
     )

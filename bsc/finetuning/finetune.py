@@ -131,6 +131,11 @@ def resume_finetune(
     if saved.completed:
         raise UserError(f"{folder}: this run is complete. Finetune under another --name.")
     config = _same(saved, changes or {})
+    if not Path(saved.finetuned.run).is_dir():
+        raise StoreError(
+            f"{folder}: began with the coders of {saved.finetuned.run}, which is not there any "
+            f"more. Put that run back to go on."
+        )
     parent = Run.open(saved.finetuned.run)
     job = make_job(parent, config, store=store, model=model, check=check, run=run, saved=saved)
     return run_job(job, load_checkpoint(run.folder / "checkpoint"), new=False)
@@ -177,6 +182,7 @@ def run_job(
         if checkpoint is not None:
             loop.restore(*checkpoint)
         batches = loop.batches()
+        stack.callback(batches.close)
         if new:
             loop.first = next(batches)  # a text that gives nothing is told before anything is made
             if loop.first[0].epoch:
@@ -202,7 +208,7 @@ def run_job(
         completed = Completed(
             at=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(loop.seconds, 1),
-            rows=loop.step * job.batch_tokens,
+            rows=loop.tokens,
         )
         write_typed(job.run.config_path, combined(RunConfig, record, completed=completed))
         if not job.config.keep_checkpoint:
@@ -249,7 +255,9 @@ class _Loop:
         self.stepper = stepper_of(job, coders)
         self.step = 0
         """Steps that were taken."""
-        self.place = job.text.fresh
+        self.tokens = 0
+        """Of these steps, padding left out."""
+        self.place: Place | None = None
         """Of the last batch."""
         self.seconds = 0.0
         self.first: tuple[Place, Any] | None = None
@@ -268,6 +276,7 @@ class _Loop:
     def restore(self, state: dict[str, Any], tensors: Sequence[Mapping[str, Tensor]]) -> None:
         """Go to where a checkpoint was taken."""
         self.step, self.place = int(state["step"]), Place(*state["place"])
+        self.tokens = int(state["tokens"])
         self.seconds, self._metrics_bytes = float(state["seconds"]), int(state["metrics_bytes"])
         self._saved_step = self.step
         known = {
@@ -288,7 +297,8 @@ class _Loop:
         self._saved_step = self.step
         state = {
             "step": self.step,
-            "place": list(self.place),
+            "place": list(self.place or ()),
+            "tokens": self.tokens,
             "seconds": self.seconds,
             "metrics_bytes": writer.flush(),
             "coders": [
@@ -317,7 +327,7 @@ class _Loop:
                     view.figures.update({line["coder"]: line for line in job.run.metrics()})
                 began, saved = time.perf_counter() - self.seconds, time.perf_counter()
                 waited, before = 0.0, time.perf_counter()
-                left = job.steps - self.step
+                left = job.steps - self.step if self._active() else 0
                 ahead = [self.first] if self.first else []
                 for self.place, batch in islice(_chain(ahead, batches), left):
                     waited += time.perf_counter() - before
@@ -326,6 +336,7 @@ class _Loop:
                             f"{name}: not finite at step {self.step}; it is left as it was"
                         )
                     self.step += 1
+                    self.tokens += len(batch.rows()["token_id"])
                     self.seconds = time.perf_counter() - began
                     if self.step % config.log_every == 0 or self.step == job.steps:
                         for line in self._lines():
@@ -343,12 +354,14 @@ class _Loop:
                         saved = time.perf_counter()
                     if stop.is_set() and self.step < job.steps:
                         raise KeyboardInterrupt
-                    if all(c.progress.frozen_at is not None for c in self.coders):
+                    if not self._active():
                         break
                     before = time.perf_counter()
             self.save(writer)
-            batches.close()
             return [self._summary(c, view.figures) for c in self.coders]
+
+    def _active(self) -> bool:
+        return any(c.progress.frozen_at is None for c in self.coders)
 
     def _lines(self) -> list[dict[str, Any]]:
         """Lines of metrics for the steps since the last ones."""
@@ -363,7 +376,7 @@ class _Loop:
                 {
                     "coder": coder.planned.name,
                     "step": self.step,
-                    "rows": self.step * self.job.batch_tokens,
+                    "rows": self.tokens,
                     "seconds": round(self.seconds, 2),
                     "dead": coder.dead(self.job.config.dead_after),
                     "lr": progress.lr,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from bsc.cache.model.attention import Separation
 from bsc.cache.model.models import LanguageModel
@@ -18,6 +19,7 @@ from bsc.devices import pick_device
 from bsc.errors import UserError, nearest
 from bsc.eval.passes.prefix import Prefix
 from bsc.eval.passes.setting import check_widths, matching_model, open_store, separation_in
+from bsc.files import canonical_json
 from bsc.finetuning.config import FinetuneConfig
 from bsc.finetuning.memory import MemoryPlan, ModelSize, plan_memory
 from bsc.finetuning.schedule import schedule_of
@@ -31,6 +33,8 @@ from bsc.train.run_config import RUN_VERSION, Finetuned, FinetunedCoder, RunCode
 from bsc.versions import versions
 
 __all__ = ["FinetuneJob", "make_job"]
+
+_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class FinetuneJob:
         return RunConfig(
             version=RUN_VERSION,
             name=config.name,
-            store=before.store,
+            store=_absolute(self.store.folder.address),
             store_id=self.store.store_id,
             model=self.store.attributes["model"],
             rows=self.store.train.rows,
@@ -98,6 +102,7 @@ class FinetuneJob:
             assigned={},
             config=None,
             coders=list(self.planned),
+            imported=before.imported,
             versions=versions(),
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
             finetuned=Finetuned(
@@ -134,6 +139,11 @@ def make_job(
     Raises:
         UserError: the request cannot be carried out.
     """
+    if parent.config().trained_on:
+        raise UserError(
+            f"{parent.folder}: figures of a run on another store, not a run. Name the run itself; "
+            f"`bsc eval --on` measures what comes of it on that store, too."
+        )
     chosen = _chosen(parent, config.coders)
     if run is None:
         run = Run((config.runs or parent.folder.resolve().parent) / config.name)
@@ -143,12 +153,20 @@ def make_job(
     check_targets(tensorboard=config.tensorboard, wandb=config.wandb)
     opened = open_store(parent, store, check=check)
     text = StoreText.of(opened)
-    contexts = config.batch_tokens // text.context
+    if saved is not None and (saved.rows, saved.store_id) != (opened.train.rows, opened.store_id):
+        raise UserError(
+            f"{opened.folder}: {opened.train.rows:,} training rows of store {opened.store_id}, but "
+            f"the run began with {saved.rows:,} of {saved.store_id}. It can only go on with those."
+        )
+    batch_tokens = config.batch_tokens or max(_BATCH_TOKENS, text.context)
+    if config.batch_tokens is None:
+        config = config.model_copy(update={"batch_tokens": batch_tokens})
+    contexts = batch_tokens // text.context
     steps = config.tokens // (max(1, contexts) * text.context)
     if contexts < 1 or steps < 1:
         what = "--batch-tokens" if contexts < 1 else "--tokens"
         least = text.context if contexts < 1 else contexts * text.context
-        given = config.batch_tokens if contexts < 1 else config.tokens
+        given = batch_tokens if contexts < 1 else config.tokens
         raise UserError(
             f"{what} {given}: fewer than {least:,} tokens, which is one "
             + ("context of this store." if contexts < 1 else "step. Give more, or a smaller batch.")
@@ -158,10 +176,16 @@ def make_job(
     device = pick_device(config.device)
     lm = matching_model(opened, model, device)
     free = available_bytes(device)
-    if saved is not None and saved.micro_rows is not None:
-        config = config.model_copy(update={"micro_tokens": saved.micro_rows})
     memory = plan_memory(
-        planned, max(map(len, sets)), _size(lm, planned), config, text.context, device.type, free
+        planned,
+        sets,
+        _size(lm, planned),
+        context=text.context,
+        batch_contexts=contexts,
+        micro_tokens=saved.micro_rows if saved else config.micro_tokens,
+        precision=config.precision,
+        device=device.type,
+        free=free,
     )
     separation = separation_in(opened, lm, list(dict.fromkeys(c.hookpoint for c in planned)))
     without = tuple(parent.config().without_tokens)
@@ -216,6 +240,7 @@ def _planned(
                 seed=before.seed,
                 parent=before.name,
                 parent_xxh3_128=coder.xxh3_128(),
+                parent_kind=_kind(before),
                 optimiser=config.optimiser,
                 lr=schedule.lr,
                 warmup=schedule.warmup,
@@ -227,6 +252,16 @@ def _planned(
     if not planned:
         raise UserError(f"{parent.folder}: every coder that was named turned non-finite.")
     return planned
+
+
+def _kind(coder: RunCoder) -> str:
+    kind = coder.but_for_the_seed.model_dump(mode="json")
+    return xxhash.xxh3_64_hexdigest(canonical_json(kind).encode())
+
+
+def _absolute(store: str) -> str:
+    """Where a store is, for a process that is started elsewhere."""
+    return store if "://" in store else str(Path(store).resolve())
 
 
 def _surrogate(coder: RunCoder) -> str | None:
@@ -256,6 +291,7 @@ def _size(lm: LanguageModel, planned: Sequence[FinetunedCoder]) -> ModelSize:
     config: Any = lm.model.config
     config = getattr(config, "get_text_config", lambda: config)()
     layers = int(getattr(config, "num_hidden_layers", 0) or 1)
+    eager = getattr(config, "_attn_implementation", "eager") == "eager"
     table = lm.model.get_input_embeddings().weight
     first = min(
         (len(Prefix(lm.base, [hook]).layers) for hook in {c.hookpoint for c in planned}), default=0
@@ -263,7 +299,8 @@ def _size(lm: LanguageModel, planned: Sequence[FinetunedCoder]) -> ModelSize:
     return ModelSize(
         width=int(table.shape[1]),
         layers=max(1, layers - first),
-        heads=int(getattr(config, "num_attention_heads", 0) or 1),
+        # Fused attention keeps nothing for each pair of tokens.
+        heads=int(getattr(config, "num_attention_heads", 0) or 1) if eager else 0,
         vocabulary=int(table.shape[0]),
         bytes_each=torch.finfo(lm.model.dtype).bits // 8,
     )

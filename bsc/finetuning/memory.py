@@ -8,7 +8,6 @@ from math import prod
 from typing import NamedTuple
 
 from bsc.errors import ConfigError
-from bsc.finetuning.config import FinetuneConfig
 from bsc.progress import format_bytes
 from bsc.train.coders.coder import parameter_shapes
 from bsc.train.optim import state_bytes
@@ -18,7 +17,7 @@ __all__ = ["MemoryPlan", "ModelSize", "plan_memory"]
 
 _TOKENS_AT_ONCE = {"cpu": 8_192, "cuda": 65_536}
 """Tokens of a forward pass where memory allows: more gain nothing."""
-_LIBRARIES = 128 << 20
+_LIBRARIES = {"cpu": 128 << 20, "cuda": 1280 << 20}
 """What torch takes for itself at its first products, and pieces of logits in float32."""
 
 
@@ -29,6 +28,7 @@ class ModelSize(NamedTuple):
     layers: int
     """Those that may run after the first splice."""
     heads: int
+    """0 where attention is fused."""
     vocabulary: int
     bytes_each: int
     """Of a value."""
@@ -56,10 +56,13 @@ class MemoryPlan:
 
 def plan_memory(
     planned: Sequence[FinetunedCoder],
-    largest_set: int,
+    sets: Sequence[Sequence[str]],
     model: ModelSize,
-    config: FinetuneConfig,
+    *,
     context: int,
+    batch_contexts: int,
+    micro_tokens: int | None,
+    precision: str,
     device: str,
     free: int,
 ) -> MemoryPlan:
@@ -67,10 +70,12 @@ def plan_memory(
 
     Args:
         planned: the coders.
-        largest_set: coders that are spliced in at a time, at most.
+        sets: those that are spliced in together, by name.
         model: its size.
-        config: of the run.
         context: tokens of a context.
+        batch_contexts: contexts of a step.
+        micro_tokens: tokens that are worked on at a time at most; None: as many as fit.
+        precision: of a coder's products.
         device: type of it.
         free: bytes that may be used.
 
@@ -87,31 +92,40 @@ def plan_memory(
         for c, own in zip(planned, shapes, strict=True)
     )
     # Rounded copies, the decoder that acts, and a new gradient beside the one that it is added to.
-    acting = largest_set * max(values) * (2 + 4 + 4)
+    largest = max(map(len, sets))
+    acting = largest * max(values) * (2 + 4 + 4)
     token = _token_bytes(model, context)
-    token += largest_set * max(_coder_token_bytes(c, config) for c in planned)
-    asked = min(config.micro_tokens or config.batch_tokens, config.batch_tokens)
-    if config.micro_tokens is None:
-        asked = min(asked, _TOKENS_AT_ONCE.get(device, 8_192))
+    token += largest * max(_coder_token_bytes(c, precision) for c in planned)
+    hookpoints = {c.name: c.hookpoint for c in planned}
+    splices = {tuple(hookpoints[name] for name in own) for own in sets}
+    token += len(splices) * 5 * model.width * model.bytes_each  # what runs before each of them
+    asked = min((micro_tokens or _TOKENS_AT_ONCE.get(device, 8_192)) // context, batch_contexts)
+    contexts = max(1, asked)
+    widest = max(c.coder.n_latents for c in planned)
+    counted = 2**31 if device == "cuda" else 2**62  # its kernels count pre-activations in 32 bits
 
     def plan(contexts: int) -> MemoryPlan:
-        passes = _LIBRARIES + contexts * context * token
+        passes = _LIBRARIES.get(device, _LIBRARIES["cpu"]) + contexts * context * token
         return MemoryPlan(weights, optimisers, acting, passes, contexts)
 
-    contexts = max(1, asked // context)
-    while config.micro_tokens is None and plan(contexts).total > free and contexts > 1:
+    def fits(contexts: int) -> bool:
+        return plan(contexts).total <= free and contexts * context * widest < counted
+
+    while micro_tokens is None and not fits(contexts) and contexts > 1:
         contexts //= 2
-    made = plan(contexts)
-    if made.total > free:
+    if not fits(contexts):
+        made = plan(contexts)
+        fewer = ", or give a smaller --micro-tokens" if contexts > 1 else ""
+        limit = f", where a pass has fewer than {counted:,} pre-activations" * (device == "cuda")
         raise ConfigError(
             f"{len(planned)} coders need {format_bytes(made.total)} of memory "
             f"({format_bytes(weights)} weights and gradients, {format_bytes(optimisers)} "
             f"optimisers, {format_bytes(acting)} acting copies, {format_bytes(made.passes)} for "
-            f"{contexts} contexts at a time), but {format_bytes(free)} may be used on {device}. "
-            f"Finetune fewer coders at a time (--coders, several runs), or give a smaller "
-            f"--micro-tokens."
+            f"{contexts} contexts of {context} tokens at a time), but {format_bytes(free)} may be "
+            f"used on {device}{limit}. Finetune fewer coders at a time (--coders, several runs)"
+            f"{fewer}."
         )
-    return made
+    return plan(contexts)
 
 
 def _token_bytes(model: ModelSize, context: int) -> int:
@@ -126,8 +140,12 @@ def _token_bytes(model: ModelSize, context: int) -> int:
     return model.layers * layer * model.bytes_each + logits
 
 
-def _coder_token_bytes(coder: FinetunedCoder, config: FinetuneConfig) -> int:
-    """Bytes of a token in a coder: pre-activations, selection, entries, rows in float32."""
+def _coder_token_bytes(coder: FinetunedCoder, precision: str) -> int:
+    """Bytes of a token in a coder: pre-activations, selection, entries, rows in float32.
+
+    With batch top-k every row is as wide as the one with most, which is taken to have 4 k.
+    """
     own = coder.coder
-    each = 2 if config.precision == "bf16" else 4
-    return own.n_latents * 2 * each + own.k * 96 + 4 * (4 * own.d_in + 6 * own.d_out)
+    each = 2 if precision == "bf16" else 4
+    entries = (4 if own.select == "batch_topk" else 1) * own.k * 96
+    return own.n_latents * 2 * each + entries + 4 * (4 * own.d_in + 6 * own.d_out)

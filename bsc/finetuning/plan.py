@@ -70,7 +70,7 @@ def plan_finetune(job: FinetuneJob) -> FinetunePlan:
     memory = job.memory
     parts = {name: getattr(memory, name) for name in ("weights", "optimisers", "acting", "passes")}
     stepper = stepper_of(job, tuned_coders(job))
-    _, batch = next(job.text.batches(job.lm.tokenizer, job.batch_contexts, job.text.fresh))
+    _, batch = next(job.text.batches(job.lm.tokenizer, job.batch_contexts))
     seconds = 0.0
     for step in range(2):
         began = time.perf_counter()

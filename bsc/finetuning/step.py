@@ -58,6 +58,7 @@ class Stepper:
         self.micro_contexts = micro_contexts
         lm.model.requires_grad_(False)
         device = lm.model.device
+        self._without_tokens = sorted(without_tokens)
         self._without = (
             torch.tensor(sorted(without_tokens), device=device) if without_tokens else None
         )
@@ -80,13 +81,15 @@ class Stepper:
             Names of coders that turned non-finite at this step.
         """
         active = [s for s in self.sets if s[0].progress.frozen_at is None]
+        if not active:
+            return []
         predicted, rows = _counts(batch, self.packing)
         for coder in (c for s in active for c in s):
             coder.begin()
         sums = torch.zeros((len(active), 2), dtype=torch.float64, device=self.lm.model.device)
         for start in range(0, len(batch.token_id), self.micro_contexts):
             part = slice(start, start + self.micro_contexts)
-            self._accumulate(batch, part, active, sums, predicted / max(1, rows))
+            self._accumulate(batch, part, active, sums, predicted / self._used(batch, rows))
         # All that the host has to know of a step, read at once: each read waits for the device.
         known = torch.stack(
             [
@@ -112,6 +115,12 @@ class Stepper:
                 coder.step(step, steps, rows)
         return frozen
 
+    def _used(self, batch: ContextBatch, rows: int) -> int:
+        """Rows of a batch that coders are spliced in at, as far as tokens decide it."""
+        ids = batch.rows()["token_id"]
+        left_out = np.isin(ids, self._without_tokens).sum() if self._without_tokens else 0
+        return max(1, rows - int(left_out))
+
     def _accumulate(
         self,
         batch: ContextBatch,
@@ -127,7 +136,7 @@ class Stepper:
             part: which of them.
             active: sets of coders.
             sums: (sets, 2), KL and CE, which are added to.
-            per_row: predicted tokens of the batch over its rows.
+            per_row: predicted tokens of the batch over the rows that are spliced in at.
         """
         inputs, kept = self._inputs(batch, part)
         prefixes = {hooks: self._prefixes[hooks] for hooks in map(self._hooks, active)}
@@ -163,7 +172,9 @@ class Stepper:
             return kl / fvu
         assert coder.error is not None and coder.rows is not None
         with torch.no_grad():
-            return (both[0] / clean.weight.sum()) / (coder.error / coder.rows.clamp(min=1))
+            kl_here = both[0] / clean.weight.sum().clamp(min=1)
+            ratio = kl_here / (coder.error / coder.rows.clamp(min=1))
+            return ratio.nan_to_num(0, 0, 0)  # of contexts that have no row to learn from
 
     def _logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """(tokens, vocabulary) in the model's dtype."""

@@ -17,7 +17,6 @@ from bsc.cache.store.manifest import TextPoint, windows
 from bsc.cache.store.store import ActivationStore
 from bsc.config import parse_config
 from bsc.errors import UserError
-from bsc.progress import console
 
 __all__ = ["Place", "StoreText"]
 
@@ -42,8 +41,11 @@ class StoreText:
     packing: Packing
     context: int
     fresh: Place
-    """Where the capture's training rows end. Of several writers, who divide a stream of files among
-    them in ways of their own, so many documents are passed over as they read."""
+    """Where the capture's last batch of training rows begins that it did not keep all of, or the
+    next one. Of several writers, who divide a stream of files among them in ways of their own, so
+    many documents are passed over as they read."""
+    kept: int = 0
+    """Rows of that batch that it kept."""
 
     @classmethod
     def of(cls, store: ActivationStore) -> StoreText:
@@ -65,23 +67,28 @@ class StoreText:
                 f"reads the text again: put it back where it was."
             ) from None
         if was is not None and now != was:
-            if source.corpus is not None:
-                raise UserError(
-                    f"{store.folder}: captured from corpus {source.corpus}, whose documents are "
-                    f"others on this machine (those of its Python). What was held out may be among "
-                    f"them, so they cannot be finetuned on. Finetune where the store was made."
-                )
-            # A document is held out by its own words, wherever its file is and whenever it changed.
-            console.print(f"{store.folder}: its text was changed or moved since the capture")
-        return cls(source, made["packing"], store.context, _end_of_capture(store))
+            what = (
+                f"corpus {source.corpus}, whose documents are others on this machine (those of its "
+                f"Python). Finetune where the store was made."
+                if source.corpus is not None
+                else "files that have other sizes or times now. Put back what was captured; copies "
+                "keep their times with `cp -p` or `rsync -t`."
+            )
+            raise UserError(
+                f"{store.folder}: what was held out may be trained on where the text is another "
+                f"one, and it was captured from {what}"
+            )
+        return cls(source, made["packing"], store.context, *_end_of_capture(store))
 
-    def batches(self, tokenizer: Any, contexts: int, start: Place) -> Iterator[tuple[Place, Any]]:
+    def batches(
+        self, tokenizer: Any, contexts: int, start: Place | None = None
+    ) -> Iterator[tuple[Place, ContextBatch]]:
         """Whole batches of contexts of training documents, without end.
 
         Args:
             tokenizer: of the model.
             contexts: in a batch.
-            start: place of the first batch.
+            start: place of the first batch; None: behind what the capture kept.
 
         Yields:
             The place and the batch.
@@ -89,8 +96,10 @@ class StoreText:
         Raises:
             UserError: the text cannot be read, or gives not one batch.
         """
-        epoch = start.epoch
-        at = TextPoint(start.document, start.offset, start.rows)
+        epoch, document, offset, rows = start or self.fresh
+        at = TextPoint(document, offset, rows)
+        if start is None and self.kept:
+            at = self._behind(tokenizer, at)
         while True:
             some, whole = False, at == TextPoint()
             for batch in self._pass(tokenizer, contexts, at):
@@ -107,6 +116,15 @@ class StoreText:
                 )
             epoch, at = epoch + 1, TextPoint()
 
+    def _behind(self, tokenizer: Any, at: TextPoint) -> TextPoint:
+        """The first context behind those that the capture kept; the text's end where none is."""
+        rows = 0
+        for batch in self._pass(tokenizer, 1, at):
+            if rows >= self.kept:
+                return batch.point
+            rows += len(batch.rows()["token_id"])
+        return TextPoint(document=_ALL)
+
     def _pass(self, tokenizer: Any, contexts: int, at: TextPoint) -> Iterator[ContextBatch]:
         """Batches to the end of the text. Held-out documents are not even tokenised."""
         return context_batches(
@@ -120,11 +138,12 @@ class StoreText:
         )
 
 
-def _end_of_capture(store: ActivationStore) -> Place:
+def _end_of_capture(store: ActivationStore) -> tuple[Place, int]:
+    """Place of the first batch that the capture did not keep all of, and what it kept of it."""
     ends = []
     for rank in range(store.writers):
         ends += [window.next for window in windows(store.folder, "train", rank)][-1:]
     if len(ends) == 1:
         (end,) = ends
-        return Place(0, end.document, end.offset, end.rows)
-    return Place(0, max((end.document for end in ends), default=-1) + 1)
+        return Place(0, end.document, end.offset, end.rows), end.skip
+    return Place(0, max((end.document for end in ends), default=-1) + 1), 0

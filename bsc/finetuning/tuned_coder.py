@@ -198,7 +198,8 @@ class TunedCoder:
             self.progress.frozen_at = (
                 step if self.progress.frozen_at is None else (self.progress.frozen_at)
             )
-        coder.about = self.about | {
+        about = {k: v for k, v in self.about.items() if k != "imported"}  # of other weights
+        coder.about = about | {
             "name": self.planned.name,
             "optimiser": self.planned.optimiser,
             "lr": self.planned.lr,

@@ -120,7 +120,8 @@ def test_latents_are_compared_with_themselves(pair: tuple[Run, Run], changed: Ch
         cosines = torch.cosine_similarity(coders[0].W_enc, coders[1].W_enc, dim=1)[alive].double()
         assert change.moved.latents == int(alive.sum())
         assert change.moved.encoder_cosine[1] == pytest.approx(float(cosines.median()), abs=0.02)
-        assert 0 < change.moved.jaccard[1] <= 1 and change.moved.decoder_cosine[0] < 1
+        assert change.moved.jaccard is not None and 0 < change.moved.jaccard[1] <= 1
+        assert change.moved.decoder_cosine[0] < 1
     same = pair[0].folder.parent / "same"
     copied = Run(Path(shutil.copytree(pair[1].folder, same)))
     for name in copied.coder_names():  # as it began, under the name of what it became

@@ -118,9 +118,9 @@ def test_a_text_that_gives_no_batch(
     run, _ = train_sweep(
         TrainConfig(store=tmp_path / "acts", runs=tmp_path, batch_rows=128, coders=coders)
     )
-    text.write_text(json.dumps({"text": "no more"}))
-    code, _, err = run_main(capsys, "finetune", run.folder, *SHORT)
-    assert code == 2 and "fewer than 16 contexts of 16 tokens" in err
+    code, _, err = run_main(capsys, "finetune", run.folder, "--tokens", "1M", "--batch-tokens",
+                            "65536", "--lr", "1e-3")  # fmt: skip
+    assert code == 2 and "fewer than 4096 contexts of 16 tokens" in err
     assert not (tmp_path / "finetuned").exists()
 
 
@@ -141,7 +141,12 @@ def test_more_memory_than_there_is(
     assert code == 0 and json.loads(out)["micro_tokens"] == 64
     monkeypatch.setattr(job_module, "available_bytes", lambda device: less)
     code, _, err = run_main(capsys, "finetune", parents.folder, *SHORT, "--runs", tmp_path / "runs")
-    assert code == 2 and "of memory" in err and "--micro-tokens" in err
+    assert code == 2 and "1 contexts of 32 tokens at a time" in err and "--coders" in err
+    code, _, err = run_main(
+        capsys, "finetune", parents.folder, *SHORT, "--runs", tmp_path / "runs", "--micro-tokens",
+        "128",
+    )  # fmt: skip
+    assert code == 2 and "or give a smaller --micro-tokens" in err
     assert not (tmp_path / "runs").exists()
 
 

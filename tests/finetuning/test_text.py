@@ -66,12 +66,18 @@ def test_it_begins_with_documents_that_the_capture_did_not_come_to(
     store: ActivationStore, lm: LanguageModel
 ) -> None:
     text = StoreText.of(store)
-    assert text.fresh.rows == store.train.rows
+    assert text.fresh.rows + text.kept == store.train.rows and text.kept > 0
+    batches = list(islice(text.batches(lm.tokenizer, 16), 20))
+    place, first = batches[0]
+    assert 0 <= place.rows - store.train.rows < store.context  # whole contexts
     trained = set(store.train.tokens("doc_id").tolist())
-    batches = islice(text.batches(lm.tokenizer, 16, text.fresh), 20)
-    first, *others = (set(np.unique(batch.doc_id).tolist()) for _, batch in batches)
+    later = set().union(*(set(np.unique(b.doc_id).tolist()) for _, b in batches[1:]))
     # The last document of the capture goes on.
-    assert first & trained <= {text.fresh.document} and not trained & set().union(*others)
+    assert not trained & later - {int(first.doc_id[-1, -1])}
+    whole = list(islice(text.batches(lm.tokenizer, 1, Place()), 400))
+    at = next(i for i, (p, _) in enumerate(whole) if p.rows == place.rows)
+    for (_, one), expected in zip(whole[at:], first.token_id, strict=False):
+        assert np.array_equal(one.token_id[0], expected)
 
 
 def test_a_held_out_document_never_appears(store: ActivationStore, lm: LanguageModel) -> None:
@@ -131,6 +137,9 @@ def test_it_goes_on_from_a_place_and_begins_again_at_the_end(
         assert document.held_out == is_text_held_out(document.text, 0.2)
     with pytest.raises(UserError, match="fewer than 4096 contexts of 16 tokens"):
         next(text.batches(lm.tokenizer, 4096, Place()))
+    (tmp_path / "a.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="files that have other sizes or times now"):
+        StoreText.of(ActivationStore(tmp_path / "acts"))
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(UserError, match=r"a\.jsonl, which is not there"):
         StoreText.of(ActivationStore(tmp_path / "acts"))
@@ -140,5 +149,5 @@ def test_a_corpus_of_other_documents_is_refused(
     store: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text_module, "fingerprint", lambda source: "another")
-    with pytest.raises(UserError, match="What was held out may be among them"):
+    with pytest.raises(UserError, match="what was held out may be trained on"):
         StoreText.of(store)
