@@ -34,7 +34,7 @@ class FinetuneConfig(Config):
         flag="--together/--apart",
     )
     loss: Loss = option(
-        "kl",
+        "kl+fvu",
         "kl: divergence from the model as it is. ce: cross-entropy of the next token. kl+fvu: KL "
         "and reconstruction, which weigh the same.",
         _HOW,

@@ -24,7 +24,13 @@ from bsc.train.run import Run
 from bsc.train.run_config import FinetunedCoder
 from bsc.train.trainer import train_sweep
 
-SHORT: dict[str, Any] = {"tokens": 4_096, "batch_tokens": 256, "lr": 3e-3, "log_every": 1}
+SHORT: dict[str, Any] = {
+    "loss": "kl",
+    "tokens": 4_096,
+    "batch_tokens": 256,
+    "lr": 3e-3,
+    "log_every": 1,
+}
 
 
 def config(tmp_path: Path, **fields: Any) -> FinetuneConfig:
