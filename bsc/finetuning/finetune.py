@@ -115,7 +115,7 @@ def resume_finetune(
         folder: of the run.
         changes: fields of `FinetuneConfig` that were given again. They must be those of the run,
             but for settings that change nothing in the result.
-        store: where its store is now; None: where it was.
+        store: where its store is now; None: where the run began with it.
         model: where the model is now; None: where it was.
         check: whether shards are compared with the manifest when they are first read.
 
@@ -137,7 +137,9 @@ def resume_finetune(
             f"more. Put that run back to go on."
         )
     parent = Run.open(saved.finetuned.run)
-    job = make_job(parent, config, store=store, model=model, check=check, run=run, saved=saved)
+    job = make_job(
+        parent, config, store=store or saved.store, model=model, check=check, run=run, saved=saved
+    )
     return run_job(job, load_checkpoint(run.folder / "checkpoint"), new=False)
 
 
@@ -201,8 +203,8 @@ def run_job(
             + (f"; from step {loop.step:,}" if loop.step else "")
         )
         summaries = loop.run(batches)
-        facts = {"finetuned_from": record.finetuned.run if record.finetuned else None,
-                 "finetune_loss": job.config.loss}  # fmt: skip
+        began = str(job.parent.folder.resolve())
+        facts = {"finetuned_from": began, "finetune_loss": job.config.loss}
         for coder in coders.values():
             coder.finish(facts, loop.step).save(job.run.coder_folder(coder.planned.name))
         completed = Completed(

@@ -60,7 +60,7 @@ class Stepper:
         device = lm.model.device
         self._without_tokens = sorted(without_tokens)
         self._without = (
-            torch.tensor(sorted(without_tokens), device=device) if without_tokens else None
+            torch.tensor(self._without_tokens, device=device) if without_tokens else None
         )
         self._prefixes = {hooks: Prefix(lm.base, hooks) for hooks in map(self._hooks, sets)}
         self._tried = False

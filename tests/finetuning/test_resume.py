@@ -18,6 +18,8 @@ from bsc.finetuning.finetune import finetune, resume_finetune
 from bsc.finetuning.step import Stepper
 from bsc.train.checkpoint import checkpoint_step
 from bsc.train.run import Run
+from bsc.train.run_config import RunConfig
+from bsc.typed import parse_typed, write_typed
 
 STEPS = 14
 
@@ -147,6 +149,8 @@ def test_a_run_goes_on_as_it_began(
             finetune(own, config(tmp_path))
     with pytest.raises(UserError, match="a run that has not ended is here"):
         finetune(own, config(tmp_path))
+    saved = Run(tmp_path / "run").config()
+    assert saved.finetuned is not None and Path(saved.store).is_absolute()
     with pytest.raises(UserError, match=r"lr is 0\.1, but the run has 0\.003"):
         resume_finetune(tmp_path / "run", {"lr": 0.1})
     coder = own.coder(own.coder_names()[0])
@@ -154,3 +158,23 @@ def test_a_run_goes_on_as_it_began(
     coder.save(own.coder_folder(own.coder_names()[0]))
     with pytest.raises(UserError, match="is not the coder that this run began with"):
         resume_finetune(tmp_path / "run")
+
+
+def test_a_store_that_was_moved_is_named_once(
+    parents: Run, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on with the store that it began with, though its parent knows another place."""
+    moved = Path(shutil.copytree(store_path, tmp_path / "moved"))
+    own = Run(Path(shutil.copytree(parents.folder, tmp_path / "parents")))
+    gone = own.config().to_json() | {"store": str(tmp_path / "gone")}
+    write_typed(own.config_path, parse_typed(RunConfig, gone, own.config_path))
+
+    def stop(self: Any, *args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stepper, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(own, config(tmp_path, tokens=512), store=moved)
+    run, _ = resume_finetune(tmp_path / "run")
+    assert run.config().store == str(moved)
