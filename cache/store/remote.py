@@ -201,10 +201,11 @@ class RemoteFolder(StoreFolder):
             with self._asking(key), partial.open("wb") as file:
                 answer = self._obstore.get(self._store, key)
                 size = int(answer.meta["size"])
-                self._make_room(size)
+                self._make_room(size, partial)
                 for part in answer.stream(min_chunk_size=8 << 20):
                     file.write(part)
-            if partial.stat().st_size != size:
+                came = file.tell()
+            if came != size:
                 raise StoreError(f"{self.url}/{key}: the transfer broke off.")
             partial.rename(path)
         finally:
@@ -217,8 +218,12 @@ class RemoteFolder(StoreFolder):
             (self._copies / key).unlink(missing_ok=True)
         return self.local(key)
 
-    def _make_room(self, size: int) -> None:
-        """Remove the least recently used copies until `size` more bytes fit into the cache."""
+    def _make_room(self, size: int, partial: Path) -> None:
+        """Remove the least recently used copies until `size` more bytes fit into the cache.
+
+        The empty file `partial` gets that length at once: what else makes room counts it, in
+        this process or another, before its bytes have come.
+        """
         with self._mutex:
             files = []
             for path in self._root.glob("*/*/**/*"):
@@ -229,11 +234,12 @@ class RemoteFolder(StoreFolder):
             total = sum(bytes_ for _, bytes_, _ in files)
             for changed, bytes_, path in sorted(files):
                 if total + size <= self.cache_bytes:
-                    return
+                    break
                 if path.name.endswith(PARTIAL) and changed > (time.time() - 3600) * 1e9:
                     continue  # on its way
                 path.unlink(missing_ok=True)
                 total -= bytes_
+            os.truncate(partial, size)
 
     @override
     def staging(self, key: str) -> Path:
