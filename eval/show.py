@@ -15,7 +15,8 @@ from bsc.cache.model.models import load_tokenizer
 from bsc.errors import StoreError, UserError
 from bsc.eval.evaluation import EvaluationFolder, ShownContext
 from bsc.eval.figures.division import PARTS
-from bsc.eval.figures.examples import Sample, SplitText
+from bsc.eval.figures.examples import Sample
+from bsc.eval.figures.split_text import SplitText
 from bsc.eval.passes.codes import Codes
 from bsc.eval.passes.pieces import Pieces
 from bsc.eval.passes.setting import open_store

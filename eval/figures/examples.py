@@ -11,15 +11,12 @@ Everything is drawn by hashes of (row, latent): whatever order or batches, the s
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bsc.cache.store.split import StoreSplit
-from bsc.eval.figures.division import NEITHER, PARTS, divide
-from bsc.eval.passes.batches import text_starts
+from bsc.eval.figures.division import NEITHER, PARTS
 from bsc.eval.passes.codes import LatentCode
 from bsc.eval.passes.pieces import Arrays
 from bsc.hashing import hash64
@@ -27,8 +24,8 @@ from bsc.hashing import hash64
 __all__ = [
     "STRATA",
     "Sample",
-    "SplitText",
     "choose_latents",
+    "ordered_bits",
     "sample",
 ]
 
@@ -37,11 +34,9 @@ PER_STRATUM = 8
 """Firings of each latent, stratum and part that are drawn at most."""
 MIN_FIRINGS = 10
 """Fewer firings than strata are not shown."""
-BEFORE, AFTER = 20, 10
-"""Tokens around a firing that are shown."""
 
 
-def _ordered_bits(values: NDArray[np.float32]) -> NDArray[np.uint64]:
+def ordered_bits(values: NDArray[np.float32]) -> NDArray[np.uint64]:
     """The bits of float32 numbers, turned so that they are in the order of the numbers."""
     bits = values.view(np.uint32)
     negative = bits >> np.uint32(31) == 1
@@ -106,7 +101,7 @@ def sample(
         row, margin = code.row[here], code.margin[here]
         priority = hash64(row.astype(np.uint64) << np.uint64(24) ^ latent.astype(np.uint64), seed)
         # One number to sort by: latent, margin, and of equal margins at random, not by the text.
-        order = _argsort((latent - first, 17), (_ordered_bits(margin), 32), (priority >> 49, 15))
+        order = _argsort((latent - first, 17), (ordered_bits(margin), 32), (priority >> 49, 15))
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order)) - np.repeat(np.cumsum(n) - n, n)
         stratum = rank * STRATA // np.repeat(n, n)
@@ -131,87 +126,3 @@ def choose_latents(counts: NDArray[np.int64], n: int) -> list[int]:
     ranked = alive[np.argsort(-counts[alive], kind="stable")]
     ranks = np.linspace(0, len(ranked) - 1, min(n, len(ranked))).round().astype(int)
     return [int(i) for i in dict.fromkeys(ranked[ranks])]
-
-
-class SplitText:
-    """The text around rows of a split."""
-
-    def __init__(self, split: StoreSplit, tokenizer: Any) -> None:
-        """Read the token side of the split: 21 bytes a row."""
-        self.ids = split.tokens("token_id")
-        self.doc_id = split.tokens("doc_id")
-        position = split.tokens("position").astype(np.int64)
-        self.starts = text_starts(self.doc_id, position)
-        self.ends = np.append(self.starts[1:], len(position))
-        self.position = position
-        self.tokenizer = tokenizer
-        self.part = divide(self.doc_id, split.tokens("ngram"))
-        """What each row is for (figures/division.py)."""
-
-    def around(self, row: int) -> tuple[int, int]:
-        """First row and row after the last one that are shown around a row."""
-        text = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return max(int(self.starts[text]), row - BEFORE), min(int(self.ends[text]), row + AFTER + 1)
-
-    def marked(
-        self, row: int, firing: NDArray[Any], margin: NDArray[np.float32]
-    ) -> list[list[Any]]:
-        """The text around a row as [text, margin, drawn] pieces: one for each firing token, and
-        one for each run of silent tokens, whose margin is None; drawn says whether it is the row.
-
-        Args:
-            row: in the middle.
-            firing: rows where the latent fires, ascending.
-            margin: of each.
-        """
-        low, high = self.around(row)
-        here = slice(*np.searchsorted(firing, [low, high]))
-        marks = {
-            int(r): round(float(m), 4) for r, m in zip(firing[here], margin[here], strict=True)
-        }
-        borders = sorted({low, high, *(b for r in marks for b in (r, r + 1))})
-        text, ends = self._pieces(low, borders[1:])
-        return [
-            [text[a:b], marks.get(start), start == row]
-            for start, a, b in zip(borders, [0, *ends], ends, strict=False)
-        ]
-
-    def runs(self, start: int, tokens: int, marks: Collection[int]) -> list[tuple[str, bool]]:
-        """Text of `tokens` tokens from row `start` on, as (text, whether it is marked) runs.
-
-        Marked tokens that follow each other are one run.
-
-        Args:
-            start: first row.
-            tokens: how many.
-            marks: marked tokens, counted from the first one.
-        """
-        flags = [i in marks for i in range(tokens)]
-        borders = [0, *(i for i in range(1, tokens) if flags[i] != flags[i - 1]), tokens]
-        text, ends = self._pieces(start, [start + b for b in borders[1:]])
-        return [
-            (text[a:b], flags[border])
-            for border, a, b in zip(borders, [0, *ends], ends, strict=False)
-        ]
-
-    def each(self, low: int, high: int) -> list[str]:
-        """Text of every token from row `low` to row `high`, exclusive."""
-        text, ends = self._pieces(low, list(range(low + 1, high + 1)))
-        return [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
-
-    def _pieces(self, low: int, borders: list[int]) -> tuple[str, list[int]]:
-        """The text from row `low` to the last border, and where in it each border is.
-
-        Tokens are decoded with what is before them: one by one some tokenizers lose spaces, and a
-        character of several tokens is none of them. It belongs to the token that completes it.
-        """
-        text = self._text(low, borders[-1])
-        ends, end = [], 0
-        for border in borders[:-1]:
-            end = max(end, min(len(text), len(self._text(low, border).rstrip("\ufffd"))))
-            ends.append(end)
-        return text, [*ends, len(text)]
-
-    def _text(self, first: int, last: int) -> str:
-        ids = [int(i) for i in self.ids[first:last]]
-        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))

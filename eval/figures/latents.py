@@ -13,8 +13,9 @@ from bsc.eval.evaluation import (
     ShownLatent,
     UltraLatent,
 )
-from bsc.eval.figures.examples import Sample, SplitText, choose_latents, sample
+from bsc.eval.figures.examples import Sample, choose_latents, sample
 from bsc.eval.figures.rate import bit_figures
+from bsc.eval.figures.split_text import SplitText
 from bsc.eval.figures.ultra import RowFacts, diagnose, principal_components, ultra_latents
 from bsc.eval.passes.batches import rows_read
 from bsc.eval.passes.codes import Codes, LatentCode

@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsc.eval.figures.division import EXPLAIN, NEITHER, TEST
-from bsc.eval.figures.examples import STRATA, SplitText
+from bsc.eval.figures.examples import STRATA
+from bsc.eval.figures.split_text import SplitText
 from bsc.eval.interp.config import Marking
 from bsc.hashing import hash64
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from bsc.cache.model.models import load_tokenizer
 from bsc.errors import StoreError, UserError
 from bsc.eval.evaluation import Evaluation, EvaluationFolder
-from bsc.eval.figures.examples import SplitText
 from bsc.eval.figures.firing import firing_counts
+from bsc.eval.figures.split_text import SplitText
 from bsc.eval.interp.config import InterpConfig
 from bsc.eval.interp.evidence import Evidence, Texts, gather
 from bsc.eval.interp.sampling import Chosen, Design, choose

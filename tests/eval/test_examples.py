@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from bsc.eval.figures.division import EXPLAIN, NEITHER, PARTS, TEST, divide
 from bsc.eval.figures.examples import (
     PER_STRATUM,
     STRATA,
-    SplitText,
     choose_latents,
     sample,
 )
+from bsc.eval.figures.split_text import SplitText, token_strings
 from bsc.eval.passes.codes import LatentCode
 from tests.eval.planted import latent_code
 
@@ -128,27 +129,38 @@ def test_latents_are_chosen_across_the_range_of_rates() -> None:
     assert choose_latents(np.zeros(5, np.int64), 3) == []
 
 
+class Tokenizer:
+    """One that drops a leading space, as that of Llama 2 does, with a character in three."""
+
+    words = (
+        *(w.encode() for w in ("\u2581the", "\u2581cat", "s", "\u2581sat")),
+        b"\xe2", b"\x82", b"\xac",
+    )  # fmt: skip
+
+    def decode(self, ids: Sequence[int], **_: object) -> str:
+        raw = b"".join(self.words[i] for i in ids)
+        return raw.decode(errors="replace").replace("\u2581", " ").removeprefix(" ")
+
+
 def test_tokens_are_decoded_with_what_is_before_them() -> None:
-    """A tokenizer that drops a leading space, as that of Llama 2 does, and a character in two."""
-
-    class Tokenizer:
-        words = ("\u2581the", "\u2581cat", "s", "\u2581sat", "\xe2\x82", "\xac")
-
-        def decode(self, ids: list[int], **_: object) -> str:
-            raw = b"".join(
-                self.words[i].encode() if i < 4 else self.words[i].encode("latin-1") for i in ids
-            )
-            return raw.decode(errors="replace").replace("\u2581", " ").removeprefix(" ")
-
     split_text = SplitText.__new__(SplitText)
-    split_text.tokenizer = Tokenizer()
-    split_text.ids = np.array([0, 1, 2, 4, 5, 3], np.uint32)
-    split_text.starts, split_text.ends = np.array([0]), np.array([6])
-    pieces = split_text.marked(1, np.array([1, 4]), np.array([2.0, 3.0]))
+    split_text.tokenizer, split_text._alone, split_text._strings = Tokenizer(), {}, {}
+    split_text.ids = np.array([3, 0, 1, 2, 4, 5, 6, 3], np.uint32)
+    split_text.starts, split_text.ends = np.array([0, 1]), np.array([1, 8])
+    pieces = split_text.marked(2, np.array([2, 6]), np.array([2.0, 3.0]))
     assert pieces == [
         ["the", None, False], [" cat", 2.0, True], ["s", None, False], ["\u20ac", 3.0, False],
         [" sat", None, False],
     ]  # fmt: skip
+    assert split_text.runs(1, 6, {1, 2}) == [("the", False), (" cats", True), ("\u20ac", False)]
+    assert split_text.each(0, 4) == ["sat", "the", " cat", "s"]  # of two texts
+
+
+def test_bytes_that_never_become_a_character_are_shown_and_nothing_is_lost() -> None:
+    for ids in ([0, 4], [4, 4, 0], [5] * 40 + [1], [4, 5, 6, 4, 5, 6, 1], [6, 0, 1]):
+        strings = token_strings(Tokenizer(), ids)
+        assert len(strings) == len(ids)
+        assert "".join(strings) == Tokenizer().decode(ids)
 
 
 def test_windows_end_with_the_document_and_mark_firing_tokens(store: ActivationStore) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsc.cache.model.ngrams import token_ngrams
-from bsc.eval.figures.examples import SplitText
+from bsc.eval.figures.split_text import SplitText
 from bsc.eval.interp.config import InterpConfig
 from bsc.eval.interp.evidence import Texts
 from bsc.eval.interp.material import Material, Materials
