@@ -81,4 +81,6 @@ def printable(text: str, *, lines: bool = False) -> str:
     >>> printable("a\\x1b[2J\\n"), printable("\\u202egpj.exe")
     ('a␛[2J␊', '⟨U+202E⟩gpj.exe')
     """
+    if text.isprintable():
+        return text
     return text.translate(_OF_LINES if lines else _INVISIBLE)

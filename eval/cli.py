@@ -10,6 +10,7 @@ import typer
 from bsc.flags import AsJson, Check, Device, ModelNow, StoreNow, command, flag
 
 if TYPE_CHECKING:
+    from bsc.eval.browse.config import BrowseConfig
     from bsc.eval.config import EvalConfig
 
 __all__ = ["add_commands"]
@@ -144,6 +145,21 @@ def report(
         typer.echo(str(write_figures(opened, figures)))
 
 
+def browse(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs that were evaluated.")],
+    config: BrowseConfig,
+    out: Annotated[Path | None, flag("Folder to write.", default="browse in the first run")] = None,
+    store: StoreNow = None,
+    model: ModelNow = None,
+) -> None:
+    """Write a folder of static pages about every latent: open its index.html in a browser."""
+    from bsc.eval.browse.browse import write_browser
+    from bsc.train.run import Run
+
+    opened = [Run.open(r) for r in runs]
+    typer.echo(str(write_browser(opened, config, out, store=store, model=model).page))
+
+
 def add_commands(app: typer.Typer) -> None:
     """Put the commands of this stage into the command line."""
     command(
@@ -154,4 +170,9 @@ def add_commands(app: typer.Typer) -> None:
     )(evaluate)
     app.command(epilog="Example: bsc examples runs/run binary-k32 17")(examples)
     app.command(epilog="Example: bsc compare runs/run runs/other")(compare)
+    command(
+        app,
+        {"config": "bsc.eval.browse.config:BrowseConfig"},
+        epilog="Example: bsc browse runs/run --coders '*k32*'",
+    )(browse)
     app.command(epilog="Example: bsc report runs/run runs/other --out report.html")(report)

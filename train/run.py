@@ -9,13 +9,14 @@ eval.json       figures, after `bsc eval`
 eval/           codes, sampled firings, sums by document, after `bsc eval` (bsc.eval.evaluate)
 interp/         interpretability scores, and every answer of a judge, after `bsc interp`
 report.html     after `bsc report`
+browse/         pages of every latent, after `bsc browse`
 on/<name>/      the run on another store, after `bsc eval --on` (bsc.eval.elsewhere)
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,7 +28,7 @@ from bsc.files import check_new_folder
 from bsc.locks import FileLock, HeldError, holder
 from bsc.records import parse_json, parse_record, read_file
 from bsc.train.coders.coder import SparseCoder
-from bsc.train.coders.naming import full_name
+from bsc.train.coders.naming import full_name, names_of
 from bsc.train.run_config import RUN_VERSION, RunConfig
 from bsc.typed import parse_typed
 
@@ -112,6 +113,11 @@ class Run:
     def report_path(self) -> Path:
         """The report."""
         return self.folder / "report.html"
+
+    @property
+    def browse_folder(self) -> Path:
+        """Pages of every latent."""
+        return self.folder / "browse"
 
     def part(self, rank: int, world: int) -> Path:
         """Folder of what one of `world` processes writes: the run's own where there is one."""
@@ -216,6 +222,14 @@ class Run:
             UserError: there is none, or there are several; the message names them.
         """
         return full_name(name, self.coder_names(), self.folder)
+
+    def names_of(self, wanted: Sequence[str]) -> list[str]:
+        """Names of the coders that any of some names, parts of names or patterns means.
+
+        Raises:
+            UserError: a name is not that of one coder, or a pattern fits none.
+        """
+        return names_of(wanted, self.coder_names(), self.folder)
 
     def coder(self, name: str) -> SparseCoder:
         """Load the coder called `name`, or the one that has it as a part of its name.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from bsc.cache.model.attention import Separation
 from bsc.cache.model.models import LanguageModel
 from bsc.cache.store.store import ActivationStore
 from bsc.devices import pick_device
-from bsc.errors import UserError, nearest
+from bsc.errors import UserError
 from bsc.eval.passes.prefix import Prefix
 from bsc.eval.passes.setting import check_widths, matching_model, open_store, separation_in
 from bsc.files import canonical_json
@@ -206,18 +205,8 @@ def _chosen(parent: Run, patterns: Sequence[str]) -> list[RunCoder]:
     Raises:
         UserError: a pattern means none.
     """
-    coders = parent.config().coders
-    names = [c.name for c in coders]
-    wanted: set[str] = set() if patterns else set(names)
-    for pattern in patterns:
-        found = [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, f"*/{pattern}")]
-        if not found:
-            raise UserError(
-                f"--coders {pattern}: no coder of {parent.folder} has such a name"
-                f"{nearest(pattern, names)}. Put * around a part of a name: '*binary*'."
-            )
-        wanted.update(found)
-    return [c for c in coders if c.name in wanted]
+    names = parent.names_of(patterns)
+    return [c for c in parent.config().coders if c.name in names]
 
 
 def _planned(

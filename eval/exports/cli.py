@@ -51,7 +51,7 @@ def export(
     tool's formula on rows of the store, and kept if it computes the same.
     """
     from bsc.errors import UserError, nearest
-    from bsc.eval.exports.export import WEIGHT_FORMATS, chosen_coders, export_coders
+    from bsc.eval.exports.export import WEIGHT_FORMATS, export_coders
     from bsc.train.run import Run
 
     formats = (*WEIGHT_FORMATS, "delphi", "neuronpedia")
@@ -65,7 +65,7 @@ def export(
         for one in written["coders"].values():
             typer.echo(str(out / one["place"]))
         return
-    names = chosen_coders(opened, coders)
+    names = opened.names_of(coders)
     if len(names) > 1 or unit_rows:
         raise UserError(
             f"--format {format_} writes what one coder does, as it is: name one, without "

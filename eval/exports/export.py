@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,7 +30,7 @@ from bsc.train.run import Run
 from bsc.train.run_config import RunCoder
 from bsc.versions import versions
 
-__all__ = ["WEIGHT_FORMATS", "chosen_coders", "export_coders", "held_out_rows", "refusals"]
+__all__ = ["WEIGHT_FORMATS", "export_coders", "held_out_rows", "refusals"]
 
 _FORMATS: dict[str, CoderFormat] = {
     "sparsify": SPARSIFY,
@@ -43,26 +42,6 @@ WEIGHT_FORMATS = (*_FORMATS, "circuit-tracer")
 """Formats of coders; the other exports are of what coders do on a store."""
 _ROWS = 4096
 """Rows that every export is checked on."""
-
-
-def chosen_coders(run: Run, wanted: Sequence[str]) -> list[str]:
-    """Coders that are named, by a name, a part of one, or a pattern with * and ?.
-
-    Raises:
-        UserError: a name is not that of one coder, or a pattern fits none.
-    """
-    names = run.coder_names()
-    chosen: dict[str, None] = {}
-    for one in wanted:
-        if not set(one) & set("*?["):
-            chosen[run.full_name(one)] = None
-            continue
-        found = [n for n in names if fnmatch.fnmatchcase(n, one)]
-        found = found or [n for n in names if fnmatch.fnmatchcase(n.rpartition("/")[2], one)]
-        if not found:
-            raise UserError(f"{run.folder}: no coder fits {one!r}; it has {', '.join(names)}.")
-        chosen |= dict.fromkeys(found)
-    return list(chosen)
 
 
 def export_coders(
@@ -91,7 +70,7 @@ def export_coders(
         UserError: the format cannot hold one of them exactly, or what was written does not compute
             the same; then nothing is left.
     """
-    names = chosen_coders(run, wanted)
+    names = run.names_of(wanted)
     planned = {c.name: c for c in run.config().coders}
     if refused := refusals(run, names, format_):
         raise _refusal(format_, names, refused)

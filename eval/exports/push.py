@@ -24,7 +24,7 @@ from typing import Any
 
 from bsc.errors import UserError, nearest
 from bsc.eval.exports.card import Tool, model_card
-from bsc.eval.exports.export import WEIGHT_FORMATS, chosen_coders, export_coders, refusals
+from bsc.eval.exports.export import WEIGHT_FORMATS, export_coders, refusals
 from bsc.eval.exports.publish import Published, publish, text_facts
 from bsc.eval.exports.target import (
     CARD,
@@ -191,7 +191,7 @@ def _checked_request(
 
 def _whole_coders(run: Run, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
     """The chosen coders that are finite, and a warning of the others."""
-    chosen = chosen_coders(run, wanted)
+    chosen = run.names_of(wanted)
     broken = [n for n in chosen if run.coder(n).about.get("frozen_at_step") is not None]
     names = [n for n in chosen if n not in broken]
     if not names:

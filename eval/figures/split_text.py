@@ -102,8 +102,14 @@ class SplitText:
             low = end
         return found
 
+    def token(self, token: int) -> str:
+        """What a token is on its own."""
+        if token not in self._alone:
+            self._alone[token] = _decoded(self.tokenizer, [token])
+        return self._alone[token]
+
     def _text_of(self, row: int) -> int:
-        return int(np.searchsorted(self.starts, row, side="right")) - 1
+        return int(self.starts.searchsorted(row, side="right")) - 1
 
 
 def token_strings(

@@ -27,6 +27,7 @@ from bsc.eval.report.drawing import COLOURS, Drawing
 from bsc.eval.report.finetuned import ShownChange, before_and_after, read_changes
 from bsc.eval.report.interp import Scored, read_interp
 from bsc.eval.report.interp_plots import frequency_curves, scores
+from bsc.eval.report.links import shade
 from bsc.eval.report.plots import Curve
 from bsc.eval.report.summary import control_table, matched_tables, summary
 from bsc.files import write_atomically
@@ -34,7 +35,7 @@ from bsc.formats import interval, percent, percent_interval, printable
 from bsc.records import expected_form
 from bsc.train.run import Run, as_run
 
-__all__ = ["drawings", "render_report", "write_report"]
+__all__ = ["drawings", "environment_of", "render_report", "write_report"]
 
 T = TypeVar("T")
 
@@ -102,11 +103,6 @@ def drawings(
     return {drawing.name: drawing for drawing in found}
 
 
-def _shade(value: float, largest: float) -> int:
-    """Strength of a mark, 1 to 9 (the strongest of the latent's examples)."""
-    return max(1, min(9, round(9 * value / largest))) if largest > 0 else 5
-
-
 class _MarkedContext(NamedTuple):
     """A context with a strength for each firing token."""
 
@@ -135,8 +131,8 @@ def _marked(row: ReportedCoder, examples: Sequence[ShownLatent]) -> list[_Marked
             text: list[tuple[Any, ...]] = []
             margin: Any
             for piece, margin, drawn in context.text:
-                shade = 0 if margin is None else _shade(margin, largest) if graded else 6
-                text.append((piece, shade, margin, drawn))
+                strength = 0 if margin is None else shade(margin, largest) if graded else 6
+                text.append((piece, strength, margin, drawn))
             contexts.append(_MarkedContext(context.stratum + 1, text))
         found.append(_MarkedLatent(latent.latent, latent.rate, contexts))
     return found
@@ -160,9 +156,10 @@ def _thinned(values: Sequence[T], n: int) -> list[T]:
     return [values[round(i * (len(values) - 1) / max(1, n - 1))] for i in range(n)]
 
 
-def _environment() -> jinja2.Environment:
+def environment_of(package: str) -> jinja2.Environment:
+    """Templates of a package, with the filters that write numbers."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bsc.eval.report", "."),
+        loader=jinja2.PackageLoader(package, "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -178,7 +175,7 @@ def _environment() -> jinja2.Environment:
 
 def _rendered(**values: Any) -> str:
     try:
-        return _environment().get_template("page.html.j2").render(**values)
+        return environment_of("bsc.eval.report").get_template("page.html.j2").render(**values)
     except jinja2.UndefinedError as error:
         raise KeyError(str(error)) from None
 

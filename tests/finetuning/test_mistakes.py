@@ -31,7 +31,7 @@ def run_main(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[in
 
 MISTAKES = [
     (["{nowhere}"], "no such run"),
-    (["{run}", "--coders", "*k99*"], "no coder of"),
+    (["{run}", "--coders", "*k99*"], "no coder fits"),
     (["{run}", "--name", "parents"], "that is the run itself"),
     (["{run}", "--tokens", "100"], "which is one step"),
     (["{run}", "--batch-tokens", "16"], "which is one context of this store"),

@@ -1,12 +1,13 @@
-"""Coders by a part of their names."""
+"""Coders by a part of their names, or by patterns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 from bsc.errors import UserError, nearest
 
-__all__ = ["full_name"]
+__all__ = ["full_name", "names_of"]
 
 
 def full_name(wanted: str, names: Sequence[str], where: object) -> str:
@@ -38,3 +39,32 @@ def full_name(wanted: str, names: Sequence[str], where: object) -> str:
     raise UserError(
         f"{where}: no coder {wanted!r}{nearest(wanted, names)}; it has {', '.join(names)}."
     )
+
+
+def names_of(wanted: Sequence[str], names: Sequence[str], where: object) -> list[str]:
+    """Those of `names` that any of `wanted` means, in their order; all where nothing is wanted.
+
+    Args:
+        wanted: names, parts of names that one coder has, or patterns with * and ?, of the whole
+            name or of what stands behind the hookpoint.
+        names: of the coders that there are.
+        where: they are, for messages.
+
+    Raises:
+        UserError: a name is not that of one coder, or a pattern fits none.
+
+    >>> names_of(["sae-k*", "k8"], ["layers.3.mlp/sae-k8", "layers.3.mlp/sae-k32"], "runs/run")
+    ['layers.3.mlp/sae-k8', 'layers.3.mlp/sae-k32']
+    """
+    chosen = set() if wanted else set(names)
+    for one in wanted:
+        if not set(one) & set("*?["):
+            chosen.add(full_name(one, names, where))
+            continue
+        found = [n for n in names if fnmatchcase(n, one) or fnmatchcase(n, f"*/{one}")]
+        if not found:
+            raise UserError(
+                f"{where}: no coder fits {one!r}{nearest(one, names)}; it has {', '.join(names)}."
+            )
+        chosen.update(found)
+    return [n for n in names if n in chosen]
