@@ -116,7 +116,7 @@ class Run:
 
     @property
     def browse_folder(self) -> Path:
-        """Pages of every latent."""
+        """Pages of every latent, beside the report."""
         return self.folder / "browse"
 
     def part(self, rank: int, world: int) -> Path:

@@ -12,12 +12,14 @@ from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.model.text_source import TextSource
 from bsc.cache.store.verify import verify
 from bsc.errors import StoreError
+from bsc.eval.browse.browse import write_browser
 from bsc.eval.config import EvalConfig
 from bsc.eval.evaluate import evaluate
 from bsc.eval.evaluation import Evaluation
 from bsc.eval.interp.config import InterpConfig
 from bsc.eval.interp.material import Materials
 from bsc.eval.interp.offline import offline_scores
+from bsc.eval.report.links import BROWSER
 from bsc.eval.report.report import write_report
 from bsc.files import check_new_folder
 from bsc.train.config import TrainConfig
@@ -43,12 +45,13 @@ class DemoResult(NamedTuple):
     """What the demo made and how long each stage took."""
 
     report: Path
+    browser: Path
     evaluation: Evaluation
     seconds: dict[str, float]
 
 
 def run_demo(out: Path) -> DemoResult:
-    """Capture, verify, train, evaluate, score and report into the folder `out`.
+    """Capture, verify, train, evaluate, score, browse and report into the folder `out`.
 
     Raises:
         UserError: `out` cannot be a new folder.
@@ -90,5 +93,6 @@ def run_demo(out: Path) -> DemoResult:
     evaluation = timed("evaluate", lambda: evaluate(run, EVALUATION))
     scoring = InterpConfig(latents=LATENTS)
     timed("interp", lambda: offline_scores(Materials(run, scoring, store=None, model=None)))
+    browser = timed("browse", lambda: write_browser([run], out=out / BROWSER))
     report = timed("report", lambda: write_report([run], out / "report.html"))
-    return DemoResult(report, evaluation, seconds)
+    return DemoResult(report, browser.page, evaluation, seconds)

@@ -24,6 +24,7 @@ def demo(
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in result.seconds.items())
     typer.echo(f"\n{times}; {sum(result.seconds.values()):.0f} s in all")
     typer.echo(f"report: {result.report}")
+    typer.echo(f"latents: {result.browser}")
 
 
 def add_commands(app: typer.Typer) -> None:

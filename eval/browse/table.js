@@ -45,11 +45,11 @@ bsc.pair = (pair) => { bsc.pairs.push(pair); };
   };
 
   // columns: {name, title, kind, at(row)}; n: rows; text(row): what a search looks through.
-  bsc.table = (root, columns, n, { text, chosen }) => {
+  bsc.table = (root, columns, n, { text, chosen, first = { name: columns[0].name, down: false } }) => {
     const box = root.querySelector(".rows"), table = make("table");
     const head = make("thead"), body = make("tbody"), names = make("tr"), filters = make("tr");
     const search = document.querySelector("#tools input[type=search]"), count = document.querySelector("#tools output");
-    let order = [], selected = -1, sort = state().get("sort") || columns[0].name, down = state().get("down") === "1";
+    let order = [], selected = -1, sort = state().get("sort") || first.name, down = state().has("sort") ? state().get("down") === "1" : first.down;
     const tests = new Map();
 
     for (const column of columns) {
@@ -217,8 +217,8 @@ bsc.pair = (pair) => { bsc.pairs.push(pair); };
     const inA = at(a), inB = at(b), frames = document.querySelectorAll("iframe");
     const common = a.columns.filter((c) => c.kind !== "words").map((c) => [c, b.columns.find((d) => d.name === c.name && d.kind === c.kind)]).filter(([, d]) => d);
     // Every latent of a with its partner, then those of b that are nobody's mutual partner.
-    const rows = forth.latent.map((partner, i) => ({ a: i, b: partner < 0 ? null : partner, cosine: forth.cosine[i], jaccard: forth.jaccard[i], matched: forth.mutual[i] === 1 }));
-    back.latent.forEach((partner, i) => { if (back.mutual[i] !== 1) rows.push({ a: partner < 0 ? null : partner, b: i, cosine: back.cosine[i], jaccard: back.jaccard[i], matched: false, only: true }); });
+    const rows = forth.latent.map((partner, i) => ({ a: i, b: partner < 0 ? null : partner, cosine: partner < 0 ? null : forth.cosine[i], jaccard: partner < 0 ? null : forth.jaccard[i], matched: forth.mutual[i] === 1 }));
+    back.latent.forEach((partner, i) => { if (back.mutual[i] !== 1) rows.push({ a: partner < 0 ? null : partner, b: i, cosine: partner < 0 ? null : back.cosine[i], jaccard: partner < 0 ? null : back.jaccard[i], matched: false, only: true }); });
     const value = (column, where, latent) => latent === null || !where.has(latent) ? null : column.values[where.get(latent)];
     const which = document.querySelector("#which"), axis = document.querySelector("#axis");
     let kept = rows;
@@ -228,6 +228,10 @@ bsc.pair = (pair) => { bsc.pairs.push(pair); };
       { name: "second", title: "second", kind: "latent", at: (i) => kept[i].b },
       { name: "cosine", title: "cosine", kind: "number", at: (i) => kept[i].cosine },
       { name: "jaccard", title: "Jaccard", kind: "number", at: (i) => kept[i].jaccard },
+      ...["fires on"].flatMap((name) => [[a, inA, "a", "first"], [b, inB, "b", "second"]].map(([table, where, of, told]) => {
+        const column = table.columns.find((c) => c.name === name);
+        return { name: `${name}, ${told}`, title: `${name}, ${told}`, kind: "words", at: (i) => value(column, where, kept[i][of]) };
+      })),
       ...common.flatMap(([c, d]) => [
         { name: `${c.name}, first`, title: `${c.name}, first`, kind: c.kind, at: (i) => value(c, inA, kept[i].a) },
         { name: `${c.name}, second`, title: `${c.name}, second`, kind: c.kind, at: (i) => value(d, inB, kept[i].b) },
@@ -242,7 +246,7 @@ bsc.pair = (pair) => { bsc.pairs.push(pair); };
     let view = null;
     const start = () => {
       choose();
-      view = bsc.table(main, columns, kept.length, { text: (i) => `${kept[i].a} ${kept[i].b} ${words(a, inA, kept[i].a)} ${words(b, inB, kept[i].b)}`.toLowerCase(), chosen: (i) => open(kept[i]) });
+      view = bsc.table(main, columns, kept.length, { text: (i) => `${kept[i].a} ${kept[i].b} ${words(a, inA, kept[i].a)} ${words(b, inB, kept[i].b)}`.toLowerCase(), chosen: (i) => open(kept[i]), first: { name: "cosine", down: true } });
       plot();
     };
     const canvas = document.querySelector("canvas");

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from bsc.errors import StoreError, UserError
 from bsc.eval.evaluation import CoderFigures, EvaluationFolder, ShownLatent
+from bsc.eval.report.links import coder_slug
 from bsc.files import canonical_json
 from bsc.records import expected_form
 from bsc.train.run import Run
@@ -35,6 +36,8 @@ class ReportedCoder:
     planned: RunCoder
     anchor: str
     """Its id on the page."""
+    slug: str
+    """Name of its folder in a browser."""
     model: str
     """Which model, where it is not the trained one; else empty."""
     figures: CoderFigures
@@ -132,7 +135,7 @@ def read_coders(runs: Sequence[Run]) -> list[ReportedCoder]:
     found: list[ReportedCoder] = []
     points = max(20, ALL_CURVE_POINTS // sum(len(run.coder_names()) for run in runs))
     for run, label in zip(runs, run_labels(runs), strict=True):
-        found += _coders_of(run, label, points)
+        found += _coders_of(run, label, points, several=len(runs) > 1)
     if not found:
         raise UserError("a report needs at least one coder; every coder of these was left out.")
     found.sort(key=_order)
@@ -154,7 +157,7 @@ def _order(one: ReportedCoder) -> tuple[str | int, ...]:
     )
 
 
-def _coders_of(run: Run, label: str, points: int) -> list[ReportedCoder]:
+def _coders_of(run: Run, label: str, points: int, *, several: bool) -> list[ReportedCoder]:
     folder, config = EvaluationFolder(run), run.config()
     evaluation, examples = folder.read(), folder.read_examples()
     curves = {}
@@ -172,6 +175,7 @@ def _coders_of(run: Run, label: str, points: int) -> list[ReportedCoder]:
             run=label,
             planned=planned,
             anchor="",
+            slug=coder_slug(planned.name, label if several else ""),
             model=_untrained(config),
             figures=evaluation.coders[planned.name],
             curve=curves.get(planned.name, []),

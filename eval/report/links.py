@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["coder_slug", "latent_page", "shade"]
+__all__ = ["BROWSER", "coder_slug", "latent_page", "shade"]
 
+BROWSER = "browse"
+"""Name of the folder of pages of latents, beside a report."""
 _IN_A_FOLDER = 1000
 """Pages of latents that are in one folder: file systems are slow with many."""
 

@@ -27,7 +27,7 @@ from bsc.eval.report.drawing import COLOURS, Drawing
 from bsc.eval.report.finetuned import ShownChange, before_and_after, read_changes
 from bsc.eval.report.interp import Scored, read_interp
 from bsc.eval.report.interp_plots import frequency_curves, scores
-from bsc.eval.report.links import shade
+from bsc.eval.report.links import BROWSER, latent_page, shade
 from bsc.eval.report.plots import Curve
 from bsc.eval.report.summary import control_table, matched_tables, summary
 from bsc.files import write_atomically
@@ -117,9 +117,13 @@ class _MarkedLatent(NamedTuple):
     latent: int
     rate: float
     contexts: list[_MarkedContext]
+    page: str | None
+    """Where the browser has it."""
 
 
-def _marked(row: ReportedCoder, examples: Sequence[ShownLatent]) -> list[_MarkedLatent]:
+def _marked(
+    row: ReportedCoder, examples: Sequence[ShownLatent], browser: Path | None
+) -> list[_MarkedLatent]:
     """Examples with a strength for each firing token; of a binary code all are equal."""
     found = []
     for latent in examples:
@@ -134,7 +138,10 @@ def _marked(row: ReportedCoder, examples: Sequence[ShownLatent]) -> list[_Marked
                 strength = 0 if margin is None else shade(margin, largest) if graded else 6
                 text.append((piece, strength, margin, drawn))
             contexts.append(_MarkedContext(context.stratum + 1, text))
-        found.append(_MarkedLatent(latent.latent, latent.rate, contexts))
+        page = f"coders/{row.slug}/{latent_page(latent.latent)}"
+        there = browser is not None and (browser / page).exists()
+        href = f"{BROWSER}/{page}" if there else None
+        found.append(_MarkedLatent(latent.latent, latent.rate, contexts, href))
     return found
 
 
@@ -180,8 +187,12 @@ def _rendered(**values: Any) -> str:
         raise KeyError(str(error)) from None
 
 
-def render_report(runs: Sequence[Run]) -> str:
+def render_report(runs: Sequence[Run], browser: Path | None = None) -> str:
     """The page, as text.
+
+    Args:
+        runs: evaluated runs.
+        browser: folder beside the page, of pages of latents (`bsc browse`) that it links to.
 
     Raises:
         UserError: a run is not evaluated, or its files are damaged.
@@ -222,7 +233,10 @@ def render_report(runs: Sequence[Run]) -> str:
             interp=interp,
             finetuned=finetuned,
             shown_ultra=max(4, ALL_ULTRA // len(rows)),
-            examples=[(row, _marked(row, _thinned(row.examples, latents))) for row in rows],
+            browser=browser is not None and (browser / "index.html").exists(),
+            examples=[
+                (row, _marked(row, _thinned(row.examples, latents), browser)) for row in rows
+            ],
         )
     return printable(page, lines=True)
 
@@ -246,7 +260,7 @@ def write_report(
     path = Path(out) if out else opened[0].report_path
     if not path.name or path.is_dir():
         raise UserError(f"--out {path}: name a file, for example {path / 'report.html'}.")
-    page = render_report(opened)
+    page = render_report(opened, path.parent / BROWSER)
     try:
         write_atomically(path, page)
     except OSError as error:
