@@ -5,6 +5,6 @@ addEventListener("keydown", (event) => {
   if (!["j", "k", "/"].includes(event.key)) return;
   event.preventDefault();
   if (parent !== window) { parent.postMessage({ key: event.key }, "*"); return; }
-  const link = document.querySelector({ j: "a[rel=next]", k: "a[rel=prev]", "/": "nav a.wide-only" }[event.key]);
+  const link = document.querySelector({ j: "a[rel=next]", k: "a[rel=prev]", "/": "nav a.table" }[event.key]);
   if (link) location.href = link.href;
 });

@@ -135,14 +135,14 @@ class CoderPages:
         rows, margins = self.code.of(latent)
         drawn = self.browsed.sample.of(latent)
         chosen = [
-            (int(stratum), int(row))
+            (int(stratum), int(drawn.row[i]), float(drawn.margin[i]))
             for stratum in sorted(set(drawn.stratum.tolist()), reverse=True)
-            for row in drawn.row[drawn.stratum == stratum][: self.contexts]
+            for i in np.flatnonzero(drawn.stratum == stratum)[: self.contexts]
         ]
         valued = latent < self.browsed.first_binary
-        largest = float(margins.max()) if len(margins) else 1.0
+        largest = max((margin for *_, margin in chosen), default=1.0)
         marks = Marks(rows, margins, valued, largest)
-        words = " ".join(plain(self.text, row) for _, row in chosen[:_SEARCHED])
+        words = " ".join(plain(self.text, row) for _, row, _ in chosen[:_SEARCHED])
         record = self.browsed.records[latent]
         facts, at = self.facts, self._place[latent]
         values = {
@@ -159,7 +159,7 @@ class CoderPages:
             "scores": {printable(name): score for name, score in record.scores.items()},
             "diagnosis": record.diagnosis,
             "contexts": [
-                context(self.text, row, str(stratum + 1), marks) for stratum, row in chosen
+                context(self.text, row, str(stratum + 1), marks) for stratum, row, _ in chosen
             ],
             "partners": [
                 found

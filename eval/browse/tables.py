@@ -21,8 +21,8 @@ _TOKENS = 5
 
 def script(function: str, *values: Any) -> str:
     """A script that calls a function of table.js."""
-    words = (json.dumps(v, allow_nan=False, separators=(",", ":")) for v in values)
-    return f"bsc.{function}({','.join(words)});\n"
+    words = ",".join(json.dumps(v, allow_nan=False, separators=(",", ":")) for v in values)
+    return f"bsc.{function}({words});\n".replace("<", "\\u003c")
 
 
 def latent_table(pages: CoderPages) -> dict[str, Any]:

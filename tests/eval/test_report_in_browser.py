@@ -5,48 +5,27 @@ The page's content security policy forbids every request, and a refused one is a
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser
 
 from bsc.eval.evaluation import EVAL_VERSION
 from bsc.eval.report.report import write_report
 from bsc.records import write_record
 from bsc.train.run import Run
+from tests.eval.pages import HOSTILE, chromium, needs_browser, opened
 from tests.raw import raw
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium here; test_report.py checks the page by parsing it"
-)
-HOSTILE = (
-    "</div><script>document.title = 'taken'</script><img src=x onerror=alert(2)>"
-    "\u202e\u0000\U0001f600&\"'"
-)
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as play:
-        found = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as found:
         yield found
-        found.close()
-
-
-def opened(browser: Browser, path: Path, **options: Any) -> tuple[Page, list[str]]:
-    """The page, and what it said or asked for."""
-    page = browser.new_context(**options).new_page()
-    heard: list[str] = []
-    page.on("console", lambda message: heard.append(message.text))
-    page.on("pageerror", lambda error: heard.append(str(error)))
-    page.on("request", lambda request: heard.append(request.url))
-    page.goto(path.as_uri())
-    assert heard.pop(0) == path.as_uri()
-    return page, heard
 
 
 @pytest.fixture(scope="module")
