@@ -149,15 +149,37 @@ def browse(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs that were evaluated.")],
     config: BrowseConfig,
     out: Annotated[Path | None, flag("Folder to write.", default="browse in the first run")] = None,
+    live: Annotated[
+        bool,
+        flag("Serve the run on this machine: latents on a text of yours, and edits.", "Live"),
+    ] = False,
+    port: Annotated[int, flag("Port of --live.", "Live", default="a free one")] = 0,
     store: StoreNow = None,
     model: ModelNow = None,
+    device: Device = None,
 ) -> None:
-    """Write a folder of static pages about every latent: open its index.html in a browser."""
-    from bsc.eval.browse.browse import write_browser
+    """Write a folder of static pages about every latent: open its index.html in a browser.
+
+    With --live: load the model and serve a page on which latents are turned off and set.
+    """
+    from bsc.errors import UserError
     from bsc.train.run import Run
 
     opened = [Run.open(r) for r in runs]
-    typer.echo(str(write_browser(opened, config, out, store=store, model=model).page))
+    if not live:
+        if port:
+            raise UserError("--port is for --live: pages in a folder need no server.")
+        from bsc.eval.browse.browse import write_browser
+
+        written = write_browser(opened, config, out, store=store, model=model, device=device)
+        typer.echo(str(written.page))
+        return
+    if len(opened) > 1 or out is not None or config.model_fields_set - {"coders"}:
+        raise UserError("--live serves one run and writes nothing: of the flags, --coders alone.")
+    from bsc.eval.browse.live.server import serve
+
+    chosen = {"store": store, "model": model, "device": device}
+    serve(opened[0], typer.echo, port=port, coders=config.coders, **chosen)
 
 
 def add_commands(app: typer.Typer) -> None:

@@ -60,6 +60,7 @@ def write_browser(
     *,
     store: str | Path | None = None,
     model: str | None = None,
+    device: str | None = None,
 ) -> Browser:
     """Write the pages and say where they are.
 
@@ -69,6 +70,7 @@ def write_browser(
         out: folder to write; None: browse in the first run. A browser that is there is replaced.
         store: where the store is now; None: where it was in training.
         model: where the model is now; None: where it was at the capture.
+        device: where effects on logits are computed; None: a GPU where there is one.
 
     Raises:
         UserError: a run is not evaluated, its store or model is not there, the folder is something
@@ -81,7 +83,7 @@ def write_browser(
     config = config or BrowseConfig()
     folder = Path(out) if out else opened[0].browse_folder
     _check_place(folder)
-    subject = open_subject(opened, config, store, model)
+    subject = open_subject(opened, config, store, model, device)
     building = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
     try:

@@ -19,7 +19,7 @@ from bsc.eval.browse.subject import BrowsedCoder, Subject
 from bsc.eval.figures.examples import STRATA
 from bsc.eval.passes.codes import LatentCode
 from bsc.eval.report.links import latent_page
-from bsc.formats import printable
+from bsc.formats import percent, printable
 
 __all__ = ["POLICY", "CoderPages", "Shown", "visible"]
 
@@ -232,7 +232,7 @@ class CoderPages:
         borders, counts = f.borders[latent].tolist(), f.histogram[latent]
         span = (borders[STRATA] - borders[0]) or 1.0
         share = f.positions[latent] / np.maximum(1, self.at_position)
-        words = ", ".join(f"{x:.1%}" for x in share)
+        words = ", ".join(percent(float(x), 1) for x in share)
         return {
             "histogram": bars(
                 np.log1p(counts).tolist(),

@@ -45,17 +45,19 @@ PARTNERS = 3
 class BrowsedRun:
     """An evaluated run with its text and its model."""
 
-    def __init__(self, run: Run, label: str, store: Any, model: str | None) -> None:
+    def __init__(
+        self, run: Run, label: str, store: Any, model: str | None, device: str | None
+    ) -> None:
         self.run, self.label = run, label
         self.evaluation = EvaluationFolder(run).read()
         self.store = open_store(run, store)
         self.config = run.config()
-        self._model_name = model
+        self._model_name, self._device = model, device
 
     @cached_property
     def lm(self) -> LanguageModel:
         """The model of the capture, with its head."""
-        return matching_model(self.store, self._model_name, pick_device(None))
+        return matching_model(self.store, self._model_name, pick_device(self._device))
 
     @cached_property
     def text(self) -> SplitText:
@@ -152,7 +154,11 @@ class Subject:
 
 
 def open_subject(
-    runs: Sequence[Run], config: BrowseConfig, store: str | Path | None, model: str | None
+    runs: Sequence[Run],
+    config: BrowseConfig,
+    store: str | Path | None,
+    model: str | None,
+    device: str | None = None,
 ) -> Subject:
     """Open runs and choose coders.
 
@@ -161,7 +167,7 @@ def open_subject(
             a name.
     """
     opened = [
-        BrowsedRun(run, label, store, model)
+        BrowsedRun(run, label, store, model, device)
         for run, label in zip(runs, run_labels(runs), strict=True)
     ]
     several = len(opened) > 1

@@ -144,7 +144,7 @@ SMALL: dict[str, Any] = {
 
 def models() -> dict[str, Any]:
     torch.manual_seed(0)
-    heads = {"num_key_value_heads": 1}
+    heads: dict[str, Any] = {"num_key_value_heads": 1}
     return {
         "llama": LlamaForCausalLM(LlamaConfig(**SMALL, **heads)),
         "gemma2": Gemma2ForCausalLM(Gemma2Config(**SMALL, **heads, head_dim=8)),
