@@ -127,9 +127,12 @@ def test_the_demo_looks_like_science(demo: Demo) -> None:
 @pytest.mark.slow
 def test_the_demo_leaves_what_the_readme_says_and_takes_less_than_4_gb(demo: Demo) -> None:
     out = demo.folder / "bsc-demo"
-    assert {p.name for p in out.iterdir()} == {"acts", "runs", "report.html"}
+    assert {p.name for p in out.iterdir()} == {"acts", "runs", "report.html", "browse"}
     assert (out / "runs/demo/eval.json").exists()
-    assert demo.stdout.splitlines()[-1] == "report: bsc-demo/report.html"
+    assert demo.stdout.splitlines()[-2:] == [
+        "report: bsc-demo/report.html", "latents: bsc-demo/browse/index.html"
+    ]  # fmt: skip
+    assert len(list((out / "browse/coders").rglob("*.html"))) == 8 * 1536 + 8
     assert demo.peak_bytes < 4e9
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ POLICY = (
     "base-uri 'none'; form-action 'none'"
 )
 """Of every page: scripts and styles of its own folder, and no request to anywhere."""
+_SPACES = re.compile(" +")
 _BESIDE = 2
 """Contexts of a partner where both fire, where this one alone does, and where that one does."""
 _SEARCHED = 2
@@ -37,10 +39,16 @@ _SEARCHED = 2
 def visible(token: str) -> str:
     """A token with its spaces and line ends seen.
 
-    >>> visible(" the\\n")
-    '␣the␊'
+    >>> visible(" the\\n"), visible("\\n       ")
+    ('␣the↵', '↵␣×7')
     """
-    return printable(token.replace(" ", "\u2423"))
+    shown = token.replace("\n", "\u21b5").replace("\t", "\u21e5")
+    return printable(_SPACES.sub(_counted, shown))
+
+
+def _counted(spaces: re.Match[str]) -> str:
+    n = len(spaces[0])
+    return "\u2423" * n if n < 3 else f"\u2423\u00d7{n}"
 
 
 class Shown(NamedTuple):

@@ -65,9 +65,9 @@ bsc.pair = (pair) => { bsc.pairs.push(pair); };
       names.append(cell);
       const field = make("th");
       if (column.kind !== "words") {
-        const input = make("input", undefined, { type: "text", value: state().get(column.name) || "", placeholder: column.kind === "percent" ? "> 1" : "", ariaLabel: `Range of ${column.title}` });
+        const input = make("input", undefined, { type: "text", value: state().get(`in.${column.name}`) || "", placeholder: column.kind === "percent" ? "> 1" : "", ariaLabel: `Range of ${column.title}` });
         input.title = "A range: 0.1-0.5, > 3 or < 0.2" + (column.kind === "percent" ? ", in percent" : "");
-        input.addEventListener("input", () => { keep({ [column.name]: input.value }); refresh(); });
+        input.addEventListener("input", () => { keep({ [`in.${column.name}`]: input.value }); refresh(); });
         tests.set(column, input);
         field.append(input);
       }

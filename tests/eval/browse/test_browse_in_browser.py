@@ -105,6 +105,8 @@ def test_a_latent_is_shown_beside_the_table_and_keys_go_through_the_order(
     page.keyboard.press("k")
     frame.get_by_role("heading", name=f"Latent {order[1]}", exact=True).wait_for()
     assert f"latent={order[1]}" in page.url
+    again, _ = visit(browser, browser_folder, page.url.rpartition("/browse/")[2], viewport=WIDE)
+    assert again.locator("output").inner_text() == "64 latents"  # of the address no filter came
     page.keyboard.press("/")
     page.keyboard.type("zzzz")
     assert page.locator("output").inner_text().startswith("0 of")
