@@ -31,6 +31,10 @@ check: lint test test-slow
 demo *ARGS:
     bsc demo {{ARGS}}
 
+# the documentation as a site, in site/: no dead link, every public name with its signature
+docs *ARGS:
+    NO_MKDOCS_2_WARNING=1 mkdocs build --strict {{ARGS}}
+
 # one benchmark: just bench step_size
 bench NAME *ARGS:
     python -m benchmarks.bench_{{NAME}} {{ARGS}}

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from bsc.cache.model.text_source import TextSource
     from bsc.cache.store.store import ActivationStore
     from bsc.errors import UserError
+    from bsc.eval.browse.browse import write_browser
+    from bsc.eval.browse.config import BrowseConfig
     from bsc.eval.config import EvalConfig
     from bsc.eval.evaluate import evaluate
     from bsc.eval.evaluation import read_evaluation
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActivationStore",
+    "BrowseConfig",
     "CaptureConfig",
     "CoderConfig",
     "CoderModule",
@@ -58,12 +61,14 @@ __all__ = [
     "read_evaluation",
     "splice",
     "train_sweep",
+    "write_browser",
     "write_report",
 ]
 __version__ = "0.1.0"
 
 _HOME = {
     "ActivationStore": "bsc.cache.store.store",
+    "BrowseConfig": "bsc.eval.browse.config",
     "CaptureConfig": "bsc.cache.capture.config",
     "CoderConfig": "bsc.train.coders.config",
     "CoderModule": "bsc.train.coders.module",
@@ -82,6 +87,7 @@ _HOME = {
     "read_evaluation": "bsc.eval.evaluation",
     "splice": "bsc.eval.passes.inside",
     "train_sweep": "bsc.train.trainer",
+    "write_browser": "bsc.eval.browse.browse",
     "write_report": "bsc.eval.report.report",
 }
 

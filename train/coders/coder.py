@@ -266,8 +266,9 @@ class SparseCoder:
         """Hash of its tensors: what tells this coder from another one."""
         return _tensor_hash({n: t.detach().cpu().contiguous() for n, t in self.tensors.items()})
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write the coder to `folder`, which is made if need be."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {n: t.detach().cpu().contiguous() for n, t in self.tensors.items()}
         write_atomically(folder / _WEIGHTS, save(tensors))
