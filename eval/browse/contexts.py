@@ -18,7 +18,7 @@ from bsc.eval.figures.split_text import SplitText
 from bsc.eval.report.links import shade
 from bsc.formats import printable
 
-__all__ = ["Marks", "context", "plain"]
+__all__ = ["ContextPages", "Marks"]
 
 BEFORE, AFTER = 60, 40
 """Tokens around a firing that an opened context shows."""
@@ -47,62 +47,61 @@ class Marks(NamedTuple):
         return shade(margin, self.largest) if self.graded else _EVEN
 
 
-def context(
-    text: SplitText, row: int, label: str, marks: Marks, partner: Marks | None = None
-) -> Markup:
-    """One context.
+class ContextPages:
+    """Contexts of a split as HTML. A text is made safe for a page once, token by token."""
 
-    Args:
-        text: of the held-out rows.
-        row: of the firing in the middle.
-        label: what the context is called: the tenth of the firings that it is of.
-        marks: firings of the latent.
-        partner: those of another one, underlined.
-    """
-    low, high = text.around(row)
-    first, last = text.around(row, BEFORE, AFTER)
-    strings = text.each(first, last)
-    strength = {r: (f"s{marks.strength(m)}", f"{m:.4g}") for r, m in marks.between(first, last)}
-    under = {r for r, _ in partner.between(first, last)} if partner else set()
+    def __init__(self, text: SplitText) -> None:
+        """For the text of the held-out rows."""
+        self.text = text
+        self._safe: dict[int, list[str]] = {}
 
-    marked = sorted(strength.keys() | under)
+    def html(self, row: int, label: str, marks: Marks, partner: Marks | None = None) -> Markup:
+        """One context.
 
-    def piece(start: int, end: int) -> str:
-        parts, at = [], start
-        for r in marked:
-            if not start <= r < end:
-                continue
-            parts.append(_escaped("".join(strings[at - first : r - first])))
-            token = (
-                _escaped(strings[r - first]) or "\u2009"
-            )  # of a character that is completed later
-            if r in under:
-                token = f"<u>{token}</u>"
-            if r in strength:
-                kind, value = strength[r]
-                drawn = " drawn" if r == row else ""
-                token = f'<mark class="{kind}{drawn}" title="{value}">{token}</mark>'
-            parts.append(token)
-            at = r + 1
-        parts.append(_escaped("".join(strings[at - first : end - first])))
-        return "".join(parts)
+        Args:
+            row: of the firing in the middle.
+            label: what the context is called: the tenth of the firings that it is of.
+            marks: firings of the latent.
+            partner: those of another one, underlined.
+        """
+        low, high = self.text.around(row)
+        first, last = self.text.around(row, BEFORE, AFTER)
+        tokens = self._tokens(row, first, last)
+        marked = {
+            r: _mark(tokens[r - first], marks, m, r == row) for r, m in marks.between(first, last)
+        }
+        for r, _ in partner.between(first, last) if partner else ():
+            marked[r] = f"<u>{marked.get(r, tokens[r - first])}</u>"
+        for r, token in marked.items():
+            tokens[r - first] = token
+        low, high = low - first, high - first
+        before, here, after = tokens[:low], tokens[low:high], tokens[high:]
+        return Markup(
+            f'<div class="context"><label class="stratum"><input type="checkbox" '
+            f'aria-label="more of this text">{label}</label>'
+            f"{_more(before)}{''.join(here)}{_more(after)}</div>"
+        )
 
-    before, after = piece(first, low), piece(high, last)
-    more = f'<input type="checkbox" aria-label="more of this text">{_escaped(label)}'
-    return Markup(
-        f'<div class="context"><label class="stratum">{more}</label>'
-        + (f'<span class="more">{before}</span>' if before else "")
-        + piece(low, high)
-        + (f'<span class="more">{after}</span>' if after else "")
-        + "</div>"
-    )
+    def words(self, row: int) -> str:
+        """The words of a context, on one line, for a search."""
+        text = "".join(self.text.each(*self.text.around(row)))
+        return " ".join(printable(text, lines=True).split())
 
-
-def _escaped(text: str) -> str:
-    """Foreign text for a page: no character of it is markup, acts or is invisible."""
-    return html.escape(printable(text, lines=True))
+    def _tokens(self, row: int, first: int, last: int) -> list[str]:
+        """Tokens of a text, of which no character is markup, acts or is invisible."""
+        text = self.text.text_of(row)
+        start, end = int(self.text.starts[text]), int(self.text.ends[text])
+        if text not in self._safe:
+            strings = self.text.each(start, end)
+            self._safe[text] = [html.escape(printable(s, lines=True)) for s in strings]
+        return self._safe[text][first - start : last - start]
 
 
-def plain(text: SplitText, row: int) -> str:
-    """The words of a context, on one line, for a search."""
-    return " ".join(printable("".join(text.each(*text.around(row))), lines=True).split())
+def _mark(token: str, marks: Marks, margin: float, drawn: bool) -> str:
+    # A token whose character is completed by a later one has no text of its own.
+    kind = f"s{marks.strength(margin)}{' drawn' if drawn else ''}"
+    return f'<mark class="{kind}" title="{margin:.4g}">{token or "&thinsp;"}</mark>'
+
+
+def _more(tokens: list[str]) -> str:
+    return f'<span class="more">{"".join(tokens)}</span>' if tokens else ""

@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
-from bsc.eval.browse.contexts import Marks, context, plain
+from bsc.eval.browse.contexts import ContextPages, Marks
 from bsc.eval.browse.drawing import bars
 from bsc.eval.browse.firings import FiringFacts, firing_facts, position_edges
 from bsc.eval.browse.logits import Effects, Unembedding
@@ -115,6 +115,7 @@ class CoderPages:
         self.latents = coder.shown(latents)
         self.code: LatentCode = subject.code(coder)
         self.text, read = coder.of.text, coder.of.read(coder.planned.hookpoint)
+        self.html = ContextPages(self.text)
         self.rows = int(read.sum())
         edges = position_edges(int(self.text.position.max()) + 1)
         position = np.searchsorted(edges, self.text.position, side="right") - 1
@@ -150,7 +151,7 @@ class CoderPages:
         valued = latent < self.browsed.first_binary
         largest = max((margin for *_, margin in chosen), default=1.0)
         marks = Marks(rows, margins, valued, largest)
-        words = " ".join(plain(self.text, row) for _, row, _ in chosen[:_SEARCHED])
+        words = " ".join(self.html.words(row) for _, row, _ in chosen[:_SEARCHED])
         record = self.browsed.records[latent]
         facts, at = self.facts, self._place[latent]
         values = {
@@ -167,7 +168,7 @@ class CoderPages:
             "scores": {printable(name): score for name, score in record.scores.items()},
             "diagnosis": record.diagnosis,
             "contexts": [
-                context(self.text, row, str(stratum + 1), marks) for stratum, row, _ in chosen
+                self.html.html(row, str(stratum + 1), marks) for stratum, row, _ in chosen
             ],
             "partners": [
                 found
@@ -187,7 +188,7 @@ class CoderPages:
 
         def write(rows: list[int], others: NDArray[Any]) -> list[Markup]:
             under = Marks(others, np.zeros(len(others), np.float32), False)
-            return [context(self.text, row, "", marks, under) for row in rows] if shown else []
+            return [self.html.html(row, "", marks, under) for row in rows] if shown else []
 
         return write
 

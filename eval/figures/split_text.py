@@ -44,7 +44,7 @@ class SplitText:
 
     def around(self, row: int, before: int = BEFORE, after: int = AFTER) -> tuple[int, int]:
         """First row and row after the last one that are shown around a row."""
-        text = self._text_of(row)
+        text = self.text_of(row)
         low, high = max(int(self.starts[text]), row - before), row + after + 1
         return low, min(int(self.ends[text]), high)
 
@@ -93,7 +93,7 @@ class SplitText:
         """Text of every token from row `low` to row `high`, exclusive."""
         found: list[str] = []
         while low < high:
-            text = self._text_of(low)
+            text = self.text_of(low)
             first, end = int(self.starts[text]), min(high, int(self.ends[text]))
             if text not in self._strings:
                 ids = self.ids[first : int(self.ends[text])].tolist()
@@ -108,7 +108,8 @@ class SplitText:
             self._alone[token] = _decoded(self.tokenizer, [token])
         return self._alone[token]
 
-    def _text_of(self, row: int) -> int:
+    def text_of(self, row: int) -> int:
+        """Number of the text that a row is in."""
         return int(self.starts.searchsorted(row, side="right")) - 1
 
 
