@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from scipy import stats
@@ -30,6 +31,7 @@ from bsc.eval.config import EvalConfig
 from bsc.eval.evaluate import evaluate
 from bsc.eval.evaluation import Evaluation, EvaluationFolder
 from bsc.eval.passes.controls import calibrate
+from bsc.eval.report.drawing import COLOURS
 from bsc.finetuning.config import FinetuneConfig
 from bsc.finetuning.finetune import finetune, resume_finetune
 from bsc.train.coders.coder import SparseCoder
@@ -174,6 +176,33 @@ def order(runs: dict[str, Run], first: str, second: str) -> list[dict[str, Any]]
     return found
 
 
+def drawn(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """A figure of probing and delta CE before and after, by code and k; bars over seeds."""
+    named = {"binary": "binary", "continuous": "continuous", "removed": "values removed"}
+    colours = COLOURS | {"removed": "#7a7f87"}
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    panels = ("probe 1", "probe 5", "delta CE")
+    words = ("accuracy, 1 latent", "accuracy, 5 latents", "delta CE, nats")
+    for axis, what, label in zip(axes, panels, words, strict=True):
+        for code in dict.fromkeys(line["code"] for line in lines):
+            own = [x for x in lines if x["code"] == code and x["figure"] == what]
+            places = np.arange(len(own)) + 0.18 * (list(named).index(code) - 1)
+            for place, x in zip(places, own, strict=True):
+                axis.annotate(
+                    "", (place, x["after"]), (place, x["before"]),
+                    arrowprops={"arrowstyle": "->", "color": colours[code], "lw": 1.5},
+                )  # fmt: skip
+            before = [x["before"] for x in own]
+            axis.plot(places, before, "o", color=colours[code], ms=4, label=named[code])
+            reach = [(x["interval"][1] - x["interval"][0]) / 2 for x in own]
+            after = [x["after"] for x in own]
+            axis.errorbar(places, after, reach, fmt="none", color=colours[code], alpha=0.35)
+        axis.set_xticks(range(len(own)), [f"k = {x['k']}" for x in own])
+        axis.set_ylabel(label)
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     """Make what is not there, print tables and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -184,6 +213,7 @@ def main() -> None:
     parser.add_argument("--loss", default="kl")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--without-control", action="store_true")
+    parser.add_argument("--figure", type=Path, help="PNG of before and after.")
     args = parser.parse_args()
     config = FinetuneConfig(
         tokens=args.tokens, batch_tokens=args.batch_tokens, loss=args.loss, lr=args.lr
@@ -215,6 +245,8 @@ def main() -> None:
     for line in [*lines, *orders]:
         values = " | ".join(f"{v:.4f}" if isinstance(v, float) else str(v) for v in line.values())
         print(f"| {values} |", file=sys.stderr)
+    if args.figure:
+        drawn(lines, args.figure)
     facts = {"tokens": args.tokens, "loss": args.loss, "versions": versions()}
     print(json.dumps({"benchmark": "finetuned", "changes": lines, "order": orders} | facts))
 
