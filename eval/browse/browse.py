@@ -13,19 +13,24 @@ It opens from the file system and asks for nothing. It is made beside its place 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 
+from bsc.cache.model.hookpoints import modules_of
 from bsc.errors import UserError
 from bsc.eval.browse.config import BrowseConfig
-from bsc.eval.browse.logits import Unembedding, unembedding
+from bsc.eval.browse.logits import Unembedding, adds_to_the_stream, unembedding
 from bsc.eval.browse.pages import POLICY, CoderPages
-from bsc.eval.browse.subject import BrowsedCoder, BrowsedRun, Subject, open_subject
+from bsc.eval.browse.subject import BrowsedCoder, Subject, open_subject
 from bsc.eval.browse.tables import latent_table, pair_table, script
+from bsc.eval.figures.examples import choose_latents
 from bsc.eval.report.links import latent_page
 from bsc.eval.report.report import environment_of
 from bsc.formats import printable
@@ -39,6 +44,8 @@ _MARKER = "bsc-browser"
 """A file that says that a folder is a browser and may be replaced."""
 _MEASURED = 12
 """Pages of each coder that are made before the rest, to say how large the folder will be."""
+_BLOCK = 4096
+"""Bytes that a file takes at least, and in steps of which it grows."""
 _LISTED = 5_000
 """Latents that the page of a coder lists where there is no script."""
 
@@ -80,26 +87,49 @@ def write_browser(
     opened = [as_run(run) for run in each]
     if not opened:
         raise UserError("a browser needs at least one run.")
+    if len({run.folder.resolve() for run in opened}) < len(opened):
+        raise UserError("a run was named twice; name each once.")
     config = config or BrowseConfig()
-    folder = Path(out) if out else opened[0].browse_folder
+    shown = Path(out) if out else opened[0].browse_folder
+    folder = shown.resolve()
     _check_place(folder)
     subject = open_subject(opened, config, store, model, device)
-    building = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(building, ignore_errors=True)
+    made = not folder.parent.exists()
+    building = None
     try:
-        building.mkdir(parents=True)
-        found = _Writer(subject, config, building, folder).write()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Of its own name: another process may be writing to the same place.
+        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        building.chmod(0o777 & ~_umask())
+        found = _Writer(subject, config, building / "new", shown).write()
         _put(building, folder)
     except OSError as error:
-        raise UserError(f"{folder}: the pages cannot be written ({error.strerror}).") from None
+        why = error.strerror or str(error)
+        raise UserError(f"{shown}: the pages cannot be written ({why}).") from None
     finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return found._replace(page=folder / "index.html")
+        if building is not None:
+            shutil.rmtree(building, ignore_errors=True)
+        if made and not folder.exists():
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()
+    return found._replace(page=shown / "index.html")
+
+
+def _umask() -> int:
+    """What the rights of new folders leave out; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _check_place(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: is a file; name a folder.")
+    if inside := next((p for p in folder.parents if (p / _MARKER).exists()), None):
+        raise UserError(
+            f"--out {folder}: is in the browser {inside}, and would be lost when that is written "
+            f"again. Name another folder."
+        )
     if folder.is_dir() and any(folder.iterdir()) and not (folder / _MARKER).exists():
         raise UserError(
             f"--out {folder}: holds something else than a browser, and would be replaced. Name "
@@ -108,13 +138,16 @@ def _check_place(folder: Path) -> None:
 
 
 def _put(building: Path, folder: Path) -> None:
-    """Put the new folder in the place of the old one."""
-    old = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    """Put the new folder in the place of the old one, which goes where the new one was made."""
+    old = building / "old"
     if folder.exists():
         folder.rename(old)
-    building.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        (building / "new").rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
 
 
 class _Writer:
@@ -128,6 +161,7 @@ class _Writer:
             pair: f"pairs/{i}.html" for i, pair in enumerate(subject.pairs, 1)
         }  # fmt: skip
         self.written = 0
+        folder.mkdir()
 
     def write(self) -> Browser:
         """All of it."""
@@ -143,7 +177,7 @@ class _Writer:
         with stage("pages", total, "latents") as progress:
             for i, coder in enumerate(self.subject.coders):
                 pages = CoderPages(
-                    self.subject, coder, self.environment, self._direct_path(coder.of, known),
+                    self.subject, coder, self.environment, self._direct_path(coder, known),
                     latents=self.config.latents, contexts=self.config.contexts,
                 )  # fmt: skip
                 if i == 0:
@@ -158,6 +192,7 @@ class _Writer:
         self._page(
             "index.html", "index.html.j2", "",
             labels=list(dict.fromkeys(c.of.label for c in self.subject.coders)), total=total,
+            all_latents=sum(len(c.counts) for c in self.subject.coders),
             coders=[(c, shown[c.slug]) for c in self.subject.coders], version=versions()["bsc"],
             pairs=[
                 (self.subject.coders[a].title, self.subject.coders[b].title, href)
@@ -167,28 +202,34 @@ class _Writer:
         return Browser(self.folder, len(self.subject.coders), total, self.written)
 
     def _direct_path(
-        self, of: BrowsedRun, known: dict[int, Unembedding | None]
+        self, coder: BrowsedCoder, known: dict[int, Unembedding | None]
     ) -> Unembedding | None:
+        """From a coder to the logits; None where there is none, or a norm stands in between."""
+        of, hookpoint = coder.of, coder.planned.hookpoint
         if id(of) not in known:
             known[id(of)] = unembedding(of.lm.model)
-        return known[id(of)]
+        plain = adds_to_the_stream(of.lm.model, modules_of(hookpoint)[1])
+        return known[id(of)] if plain else None
 
     def _check_room(self, pages: CoderPages, total: int) -> None:
         """Say how large the folder will be, and see that it fits the disk."""
-        step = max(1, len(pages.latents) // _MEASURED)
-        some = [pages.page(latent) for latent in pages.latents[::step]]
-        mean = sum(len(one.html.encode()) + len(one.words) + 200 for one in some) / max(
-            1, len(some)
-        )
+        # Of latents that fire: the others take less, of this coder and of those that follow.
+        living = set(choose_latents(pages.browsed.counts, _MEASURED))
+        some = [pages.page(i) for i in pages.latents if i in living] or [
+            pages.page(i) for i in pages.latents[:1]
+        ]
+        sizes = [len(one.html.encode()) + len(one.words) + 200 for one in some]
+        mean = sum(sizes) / max(1, len(sizes))
+        on_disk = total * sum(-(-size // _BLOCK) * _BLOCK for size in sizes) / max(1, len(sizes))
         free = shutil.disk_usage(self.folder).free
         console.print(
-            f"{self.place}: {total:,} latents, about {format_bytes(mean)} each, "
-            f"{format_bytes(mean * total)}",
+            f"{self.place}: {total:,} latents, up to {format_bytes(mean)} each, "
+            f"{format_bytes(on_disk)} on the disk",
             markup=False,
         )
-        if mean * total > 0.95 * free:
+        if on_disk > 0.95 * free:
             raise UserError(
-                f"{self.place}: the pages take about {format_bytes(mean * total)}, but "
+                f"{self.place}: the pages take up to {format_bytes(on_disk)}, but "
                 f"{format_bytes(free)} are free. Show fewer with --latents, --coders or --contexts."
             )
 

@@ -62,13 +62,14 @@ class ContextPages:
             row: of the firing in the middle.
             label: what the context is called: the tenth of the firings that it is of.
             marks: firings of the latent.
-            partner: those of another one, underlined.
+            partner: those of another one, with a line of dots under them.
         """
         low, high = self.text.around(row)
         first, last = self.text.around(row, BEFORE, AFTER)
         tokens = self._tokens(row, first, last)
         marked = {
-            r: _mark(tokens[r - first], marks, m, r == row) for r, m in marks.between(first, last)
+            r: _mark(tokens[r - first], marks, m, drawn=r == row and partner is None)
+            for r, m in marks.between(first, last)
         }
         for r, _ in partner.between(first, last) if partner else ():
             marked[r] = f"<u>{marked.get(r, tokens[r - first])}</u>"
@@ -97,7 +98,7 @@ class ContextPages:
         return self._safe[text][first - start : last - start]
 
 
-def _mark(token: str, marks: Marks, margin: float, drawn: bool) -> str:
+def _mark(token: str, marks: Marks, margin: float, *, drawn: bool) -> str:
     # A token whose character is completed by a later one has no text of its own.
     kind = f"s{marks.strength(margin)}{' drawn' if drawn else ''}"
     return f'<mark class="{kind}" title="{margin:.4g}">{token or "&thinsp;"}</mark>'

@@ -1,10 +1,12 @@
 """Tokens that a latent's decoder row promotes and suppresses, by the direct path to the logits.
 
-    effect[j, t] = W_U[t] . (g * d_j),  d_j less its mean where the final norm takes the mean away
+    effect[j, t] = (W_U[t] - mean of W_U) . (g * d_j)
 
-d_j is the latent's decoder row, g the gain of the model's final norm, W_U its unembedding. The
-effect is per unit of the latent's value and before the norm divides by the length of the residual
-stream. What later layers make of the row is not in it, so it says less the earlier the layer.
+with d_j less its mean where the final norm takes the mean away. What is the same for all tokens
+changes no probability, so the mean over the vocabulary is taken off. d_j is the latent's decoder
+row, g the gain of the model's final norm, W_U its unembedding. The effect is per unit of the
+latent's value and before the norm divides by the length of the residual stream. What later layers
+make of the row is not in it, so it says less the earlier the layer.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Effects", "Unembedding", "unembedding"]
+__all__ = ["Effects", "Unembedding", "adds_to_the_stream", "unembedding"]
 
 PROMOTED = 10
 """Tokens of either sign of each latent."""
@@ -40,7 +42,7 @@ class Unembedding(NamedTuple):
     """From the residual stream to logits, as far as it is linear."""
 
     weight: Tensor
-    """(V, d) W_U with the gain of the final norm in its columns."""
+    """(V, d) W_U less the mean of its rows, with the gain of the final norm in its columns."""
     centres: bool
     """Whether the final norm takes the mean away."""
 
@@ -84,7 +86,49 @@ def unembedding(model: Any) -> Unembedding | None:
     up, down, flat = norm(signs), norm(-signs), norm(same)
     gain = ((up - down) / 2 * signs).reshape(-1)
     centres = (flat - (up + down) / 2).abs().max() < 0.1 * gain.abs().max()
-    return Unembedding(head.weight.float() * gain, bool(centres))
+    weight = head.weight.float()
+    return Unembedding((weight - weight.mean(dim=0)) * gain, bool(centres))
+
+
+@torch.inference_mode()
+def adds_to_the_stream(model: Any, module: str) -> bool:
+    """Whether no norm stands between a module's output and the residual stream, as in Gemma 2.
+
+    Args:
+        model: with or without its head.
+        module: its name in the model without its head.
+    """
+    base = getattr(model, "base_model", model)
+    outputs: list[Tensor] = []
+    taken: list[bool] = []
+
+    def note(_: torch.nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, (tuple, list)) else output)
+
+    def look(norm: torch.nn.Module, args: Any) -> None:
+        x = args[0] if args else None
+        if outputs and isinstance(x, Tensor) and x.shape == outputs[-1].shape:
+            taken.append(torch.equal(x, outputs[-1]))
+
+    handles = [base.get_submodule(module).register_forward_hook(note)]
+    handles += [m.register_forward_pre_hook(look) for m in base.modules() if _is_norm(m)]
+    try:
+        _one_token(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return not any(taken)
+
+
+def _is_norm(module: torch.nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 1
+
+
+def _one_token(model: Any) -> None:
+    parameter = next(model.parameters())
+    ids = torch.zeros((1, 1), dtype=torch.int64, device=parameter.device)
+    model(input_ids=ids, use_cache=False)
 
 
 def _final_norm(model: Any, head: torch.nn.Module) -> torch.nn.Module | None:
@@ -93,15 +137,13 @@ def _final_norm(model: Any, head: torch.nn.Module) -> torch.nn.Module | None:
     read: list[Tensor] = []
 
     def note(module: torch.nn.Module, args: Any, output: Any) -> None:
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.dim() == 1 and isinstance(output, Tensor):
+        if _is_norm(module) and isinstance(output, Tensor):
             seen.append((module, output))
 
     handles = [module.register_forward_hook(note) for module in model.modules()]
     handles.append(head.register_forward_pre_hook(lambda _, args: read.append(args[0])))
     try:
-        ids = torch.zeros((1, 1), dtype=torch.int64, device=next(head.parameters()).device)
-        model(input_ids=ids, use_cache=False)
+        _one_token(model)
     finally:
         for handle in handles:
             handle.remove()

@@ -65,7 +65,7 @@ class _Partner:
     def __init__(self, subject: Subject, own: BrowsedCoder, other: BrowsedCoder) -> None:
         self.coder = other
         self.a, self.b = subject.code(own), subject.code(other)
-        W_a, W_b = own.coder.W_dec, other.coder.W_dec
+        W_a, W_b = own.read_decoder(), other.read_decoder()
         self.forth: Partners = partners(W_a, W_b, self.a, self.b)
 
     def of(self, latent: int, contexts: Any, link: Any) -> dict[str, Any] | None:
@@ -125,7 +125,8 @@ class CoderPages:
         self.facts: FiringFacts = firing_facts(
             self.code, self.text.ids, position, len(edges) - 1
         )  # fmt: skip
-        W_dec = coder.coder.W_dec
+        W_dec = coder.read_decoder()
+        self.records, self.sample = coder.read_records(), coder.read_sample()
         self.near_decoder: Near = by_decoder(W_dec, coder.counts > 0)
         self.near_firing: Near = by_firing(self.code, len(read))
         fits = unembedding is not None and unembedding.weight.shape[1] == W_dec.shape[1]
@@ -142,7 +143,7 @@ class CoderPages:
     def page(self, latent: int) -> Shown:
         """The page of a latent."""
         rows, margins = self.code.of(latent)
-        drawn = self.browsed.sample.of(latent)
+        drawn = self.sample.of(latent)
         chosen = [
             (int(stratum), int(drawn.row[i]), float(drawn.margin[i]))
             for stratum in sorted(set(drawn.stratum.tolist()), reverse=True)
@@ -152,7 +153,7 @@ class CoderPages:
         largest = max((margin for *_, margin in chosen), default=1.0)
         marks = Marks(rows, margins, valued, largest)
         words = " ".join(self.html.words(row) for _, row, _ in chosen[:_SEARCHED])
-        record = self.browsed.records[latent]
+        record = self.records[latent]
         facts, at = self.facts, self._place[latent]
         values = {
             "latent": latent,
@@ -188,7 +189,7 @@ class CoderPages:
 
         def write(rows: list[int], others: NDArray[Any]) -> list[Markup]:
             under = Marks(others, np.zeros(len(others), np.float32), False)
-            return [self.html.html(row, "", marks, under) for row in rows] if shown else []
+            return [self.html.html(row, "more", marks, under) for row in rows] if shown else []
 
         return write
 

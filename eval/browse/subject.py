@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bsc.cache.model.models import LanguageModel
 from bsc.devices import pick_device
@@ -29,7 +30,6 @@ from bsc.eval.passes.setting import matching_model, open_store
 from bsc.eval.report.coders import run_labels
 from bsc.eval.report.links import coder_slug
 from bsc.eval.show import load_sample
-from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.naming import names_of
 from bsc.train.run import Run
 from bsc.train.run_config import RunCoder
@@ -100,18 +100,15 @@ class BrowsedCoder:
         """(F,) firings of each latent."""
         return firing_counts(self.of.run, self.name)
 
-    @cached_property
-    def sample(self) -> Sample:
+    def read_sample(self) -> Sample:
         """Firings that were drawn."""
         return load_sample(self.of.run, self.name)
 
-    @cached_property
-    def coder(self) -> SparseCoder:
-        """Its weights."""
-        return self.of.run.coder(self.name)
+    def read_decoder(self) -> Tensor:
+        """Its decoder rows, (F, d_out)."""
+        return self.of.run.coder(self.name).W_dec.detach().cpu()
 
-    @cached_property
-    def records(self) -> list[LatentRecord]:
+    def read_records(self) -> list[LatentRecord]:
         """What is known of each latent."""
         return list(latents(self.of.run, self.name))
 
@@ -186,16 +183,16 @@ def open_subject(
 
 
 def _pairs(coders: Sequence[BrowsedCoder]) -> Iterator[tuple[int, int]]:
-    """Coders that differ in their code alone, in their seed alone, or in their run alone."""
+    """Coders of one name in several runs; of one run those that differ in code, or in seed."""
     taken = dict.fromkeys(range(len(coders)), 0)
-    candidates: list[tuple[int, int]] = []
+    candidates = [
+        (i, j) for i, a in enumerate(coders) for j, b in enumerate(coders[:i]) if a.name == b.name
+    ]
     for label in dict.fromkeys(c.of.label for c in coders):
         own = {c.name: i for i, c in enumerate(coders) if c.of.label == label}
         found = comparable_pairs([coders[i].planned for i in own.values()])
         for wanted in ("code", "seed"):
             candidates += [(own[a], own[b]) for differs, a, b in found if differs == wanted]
-    for i, a in enumerate(coders):
-        candidates += [(i, j) for j, b in enumerate(coders[:i]) if a.name == b.name]
     for first, second in candidates:
         if max(taken[first], taken[second]) < PARTNERS and _same_rows(
             coders[first], coders[second]
@@ -208,6 +205,12 @@ def _pairs(coders: Sequence[BrowsedCoder]) -> Iterator[tuple[int, int]]:
 def _same_rows(a: BrowsedCoder, b: BrowsedCoder) -> bool:
     """Whether two coders reconstruct the same thing, and were evaluated on the same rows."""
     facts = [
-        (c.planned.hookpoint, c.of.store.store_id, c.of.evaluation.config.rows) for c in (a, b)
+        (
+            c.planned.hookpoint,
+            c.of.store.store_id,
+            c.of.evaluation.config.rows,
+            sorted(c.of.config.without_tokens),
+        )
+        for c in (a, b)
     ]
     return facts[0] == facts[1]

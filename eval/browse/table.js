@@ -19,11 +19,13 @@ bsc.pair = (pair) => { bsc.pairs.push(pair); };
     latent: (v) => String(v),
   };
 
-  // What a filter lets through: "0.1-0.5", ">3", "<= 0.2", "7"; null where it cannot be read.
+  // What a filter lets through: "0.1-0.5", ">3", "<= 0.2", "7"; null where it cannot be read. A number
+  // is what is shown as that number, so its last digit says how near.
   const range = (text, kind) => {
     const unit = kind === "percent" ? 0.01 : 1;
-    const t = text.replace(/[%\s,]/g, "").replace("..", "-");
+    const t = text.replace(/[%\s]/g, "").replace(/,(?=\d{3}(?!\d))/g, "").replace("..", "-");
     if (!t) return () => true;
+    if (t.includes(",")) return null;
     let m = /^(>=?|<=?)(-?[\d.]+(?:e-?\d+)?)$/i.exec(t);
     if (m) {
       const bound = Number(m[2]) * unit;
@@ -32,7 +34,9 @@ bsc.pair = (pair) => { bsc.pairs.push(pair); };
     m = /^(-?[\d.]+(?:e-?\d+)?)(?:-(-?[\d.]+(?:e-?\d+)?))?$/i.exec(t);
     if (!m || Number.isNaN(Number(m[1]))) return null;
     const low = Number(m[1]) * unit, high = (m[2] === undefined ? Number(m[1]) : Number(m[2])) * unit;
-    const near = 1e-12 + 1e-9 * Math.abs(high);
+    if (low > high) return null;
+    const digits = Math.max(...[m[1], m[2] || ""].map((x) => (x.split(".")[1] || "").length));
+    const near = digits || kind === "percent" ? 0.5 * unit * 10 ** -digits : 1e-9;
     return (v) => v >= low - near && v <= high + near;
   };
 
@@ -51,6 +55,9 @@ bsc.pair = (pair) => { bsc.pairs.push(pair); };
     const search = document.querySelector("#tools input[type=search]"), count = document.querySelector("#tools output");
     let order = [], selected = -1, sort = state().get("sort") || first.name, down = state().has("sort") ? state().get("down") === "1" : first.down;
     const tests = new Map();
+    if (root.stop) root.stop.abort(); // what the table before it listened to
+    root.stop = new AbortController();
+    const { signal } = root.stop;
 
     for (const column of columns) {
       const cell = make("th", undefined, { className: column.kind === "words" ? "left" : "" });
@@ -165,15 +172,15 @@ bsc.pair = (pair) => { bsc.pairs.push(pair); };
         return;
       }
       if (!event.metaKey && !event.ctrlKey && !event.altKey && key(event.key)) event.preventDefault();
-    });
+    }, { signal });
     addEventListener("message", (event) => {
       const frames = [...document.querySelectorAll("iframe")].map((f) => f.contentWindow);
       if (frames.includes(event.source) && event.data && ["j", "k", "/"].includes(event.data.key)) { focus(); key(event.data.key); }
-    });
+    }, { signal });
     search.value = state().get("q") || "";
-    search.addEventListener("input", () => { keep({ q: search.value }); refresh(); });
-    box.addEventListener("scroll", draw);
-    addEventListener("resize", draw);
+    search.addEventListener("input", () => { keep({ q: search.value }); refresh(); }, { signal });
+    box.addEventListener("scroll", draw, { signal });
+    addEventListener("resize", draw, { signal });
     refresh();
     return { refresh, select, order: () => order };
   };
@@ -197,6 +204,7 @@ bsc.pair = (pair) => { bsc.pairs.push(pair); };
     const index = () => { texts = table.latents.map((latent, i) => [latent, ...told.map((c) => c.values[i]), deep.checked && bsc.contexts[slug] ? bsc.contexts[slug][i] : ""].join(" ").toLowerCase()); };
     const page = (i) => place(table.latents[i]);
     const view = bsc.table(main, columnsOf(table, page), table.latents.length, {
+      first: { name: "rate", down: true },
       text: (i) => { if (!texts) index(); return texts[i]; },
       chosen: (i) => { keep({ latent: table.latents[i] }); if (bsc.wide()) bsc.show(frame, page(i)); else location.href = page(i); },
     });
@@ -222,10 +230,12 @@ bsc.pair = (pair) => { bsc.pairs.push(pair); };
     const value = (column, where, latent) => latent === null || !where.has(latent) ? null : column.values[where.get(latent)];
     const which = document.querySelector("#which"), axis = document.querySelector("#axis");
     let kept = rows;
-    const choose = () => { kept = rows.filter((r) => which.value === "all" || (which.value === "matched" ? r.matched : which.value === "a" ? !r.matched && !r.only : r.only)); };
+    const paged = (r) => (r.a !== null && inA.has(r.a)) || (r.b !== null && inB.has(r.b)); // with --latents not all
+    const link = (slug, where, latent) => latent !== null && where.has(latent) ? `../coders/${slug}/${place(latent)}` : null;
+    const choose = () => { kept = rows.filter(paged).filter((r) => which.value === "all" || (which.value === "matched" ? r.matched : which.value === "a" ? !r.matched && !r.only : r.only)); };
     const columns = [
-      { name: "first", title: "first", kind: "latent", at: (i) => kept[i].a },
-      { name: "second", title: "second", kind: "latent", at: (i) => kept[i].b },
+      { name: "first", title: "first", kind: "latent", at: (i) => kept[i].a, href: (i) => link(forth.a, inA, kept[i].a) },
+      { name: "second", title: "second", kind: "latent", at: (i) => kept[i].b, href: (i) => link(forth.b, inB, kept[i].b) },
       { name: "cosine", title: "cosine", kind: "number", at: (i) => kept[i].cosine },
       { name: "jaccard", title: "Jaccard", kind: "number", at: (i) => kept[i].jaccard },
       ...["fires on"].flatMap((name) => [[a, inA, "a", "first"], [b, inB, "b", "second"]].map(([table, where, of, told]) => {
@@ -281,7 +291,9 @@ bsc.pair = (pair) => { bsc.pairs.push(pair); };
     canvas.addEventListener("click", (event) => {
       let best = null, least = 200;
       for (const [x, y, r] of points) { const far = (x - event.offsetX) ** 2 + (y - event.offsetY) ** 2; if (far < least) { least = far; best = r; } }
-      if (best) view.select(kept.indexOf(best), true);
+      if (!best) return;
+      const to = link(forth.a, inA, best.a) || link(forth.b, inB, best.b);
+      if (!bsc.wide() && to) location.href = to; else view.select(kept.indexOf(best), true);
     });
     common.forEach(([c], i) => axis.append(make("option", c.name, { value: i })));
     which.addEventListener("change", start);

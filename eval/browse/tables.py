@@ -28,7 +28,7 @@ def script(function: str, *values: Any) -> str:
 def latent_table(pages: CoderPages) -> dict[str, Any]:
     """Columns of the latents of a coder that have a page."""
     shown = pages.latents
-    records = [pages.browsed.records[i] for i in shown]
+    records = [pages.records[i] for i in shown]
     columns = [
         _words(f"explanation by {judge}", [r.explanations.get(judge, "") for r in records])
         for judge in dict.fromkeys(judge for r in records for judge in r.explanations)
@@ -38,7 +38,7 @@ def latent_table(pages: CoderPages) -> dict[str, Any]:
         _numbers("rate", "percent", [r.rate for r in records]),
         _numbers("firings", "count", [r.firings for r in records]),
         _numbers(
-            "mean value" if pages.browsed.first_binary else "mean margin",
+            "mean value" if pages.browsed.planned.coder.code == "continuous" else "mean margin",
             "number",
             [
                 round(float(pages.facts.mean_margin[r.latent]), 5) if r.firings else None

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+
 __all__ = ["BROWSER", "coder_slug", "latent_page", "shade"]
 
 BROWSER = "browse"
 """Name of the folder of pages of latents, beside a report."""
+_STRANGE = re.compile(r"[^A-Za-z0-9._-]")
+_LONGEST = 160
+"""Characters of a folder's name."""
 _IN_A_FOLDER = 1000
 """Pages of latents that are in one folder: file systems are slow with many."""
 
 
 def coder_slug(name: str, run: str = "") -> str:
-    """Name of a coder's folder in a browser.
+    """Name of a coder's folder in a browser: one that needs no quoting in an address.
 
-    >>> coder_slug("layers.3.mlp/sae-k32", "a/run")
-    'a~run~layers.3.mlp~sae-k32'
+    >>> coder_slug("layers.3.mlp/sae-k32", "a/run"), coder_slug("sae", "50%?")
+    ('a~run~layers.3.mlp~sae-k32', '50~~~sae~109ac940')
     """
-    return (f"{run}/{name}" if run else name).replace("/", "~")
+    whole = f"{run}/{name}" if run else name
+    slug = _STRANGE.sub("~", whole)[:_LONGEST]
+    if slug == whole.replace("/", "~"):
+        return slug
+    return f"{slug}~{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def latent_page(latent: int) -> str:

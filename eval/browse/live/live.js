@@ -7,9 +7,10 @@ let answer = null, chosen = Infinity, latent = null, edits = {}, asking = null, 
 const ask = async () => {
   if (asking) asking.abort();
   asking = new AbortController();
-  if (!$("text").value) { answer = null; draw(); return; }
-  $("status").textContent = "…";
   $("status").classList.remove("wrong");
+  $("status").textContent = "";
+  if (!$("text").value) { answer = null; draw(); return true; }
+  $("status").textContent = "…";
   try {
     const reply = await fetch("look", {
       method: "POST", headers: { "Content-Type": "application/json" }, signal: asking.signal,
@@ -21,10 +22,12 @@ const ask = async () => {
     chosen = Math.min(chosen, answer.tokens.length - 1);
     $("status").textContent = answer.left_out ? `The last ${answer.left_out} tokens were left out.` : "";
     draw();
+    return true;
   } catch (error) {
-    if (error.name === "AbortError") return;
+    if (error.name === "AbortError") return true;
     $("status").textContent = error.message;
     $("status").classList.add("wrong");
+    return false;
   }
 };
 const soon = () => { clearTimeout(timer); timer = setTimeout(ask, 250); };
@@ -32,7 +35,11 @@ const soon = () => { clearTimeout(timer); timer = setTimeout(ask, 250); };
 const draw = () => {
   const there = answer !== null;
   $("legend").hidden = !there;
-  if (!there) { for (const id of ["tokens"]) $(id).replaceChildren(); return; }
+  drawEdits();
+  if (!there) {
+    for (const part of [$("tokens"), $("latents").tBodies[0], $("next").tBodies[0], $("kl")]) part.replaceChildren();
+    return;
+  }
   const strength = answer.latents.map((own) => latent === null ? (own.length ? own[0][2] : 0) : (own.find(([i]) => i === latent) || [0, 0, 0])[2]);
   const most = Math.max(1e-9, ...strength), worst = Math.max(0.05, ...answer.kl);
   $("tokens").replaceChildren(...answer.tokens.map((text, i) => {
@@ -41,7 +48,7 @@ const draw = () => {
     token.style.setProperty("--k", answer.edited ? Math.round(9 * answer.kl[i] / worst) : 0);
     token.title = answer.edited ? `KL ${answer.kl[i]}` : "";
     token.addEventListener("click", () => { chosen = i; draw(); });
-    token.addEventListener("keydown", (event) => { if (event.key === "Enter") { chosen = i; draw(); $("tokens").children[i].focus(); } });
+    token.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); chosen = i; draw(); $("tokens").children[i].focus(); } });
     return token;
   }));
   $("where").textContent = JSON.stringify(answer.tokens[chosen]);
@@ -68,6 +75,8 @@ const draw = () => {
     return row;
   }));
   $("kl").textContent = answer.edited ? `KL from before to after: ${answer.kl[chosen]} nats on this token, ${(answer.kl.reduce((a, b) => a + b, 0) / answer.kl.length).toPrecision(3)} on the mean.` : "";
+};
+const drawEdits = () => {
   $("edits").replaceChildren(...Object.entries(edits).map(([i, value]) => {
     const line = make("li", `${i}: ${value === 0 ? "off" : `set to ${value}`} `), undo = make("button", "undo", { type: "button" });
     undo.addEventListener("click", () => { delete edits[i]; ask(); });
@@ -75,9 +84,19 @@ const draw = () => {
     return line;
   }));
 };
-const change = (i, value) => { edits[i] = value; ask(); };
+// An edit that is refused is taken back, so that the others still act.
+const change = async (i, value) => {
+  const before = { ...edits }, width = facts.coders.find((c) => c.name === $("coder").value).latents;
+  if (!Number.isInteger(i) || i < 0 || i >= width || !Number.isFinite(Math.fround(value))) {
+    $("status").textContent = `A latent is a number from 0 to ${width - 1}, and its value is one too.`;
+    $("status").classList.add("wrong");
+    return;
+  }
+  edits[i] = value;
+  if (!await ask()) { edits = before; drawEdits(); }
+};
 
-$("text").addEventListener("input", soon);
+$("text").addEventListener("input", () => { chosen = Infinity; soon(); });
 $("coder").addEventListener("change", () => { edits = {}; latent = null; ask(); });
 $("error").addEventListener("change", ask);
 $("add").addEventListener("click", () => { if ($("number").value !== "" && $("value").value !== "") change(Number($("number").value), Number($("value").value)); });

@@ -64,6 +64,9 @@ class _Guard:
         if refusal:
             await _answer(send, *refusal)
             return
+        if scope["path"] == f"/{self.token}":  # addresses of the page are relative to the slash
+            await _answer(send, 308, "", location=f"/{self.token}/")
+            return
         body = await _body(receive)
         if body is None:
             await _answer(send, 413, "the request is too large")
@@ -125,8 +128,9 @@ def _with_headers(send: Send) -> Send:
     return answer
 
 
-async def _answer(send: Send, status: int, words: str) -> None:
+async def _answer(send: Send, status: int, words: str, **more: str) -> None:
     headers = [(b"content-type", b"text/plain; charset=utf-8")]
+    headers += [(name.encode(), value.encode()) for name, value in more.items()]
     start = {"type": "http.response.start", "status": status, "headers": headers}
     await _with_headers(send)(start)
     await send({"type": "http.response.body", "body": f"{words}\n".encode()})

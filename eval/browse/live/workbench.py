@@ -38,6 +38,7 @@ LATENTS = 24
 """Latents of a token that are named, the strongest ones."""
 NEXT = 10
 """Next tokens that are named, before the edit and after it."""
+_LARGEST = float(torch.finfo(torch.float32).max)
 _HELD = 8
 """Coders that are held in memory."""
 
@@ -112,6 +113,8 @@ class Workbench:
         if asked.coder not in self.names:
             raise UserError(f"no coder {asked.coder!r} here.")
         width = self._planned[asked.coder].coder.n_latents
+        if any(abs(value) > _LARGEST for value in asked.edits.values()):
+            raise UserError("a value is too large for float32.")
         if strange := [i for i in asked.edits if not 0 <= i < width]:
             raise UserError(f"{asked.coder}: no latent {strange[0]}; they are 0 to {width - 1}.")
         ids = tokenise(self.lm.tokenizer, [asked.text])[0]

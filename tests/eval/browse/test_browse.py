@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -205,11 +206,56 @@ def test_a_browser_is_replaced_whole_and_nothing_else_is(
         write_browser(scored, few, mine / "thesis.tex")
 
 
+def test_what_stands_beside_the_folder_stays(scored: Run, tmp_path: Path) -> None:
+    few = BrowseConfig(coders=("*binary-k8*",), latents=2)
+    for name in ("pages.old", "pages.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("x")
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    link.symlink_to(real)
+    for place in (tmp_path / "pages", tmp_path / "pages", link, link):
+        assert write_browser(scored, few, place).page.exists()
+    assert link.is_symlink() and (real / "index.html").exists()
+    names = {"pages", "pages.old", "pages.partial", "real", "link"}
+    assert {p.name for p in tmp_path.iterdir()} == names
+    assert (tmp_path / "pages.old" / "mine").exists()
+    with pytest.raises(UserError, match="is in the browser"):
+        write_browser(scored, few, real / "coders" / "x")
+    with pytest.raises(UserError, match="named twice"):
+        write_browser([scored, Run(scored.folder / ".." / "small")], few, tmp_path / "pages")
+
+
+def test_two_at_the_same_time_each_write_a_whole_folder(scored: Run, tmp_path: Path) -> None:
+    few = BrowseConfig(coders=("*binary-k8*",), latents=20)
+    with ThreadPoolExecutor() as threads:
+        found = list(
+            threads.map(lambda _: write_browser(scored, few, tmp_path / "pages"), range(3))
+        )
+    for one in found:
+        files = [p for p in one.page.parent.rglob("*") if p.is_file()]
+        assert sum(p.stat().st_size for p in files) == one.size
+    assert [p.name for p in tmp_path.iterdir()] == ["pages"]
+
+
+def test_an_empty_folder_may_be_named_by_a_dot(
+    scored: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_browser(scored, BrowseConfig(coders=("*binary-k8*",), latents=2), ".")
+    assert (tmp_path / "here" / "index.html").exists()
+
+
 def test_several_runs_are_beside_each_other(scored: Run, evaluated: Run, tmp_path: Path) -> None:
-    other = Run(Path(shutil.copytree(evaluated.folder, tmp_path / "other")))
+    odd = tmp_path / "r#1 50%?\"x'\u00e9"  # links are addresses, in which these mean something
+    other = Run(Path(shutil.copytree(evaluated.folder, odd)))
     config = BrowseConfig(coders=("*binary-k8*",), latents=3)
     folder = write_browser([scored, other], config, tmp_path / "pages").page.parent
     assert len(list((folder / "coders").iterdir())) == 2
+    for page in folder.rglob("*.html"):
+        for link in Words(page.read_text()).links:
+            assert (page.parent / link.partition("#")[0]).exists(), link
     (forth, _back) = (arguments[0] for arguments in data(folder / "pairs" / "1.js"))
     assert forth["latent"] and np.allclose(
         [c for c, m in zip(forth["cosine"], forth["mutual"], strict=True) if m], 1

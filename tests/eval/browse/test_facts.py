@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from bsc.eval.browse.firings import BINS, NO_TOKEN, TOKENS, firing_facts, position_edges
-from bsc.eval.browse.logits import unembedding
+from bsc.eval.browse.logits import adds_to_the_stream, unembedding
 from bsc.eval.browse.neighbours import NEAREST, NONE, by_decoder, by_firing, partners
 from bsc.eval.figures.division import EXPLAIN
 from bsc.eval.figures.examples import STRATA, sample
@@ -175,6 +175,7 @@ def test_effects_on_logits_are_those_of_adding_the_row_before_the_final_norm(kin
     if kind in ("gpt2", "gpt_neox"):
         centred = centred - centred.mean(dim=1, keepdim=True)
     direct = torch.einsum("vd,d,fd->fv", head, gain, centred)
+    direct -= direct.mean(dim=1, keepdim=True)  # the same for all tokens: no probability changes
     assert torch.allclose(path.effects(rows).double(), direct, atol=1e-5)
     # The Jacobian of head(norm(x)) is that, less what the length changes by, over the length.
     x = torch.randn(16, dtype=torch.float64)
@@ -191,6 +192,12 @@ def test_effects_on_logits_are_those_of_adding_the_row_before_the_final_norm(kin
     assert found.promoted.tolist() == order[:, :10].tolist()
     assert found.suppressed.tolist() == order.flip(1)[:, :10].tolist()
     assert np.allclose(found.promotion, direct.gather(1, order[:, :10]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", models())
+def test_a_norm_between_the_module_and_the_stream_is_seen(kind: str) -> None:
+    module = {"gpt2": "h.1.mlp", "gpt_neox": "layers.1.mlp"}.get(kind, "layers.1.mlp")
+    assert adds_to_the_stream(models()[kind], module) == (kind != "gemma2")
 
 
 def test_a_model_without_a_final_norm_has_no_direct_path() -> None:

@@ -155,6 +155,7 @@ def test_without_an_edit_nothing_changes(workbench: Workbench) -> None:
         ({"text": TEXT, "coder": "none"}, "no coder"),
         ({"text": TEXT, "edits": {"64": 1}}, "no latent 64"),
         ({"text": TEXT, "edits": {"-1": 1}}, "no latent -1"),
+        ({"text": TEXT, "edits": {"1": 1e300}}, "too large"),
         ({"text": TEXT, "edits": {"a": 1}}, "invalid literal"),
         ({"text": TEXT, "edits": [1]}, "edits"),
         ({"text": TEXT, "edits": {"1": "1"}}, "edits"),
@@ -223,6 +224,8 @@ def test_other_hosts_origins_and_addresses_are_refused(served: Served) -> None:
         assert served.look(asked, Origin=origin)[0] == 403, origin
     assert served.look(asked, Sec_Fetch_Site="cross-site")[0] == 403
     assert served.look(asked, Origin=f"http://{good}")[0] == 200
+    status, _, headers = served.ask("GET", f"/{TOKEN}")
+    assert status == 308 and headers["location"] == f"/{TOKEN}/"
     for path in ("/", "/look", "/live.js", "/a-toke/", "/a-tokenn/", f"//{TOKEN}/", "/%00/"):
         assert served.ask("GET", path)[0] == 404, path
     assert served.ask("OPTIONS", f"/{TOKEN}/look", Origin="http://evil.example")[0] == 403
@@ -317,11 +320,20 @@ def test_the_page_in_a_browser(served: Served) -> None:
         page.locator("#value").fill("2.5")
         page.locator("#add").click()
         expect(page.locator("#edits")).to_contain_text("7: set to 2.5")
+        page.locator("#number").fill("99999")
+        page.locator("#add").click()
+        expect(page.locator("#status")).to_contain_text("from 0 to 63")
+        page.locator("#number").fill("8")
+        page.locator("#value").fill("1e300")
+        page.locator("#add").click()
+        expect(page.locator("#edits")).not_to_contain_text("8: set")
         page.locator("#edits button").first.click()
         page.locator("#coder").select_option(index=3)
         expect(page.locator("#edits li")).to_have_count(0)
         page.locator("#text").fill("")
         expect(page.locator("#tokens .token")).to_have_count(0)
+        expect(page.locator("#next tbody tr")).to_have_count(0)
+        expect(page.locator("#status")).to_have_text("")
         assert heard == [] and page.title().startswith("bsc live")
         page.set_viewport_size({"width": 400, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
