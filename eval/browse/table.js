@@ -111,6 +111,7 @@ bsc.pair = (pair) => { bsc.pairs.push(pair); };
       order = places.map((p) => order[p]);
       names.querySelectorAll("th").forEach((th, i) => th.setAttribute("aria-sort", columns[i] === column ? (down ? "descending" : "ascending") : "none"));
       count.textContent = order.length === n ? `${n.toLocaleString("en")} latents` : `${order.length.toLocaleString("en")} of ${n.toLocaleString("en")}`;
+      box.scrollTop = 0; // another order: from its beginning
       draw();
     };
 
