@@ -30,6 +30,7 @@ from bsc.eval.browse.logits import Unembedding, adds_to_the_stream, unembedding
 from bsc.eval.browse.pages import POLICY, CoderPages
 from bsc.eval.browse.subject import BrowsedCoder, Subject, open_subject
 from bsc.eval.browse.tables import latent_table, pair_table, script
+from bsc.eval.browse.writing import write_pages, write_text
 from bsc.eval.figures.examples import choose_latents
 from bsc.eval.report.links import latent_page
 from bsc.eval.report.report import environment_of
@@ -236,13 +237,15 @@ class _Writer:
     def _coder(self, pages: CoderPages, progress: Any) -> None:
         coder = pages.browsed
         place = f"coders/{coder.slug}"
-        words = []
-        for shown in pages:
-            self._put(f"{place}/{latent_page(shown.latent)}", shown.html)
-            words.append(shown.words)
-            progress.advance(1, coder.name)
+        words: dict[int, str] = {}
+        for done in write_pages(pages, self.folder / place):
+            words |= done.words
+            self.written += done.size
+            progress.advance(len(done.words), coder.name)
         self._put(f"{place}/latents.js", script("put", coder.slug, latent_table(pages)))
-        self._put(f"{place}/contexts.js", script("words", coder.slug, words))
+        self._put(
+            f"{place}/contexts.js", script("words", coder.slug, [words[i] for i in pages.latents])
+        )
         at = self.subject.coders.index(coder)
         living = [i for i in pages.latents if coder.counts[i] > 0]
         living.sort(key=lambda i: (-coder.counts[i], i))
@@ -267,11 +270,4 @@ class _Writer:
         self._put(place, printable(page, lines=True))
 
     def _put(self, place: str, text: str) -> None:
-        path = self.folder / place
-        raw = text.encode()
-        try:
-            path.write_bytes(raw)
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(raw)
-        self.written += len(raw)
+        self.written += write_text(self.folder / place, text)

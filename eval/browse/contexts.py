@@ -54,6 +54,12 @@ class ContextPages:
         """For the text of the held-out rows."""
         self.text = text
         self._safe: dict[int, list[str]] = {}
+        self._shown: dict[str, str] = {}
+
+    def prepare(self) -> None:
+        """Make all texts safe, before processes are made that share what is there."""
+        for text in range(len(self.text.starts)):
+            self._tokens_of(text)
 
     def html(self, row: int, label: str, marks: Marks, partner: Marks | None = None) -> Markup:
         """One context.
@@ -91,11 +97,16 @@ class ContextPages:
     def _tokens(self, row: int, first: int, last: int) -> list[str]:
         """Tokens of a text, of which no character is markup, acts or is invisible."""
         text = self.text.text_of(row)
-        start, end = int(self.text.starts[text]), int(self.text.ends[text])
+        start = int(self.text.starts[text])
+        return self._tokens_of(text)[first - start : last - start]
+
+    def _tokens_of(self, text: int) -> list[str]:
         if text not in self._safe:
-            strings = self.text.each(start, end)
-            self._safe[text] = [html.escape(printable(s, lines=True)) for s in strings]
-        return self._safe[text][first - start : last - start]
+            strings = self.text.each(int(self.text.starts[text]), int(self.text.ends[text]))
+            for new in set(strings) - self._shown.keys():
+                self._shown[new] = html.escape(printable(new, lines=True))
+            self._safe[text] = [self._shown[s] for s in strings]
+        return self._safe[text]
 
 
 def _mark(token: str, marks: Marks, margin: float, *, drawn: bool) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jinja2
@@ -115,7 +114,7 @@ class CoderPages:
         self.latents = coder.shown(latents)
         self.code: LatentCode = subject.code(coder)
         self.text, read = coder.of.text, coder.of.read(coder.planned.hookpoint)
-        self.html = ContextPages(self.text)
+        self.html: ContextPages = coder.of.contexts
         self.rows = int(read.sum())
         edges = position_edges(int(self.text.position.max()) + 1)
         position = np.searchsorted(edges, self.text.position, side="right") - 1
@@ -135,10 +134,6 @@ class CoderPages:
         self._template = environment.get_template("latent.html.j2")
         self._shown = {one.slug: set(one.shown(latents)) for one in subject.coders}
         self._place = {latent: i for i, latent in enumerate(self.latents)}
-
-    def __iter__(self) -> Iterator[Shown]:
-        """Every page, in the order of the latents."""
-        return map(self.page, self.latents)
 
     def page(self, latent: int) -> Shown:
         """The page of a latent."""

@@ -17,6 +17,7 @@ from bsc.cache.model.models import LanguageModel
 from bsc.devices import pick_device
 from bsc.errors import UserError
 from bsc.eval.browse.config import BrowseConfig
+from bsc.eval.browse.contexts import ContextPages
 from bsc.eval.evaluation import CoderFigures, EvaluationFolder
 from bsc.eval.figures.examples import Sample, choose_latents
 from bsc.eval.figures.firing import firing_counts
@@ -63,6 +64,13 @@ class BrowsedRun:
     def text(self) -> SplitText:
         """The text of the held-out rows."""
         return SplitText(self.store.held_out, self.lm.tokenizer)
+
+    @cached_property
+    def contexts(self) -> ContextPages:
+        """Contexts in that text, all of them ready."""
+        found = ContextPages(self.text)
+        found.prepare()
+        return found
 
     def read(self, hookpoint: str) -> NDArray[np.bool_]:
         """(rows,) which held-out rows were evaluated at a hookpoint."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,8 +18,10 @@ from typer.testing import CliRunner
 
 from bsc.cli import app
 from bsc.errors import UserError
+from bsc.eval.browse import writing
 from bsc.eval.browse.browse import write_browser
 from bsc.eval.browse.config import BrowseConfig
+from bsc.eval.browse.pages import CoderPages
 from bsc.eval.evaluation import read_evaluation
 from bsc.eval.latent_table import latents
 from bsc.eval.report.report import write_report
@@ -204,6 +208,42 @@ def test_a_browser_is_replaced_whole_and_nothing_else_is(
     assert (mine / "thesis.tex").exists()
     with pytest.raises(UserError, match="is a file"):
         write_browser(scored, few, mine / "thesis.tex")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere one process writes all pages")
+def test_several_processes_write_the_same_bytes_and_their_errors_are_said(
+    scored: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = BrowseConfig(coders=("*-k8-*",))
+    one = write_browser(scored, config, tmp_path / "one")
+    monkeypatch.setattr(writing, "_FEW", 1)
+    monkeypatch.setattr(writing, "_AT_ONCE", 7)
+    monkeypatch.setattr(writing, "_cores", lambda: 3)
+    own = os.getpid()
+    page, seen = CoderPages.page, []
+
+    def counted(self: CoderPages, latent: int) -> Any:
+        seen.append(os.getpid())
+        return page(self, latent)
+
+    monkeypatch.setattr(CoderPages, "page", counted)
+    several = write_browser(scored, config, tmp_path / "several")
+    assert set(seen) == {own} and len(seen) < 30  # the size was measured here, the rest elsewhere
+    assert several[1:] == one[1:]
+    for path in (tmp_path / "one").rglob("*"):
+        if path.is_file():
+            other = tmp_path / "several" / path.relative_to(tmp_path / "one")
+            assert other.read_bytes() == path.read_bytes()
+
+    def full(self: CoderPages, latent: int) -> Any:
+        if os.getpid() != own and latent == 40:
+            raise OSError(28, "No space left on device")
+        return page(self, latent)
+
+    monkeypatch.setattr(CoderPages, "page", full)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left"):
+        write_browser(scored, config, tmp_path / "full")
+    assert not (tmp_path / "full").exists()
 
 
 def test_what_stands_beside_the_folder_stays(scored: Run, tmp_path: Path) -> None:
