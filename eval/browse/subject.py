@@ -31,6 +31,7 @@ from bsc.eval.passes.setting import matching_model, open_store
 from bsc.eval.report.coders import run_labels
 from bsc.eval.report.links import coder_slug
 from bsc.eval.show import load_sample
+from bsc.formats import printable
 from bsc.train.coders.naming import names_of
 from bsc.train.run import Run
 from bsc.train.run_config import RunCoder
@@ -184,7 +185,7 @@ def open_subject(
         if planned.name in one.evaluation.coders and planned.name in wanted:
             slug = coder_slug(planned.name, one.label if several else "")
             title = f"{planned.name}, {one.label}" if several else planned.name
-            coders.append(BrowsedCoder(one, planned, slug, title))
+            coders.append(BrowsedCoder(one, planned, slug, printable(title)))
     if not coders:
         raise UserError("there is no evaluated coder to show.")
     return Subject(coders, list(_pairs(coders)))
