@@ -1,4 +1,4 @@
-"""Commands of stage 1: `bsc cache`, `bsc plan`, `bsc verify`, `bsc shuffle-check`.
+"""Commands of stage 1: `bsc cache`, `bsc plan`, `bsc verify`, `bsc ring`, `bsc shuffle-check`.
 
 They parse, call and print.
 """
@@ -195,6 +195,44 @@ def shuffle_check(
     typer.echo(canonical_json(found.to_json()) if as_json else found.line(), nl=not as_json)
 
 
+def ring(
+    path: Annotated[str, typer.Argument(help="Folder of a store that is a ring.")],
+    drop: Annotated[
+        str | None,
+        flag("Reader that does not come back, whose place is taken away.", metavar="NAME"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say who reads and writes a ring, where each is, and what it waits for.
+
+    A training run keeps the shards that its last checkpoint needs, also when it was killed. --drop
+    lets the ring go on without one that is not to be resumed.
+    """
+    from bsc.cache.store.ring import drop_reader
+    from bsc.cache.store.ring_status import ring_status
+    from bsc.cache.store.store import ActivationStore
+    from bsc.errors import UserError
+    from bsc.files import canonical_json
+    from bsc.formats import printable
+
+    store = ActivationStore(path)
+    if drop is not None:
+        if store.ring is None:
+            raise UserError(f"--drop {drop}: {store.folder} is no ring.")
+        was = drop_reader(store.folder, drop)
+        typer.echo(
+            f"{path}: {printable(was.who)} had its place at shard {was.next_shard}; dropped",
+            err=True,
+        )
+    status = ring_status(store)
+    typer.echo(
+        canonical_json(status.to_json())
+        if as_json
+        else "\n".join(printable(line) for line in status.lines()),
+        nl=not as_json,
+    )
+
+
 def add_commands(app: typer.Typer) -> None:
     """Put the commands of this stage into the command line."""
     command(
@@ -207,4 +245,5 @@ def add_commands(app: typer.Typer) -> None:
     )
     app.command(epilog="Example: bsc modules gpt2")(modules)
     app.command(epilog="Example: bsc verify acts --quick")(verify)
+    app.command(epilog="Example: bsc ring acts")(ring)
     app.command(epilog="Example: bsc shuffle-check acts")(shuffle_check)

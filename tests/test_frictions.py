@@ -290,14 +290,14 @@ def test_a_sweep_of_which_nothing_is_left_exits_1(
     store_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from bsc.train import trainer
+    from bsc.train import loop
 
-    real = trainer._Loop._summaries
+    real = loop.Loop._summaries
 
     def diverged(self: Any, figures: Any) -> Any:
         return [s._replace(frozen_at=3) for s in real(self, figures)]
 
-    monkeypatch.setattr(trainer._Loop, "_summaries", diverged)
+    monkeypatch.setattr(loop.Loop, "_summaries", diverged)
     with pytest.raises(SystemExit) as done:
         main(["train", "--store", str(store_path), "--runs", str(tmp_path), "--tokens", "2560",
               "--batch-rows", "256", "--n-latents", "64", "--k", "4"])  # fmt: skip

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bsc.cache.store.kept import kept_moments
+from bsc.cache.store.split import Moments
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import UserError
-from bsc.train.coders.bank import Bank
+from bsc.train.coders.bank import Bank, StepResult
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
 from bsc.train.config import TrainConfig
@@ -21,7 +21,8 @@ from bsc.train.memory import EVALUATION_ROWS
 from bsc.train.optim import CoderOptimiser
 from bsc.train.run_config import PlannedCoder
 from bsc.train.schedule import annealed, lr_scale
-from bsc.train.training_rows import Scale, left_out_tokens
+from bsc.train.team import ALONE, Team
+from bsc.train.training_rows import Scale, measure_moments
 
 __all__ = ["BankTrainer", "HeldOut", "Progress", "check_compiler"]
 
@@ -95,6 +96,8 @@ class BankTrainer:
         config: TrainConfig,
         device: torch.device,
         micro_rows: int,
+        moments: Mapping[str, Moments] | None = None,
+        team: Team = ALONE,
     ) -> None:
         """Make the bank and give its coders their first weights.
 
@@ -104,17 +107,19 @@ class BankTrainer:
             config: of the run.
             device: where they are.
             micro_rows: rows that are worked on at a time.
+            moments: of the rows, by array; None: of the store.
+            team: processes that share its rows.
 
         Raises:
             ConfigError: the rows are all the same.
         """
         self.coders, self.device, self.micro_rows = coders, device, micro_rows
-        self.dead_after = config.dead_after
+        self.dead_after, self.team = config.dead_after, team
         hook, first = coders[0].hookpoint, coders[0].coder
         self.x_name, self.y_name = f"{hook}/{first.side}", f"{hook}/output"
-        left_out = left_out_tokens(store, config)
-        moments = [kept_moments(store.train, n, left_out) for n in (self.x_name, self.y_name)]
-        self.scale = Scale.of(hook, moments[0], moments[1], config.normalise)
+        if moments is None:
+            moments = measure_moments(store, config, (self.x_name, self.y_name))
+        self.scale = Scale.of(hook, moments[self.x_name], moments[self.y_name], config.normalise)
         if config.compile:
             check_compiler(device)
         self.bank = Bank(
@@ -139,13 +144,16 @@ class BankTrainer:
         if self._noisy:
             self.bank.generators = [torch.Generator(device=device) for _ in coders]
 
-    def step(self, batch: Mapping[str, Tensor], step: int, steps: int) -> list[str]:
+    def step(
+        self, batch: Mapping[str, Tensor], step: int, steps: int, of_rows: int | None = None
+    ) -> list[str]:
         """Train every coder that is still active on one batch.
 
         Args:
-            batch: rows by array, bfloat16.
+            batch: rows by array, bfloat16; of a team this process's part of them.
             step: of the run, from 0.
             steps: of the run.
+            of_rows: rows of the whole batch; None: these.
 
         Returns:
             Names of coders that turned non-finite at this step.
@@ -158,7 +166,10 @@ class BankTrainer:
         if self.x_name != self.y_name:
             x = batch[self.x_name].to(self.device, non_blocking=True)
         self._schedule(active, step, steps)
-        result = self.bank.step(x, y, micro_rows=self.micro_rows, active=active)
+        rows_taken = of_rows or len(x)
+        result = self.bank.step(x, y, micro_rows=self.micro_rows, active=active, of_rows=rows_taken)
+        if self.team.size > 1:
+            result = self._add_up(result)
         # All that the host has to know of a step, read at once: each read waits for the device.
         known = torch.stack([result.loss, result.l0, self._finite(result.loss).double()])
         losses, l0s, finite = known.tolist()
@@ -170,7 +181,7 @@ class BankTrainer:
                 progress.frozen_at = step
                 frozen.append(coder.name)
                 continue
-            progress.rows += len(x)
+            progress.rows += rows_taken
             rows[c] = progress.rows
             progress.sums = [s + v for s, v in zip(progress.sums, (loss, l0, 1.0), strict=True)]
             own, whole = step - progress.first_step, steps - progress.first_step
@@ -182,6 +193,15 @@ class BankTrainer:
         seen = rows.to(self.device).unsqueeze(1).expand_as(self.last_fired)
         self.last_fired = torch.where(result.fired & (seen > 0), seen, self.last_fired)
         return frozen
+
+    def _add_up(self, result: StepResult) -> StepResult:
+        """Sum what the processes of the team found in their rows."""
+        self.team.add_up(*self.bank.gradients.values(), self.bank.select_minimum)
+        self.bank.select_minimum /= self.team.size
+        figures, fired = torch.stack([result.loss, result.l0]), result.fired.to(torch.uint8)
+        self.team.add_up(figures)
+        self.team.largest(fired)
+        return StepResult(figures[0], figures[1], fired > 0)
 
     def _schedule(self, active: list[int], step: int, steps: int) -> None:
         """Set what changes over a run: k, temperature, dead latents, the seed of noise."""
@@ -195,7 +215,8 @@ class BankTrainer:
             )
             if self.bank.generators is not None:
                 # Of (seed, step) alone, so that a resumed run draws what it would have drawn.
-                self.bank.generators[c].manual_seed((coder.seed * 0x9E3779B1 + step) % 2**63)
+                noise = coder.seed * 0x9E3779B1 + step + (self.team.place << 40)
+                self.bank.generators[c].manual_seed(noise % 2**63)
         if self._aux:
             self.bank.dead = self._silent_rows() >= self.dead_after
             if self.device.type == "cuda":  # once for all coders and pieces of the batch

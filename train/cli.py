@@ -11,8 +11,8 @@ from bsc.flags import AsJson, command, flag
 from bsc.options import CODERS, MACHINE, STEERING
 
 if TYPE_CHECKING:
+    from bsc.train.loop import CoderSummary
     from bsc.train.run import Run
-    from bsc.train.trainer import CoderSummary
 
 __all__ = ["add_commands"]
 
@@ -80,6 +80,7 @@ def train(
     from bsc.train.config import TrainConfig
     from bsc.train.job import make_job
     from bsc.train.plan import plan_sweep
+    from bsc.train.ranks import leaders
     from bsc.train.resume import resume as resume_run
     from bsc.train.trainer import train_sweep
 
@@ -107,7 +108,8 @@ def train(
             typer.echo(canonical_json(made.to_json()) if as_json else "\n".join(made.lines()))
             return
         done = train_sweep(config, where, rank=at, world=of)
-    _say(*done, as_json=as_json)
+    if at in leaders(done[0], of):  # the others of a team have nothing to say that it does not
+        _say(*done, as_json=as_json)
 
 
 def _sweep(

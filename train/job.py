@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from bsc.cache.store.ring_room import RingRoom
 from bsc.cache.store.store import ActivationStore
 from bsc.devices import pick_device
 from bsc.errors import UserError
@@ -19,6 +20,7 @@ from bsc.train.ranks import divide
 from bsc.train.run import Run
 from bsc.train.run_config import RUN_VERSION, PlannedCoder, RunConfig
 from bsc.train.sweep import expand, plan_coders
+from bsc.train.team import teams_of
 from bsc.train.training_rows import left_out_tokens
 from bsc.versions import versions
 
@@ -40,6 +42,8 @@ class Job:
     world: int
     assigned: dict[str, int]
     """Rank of every coder of the run."""
+    team: range
+    """Ranks of the processes that share the rows of its coders; the first leads."""
     device: torch.device
     memory: MemoryPlan
     """Memory that the coders of this process take."""
@@ -50,9 +54,23 @@ class Job:
     steps: int
 
     @property
+    def leads(self) -> bool:
+        """Whether this process writes what its team trains."""
+        return self.rank == self.team[0]
+
+    @property
     def part(self) -> Path:
-        """Folder of what this process alone writes."""
-        return self.run.part(self.rank, self.world)
+        """Folder of what the process that leads writes."""
+        return self.run.part(self.team[0], self.world)
+
+    def reader(self, rank: int) -> str:
+        """What a process of this run is called among the readers of a ring."""
+        return self.config.name if self.world == 1 else f"{self.config.name}.{rank}"
+
+    @property
+    def readers(self) -> list[str]:
+        """What all processes are called that read a ring for this run."""
+        return [self.reader(rank) for rank in sorted(set(self.assigned.values()))]
 
     def record(self) -> RunConfig:
         """Everything that decides the result, with nothing left to defaults."""
@@ -118,8 +136,6 @@ def make_job(
     if planned is None:
         planned = plan_coders(expand(config.coders, where, config.preset), store)
     rows = store.train.rows if store.ring is None else store.planned_rows
-    if store.ring is not None and world > 1:
-        raise UserError(f"{store.folder}: a ring is read by one process; leave --world out.")
     steps = (config.tokens or rows) // config.batch_rows
     if store.ring is None and config.batch_rows > rows:
         raise UserError(
@@ -138,11 +154,18 @@ def make_job(
             f"{store.folder}: this store has no held-out rows, which eval_every and patience need."
         )
     check_targets(tensorboard=config.tensorboard, wandb=config.wandb)
-    shares = divide(planned, world, assigned or {})
-    mine = shares[rank]
+    if store.room is not None:
+        _check_ring(store, store.room, config)
+    shares, team = divide(planned, world, assigned or {}), range(rank, rank + 1)
+    if world > len(planned):
+        team = next(t for t in teams_of([p.coder for p in planned], world) if rank in t)
+    mine = shares[team[0]]
+    part_rows = -(-config.batch_rows // len(team))
     device = pick_device(config.device)
     free = available_bytes(device)
-    bounded = config.model_copy(update={"micro_rows": micro_rows or config.micro_rows})
+    bounded = config.model_copy(
+        update={"micro_rows": micro_rows or config.micro_rows, "batch_rows": part_rows}
+    )
     return Job(
         config=config,
         store=store,
@@ -152,9 +175,34 @@ def make_job(
         rank=rank,
         world=world,
         assigned={c.name: r for r, share in enumerate(shares) for c in share},
+        team=team,
         device=device,
         memory=plan_memory(mine, bounded, device, free),
         free=free,
         rows=rows,
         steps=steps,
     )
+
+
+def _check_ring(store: ActivationStore, room: RingRoom, config: TrainConfig) -> None:
+    """See that a ring has room for the batches and checkpoints of a run.
+
+    Raises:
+        UserError: it would wait for itself; the message says what would do.
+    """
+    of_ring = f"a ring of {room.slots} shards of {room.shard_rows:,} rows"
+    if config.batch_rows > room.batch_rows:
+        raise UserError(
+            f"batch_rows: {config.batch_rows:,} rows in a batch, but {store.folder} is {of_ring}, "
+            f"written {room.window} at a time: batches have at most {room.batch_rows:,}. Give "
+            f"--batch-rows {room.batch_rows}, or capture with a larger --ring."
+        )
+    rows = (config.checkpoint_every or 0) * config.batch_rows
+    if not room.fits(rows):
+        most = (room.most_shards - room.shards_at_once) * room.shard_rows // config.batch_rows
+        steps = f"--checkpoint-every {most}" if most else "no --checkpoint-every"
+        raise UserError(
+            f"--checkpoint-every {config.checkpoint_every}: {rows:,} rows pass between two "
+            f"checkpoints, but {store.folder} is {of_ring}, which has to keep them until the "
+            f"second. Give {steps}, or capture with --ring {room.slots_for(rows)}."
+        )

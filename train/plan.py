@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bsc.cache.store.split import Moments
 from bsc.progress import format_bytes
 from bsc.train.bank_trainer import BankTrainer
 from bsc.train.job import Job
@@ -35,6 +36,8 @@ class SweepPlan:
     """Bytes that may be used."""
     checkpoint: int
     """Bytes of a checkpoint on disk."""
+    checkpoint_rows: int | None
+    """Rows after which a ring has no room to go on without one; None: no ring."""
     flops_per_row: float
     rows_per_second: float | None
     """Measured here, without reading rows; None: not measured."""
@@ -57,7 +60,12 @@ class SweepPlan:
             f"{self.batch_rows:,}, {self.micro_rows:,} at a time",
             f"memory      {format_bytes(self.memory['total'])} of {format_bytes(self.free)} "
             f"({parts})",
-            f"checkpoint  {format_bytes(self.checkpoint)} on disk, twice while one is written",
+            f"checkpoint  {format_bytes(self.checkpoint)} on disk, twice while one is written"
+            + (
+                f"; every {self.checkpoint_rows:,} rows at least, for the ring"
+                if self.checkpoint_rows
+                else ""
+            ),
             f"arithmetic  {self.flops_per_row / 1e9:.2f} GFLOP a row",
         ]
         if self.rows_per_second is not None and self.hours is not None:
@@ -94,15 +102,31 @@ def plan_sweep(job: Job, *, measure: bool = True) -> SweepPlan:
         memory=parts | {"total": memory.total},
         free=job.free,
         checkpoint=memory.weights // 2 + memory.optimisers,
+        checkpoint_rows=_checkpoint_rows(job),
         flops_per_row=sum(flops_per_row(c.coder) for c in job.mine),
         rows_per_second=_measure(job) if measure else None,
     )
 
 
+def _checkpoint_rows(job: Job) -> int | None:
+    """Rows between two checkpoints of a run on a ring, at most."""
+    room = job.store.room
+    if room is None or room.shards <= room.slots:
+        return None
+    return room.checkpoint_rows
+
+
 def _measure(job: Job) -> float:
     """Rows per second of whole steps on random rows."""
+    specs, moments = job.store.train.specs, None
+    if job.store.train.rows == 0:  # of a capture that has just begun
+        widths = {n: int(s.width) for n, s in specs.items() if s.width is not None}
+        moments = {
+            n: Moments(1, *torch.tensor([[0.0], [1.0]], dtype=torch.float64).expand(2, width))
+            for n, width in widths.items()
+        }
     banks = [
-        BankTrainer(g, job.store, job.config, job.device, job.memory.micro_rows)
+        BankTrainer(g, job.store, job.config, job.device, job.memory.micro_rows, moments)
         for g in group_banks(job.mine)
     ]
     generator = torch.Generator().manual_seed(0)

@@ -16,9 +16,10 @@ from bsc.locks import lock_for_moments
 from bsc.train.memory import flops_per_row
 from bsc.train.run import Run
 from bsc.train.run_config import Completed, PlannedCoder, RunConfig
+from bsc.train.team import teams_of
 from bsc.typed import write_typed
 
-__all__ = ["divide", "merge_parts"]
+__all__ = ["divide", "leaders", "merge_parts"]
 
 _SAME = (
     "version", "store_id", "rows", "batch_rows", "seed", "normalise", "without_tokens",
@@ -32,20 +33,29 @@ def divide(
 ) -> list[list[PlannedCoder]]:
     """Coders of every rank: the costliest first, each to the rank with the least to do.
 
+    Where there are more ranks than coders each coder has a team of them (bsc.train.team), of whose
+    ranks the first has it here, and the others nothing.
+
     Args:
         planned: the coders.
         world: number of ranks.
         assigned: ranks that coders have from before and keep, by name.
 
     Raises:
-        UserError: there are fewer coders than ranks.
+        UserError: coders are to be divided in another way than before.
     """
-    if world > len(planned):
-        raise UserError(
-            f"--world {world}: more processes than the {len(planned)} coders of this sweep."
-        )
     assigned = assigned or {}
     shares: list[list[PlannedCoder]] = [[] for _ in range(world)]
+    if world > len(planned):
+        for coder, team in zip(planned, teams_of([p.coder for p in planned], world), strict=True):
+            if assigned.get(coder.name, team[0]) != team[0]:
+                raise UserError(
+                    f"--add-coders: rank {assigned[coder.name]} has {coder.name}, and with these "
+                    f"coders rank {team[0]} would. A run whose coders have several processes each "
+                    f"keeps the coders that it has."
+                )
+            shares[team[0]].append(coder)
+        return shares
     loads = [0.0] * world
     order = {p.name: i for i, p in enumerate(planned)}
     for coder in sorted(planned, key=lambda p: (p.name not in assigned, -flops_per_row(p.coder))):
@@ -53,6 +63,20 @@ def divide(
         shares[rank].append(coder)
         loads[rank] += flops_per_row(coder.coder)
     return [sorted(share, key=lambda p: order[p.name]) for share in shares]
+
+
+def leaders(run: Run, world: int) -> list[int]:
+    """Ranks of a run that write a part of it: all, or with more ranks than coders the first of each
+    coder's.
+
+    Raises:
+        StoreError: the run's config is damaged.
+    """
+    if world > 1 and run.config_path.exists():
+        record = run.config()
+        if record.world == world > len(record.coders):
+            return sorted(set(record.assigned.values()))
+    return list(range(world))
 
 
 def merge_parts(run: Run, world: int) -> bool:
@@ -65,34 +89,34 @@ def merge_parts(run: Run, world: int) -> bool:
         StoreError: a part belongs to another run.
     """
     with lock_for_moments(run.folder / ".merge.lock"):
-        records: list[RunConfig] = []
-        for rank in range(world):
+        records: dict[int, RunConfig] = {}
+        for rank in leaders(run, world):
             part = Run(run.part(rank, world))
             if not part.config_path.exists() or not part.config().completed:
                 return False
-            records.append(part.config())
-        for rank, record in enumerate(records):
-            if differ := [k for k in _SAME if record[k] != records[0][k]]:
+            records[rank] = part.config()
+        first = next(iter(records.values()))
+        for rank, record in records.items():
+            if differ := [k for k in _SAME if record[k] != first[k]]:
                 raise StoreError(
                     f"{run.folder}: rank {rank} was trained with another {differ[0]} than rank 0, "
                     f"so their coders are not one run. Train again under another --name."
                 )
-        goals = [(r.steps, r.coders) for r in records]
+        goals = [(r.steps, r.coders) for r in records.values()]
         if any(goal != goals[0] for goal in goals):
             return False  # one was trained on, the others are to follow
-        first = records[0]
         order = {c.name: i for i, c in enumerate(first.coders)}
-        lines = [m for rank in range(world) for m in Run(run.part(rank, world)).metrics()]
+        lines = [m for rank in records for m in Run(run.part(rank, world)).metrics()]
         lines.sort(key=lambda m: (m["step"], order[m["coder"]]))
         text = "".join(canonical_json(m, indent=None) for m in lines)
         write_atomically(run.metrics_path, text)
-        ended = [r.completed for r in records if r.completed]
+        ended = [r.completed for r in records.values() if r.completed]
         completed = Completed(
             at=max(e.at for e in ended),
             seconds=max(e.seconds for e in ended),
             rows=max(e.rows for e in ended),
         )
-        began = min(r.started_at for r in records)
+        began = min(r.started_at for r in records.values())
         whole = first.model_copy(update={"started_at": began, "completed": completed})
         write_typed(run.config_path, whole)
     return True

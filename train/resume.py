@@ -11,11 +11,12 @@ from bsc.errors import ConfigError, StoreError, UserError, nearest
 from bsc.train.checkpoint import load_checkpoint
 from bsc.train.config import TrainConfig
 from bsc.train.job import Job, make_job
-from bsc.train.ranks import merge_parts
+from bsc.train.loop import CoderSummary
+from bsc.train.ranks import leaders, merge_parts
 from bsc.train.run import Run
 from bsc.train.run_config import PlannedCoder, RunConfig
 from bsc.train.sweep import expand, plan_coders
-from bsc.train.trainer import CoderSummary, run_job
+from bsc.train.trainer import run_job
 
 __all__ = ["resume"]
 
@@ -65,7 +66,8 @@ def resume(
         UserError: the run cannot be resumed, or not like this. Nothing is changed then.
     """
     run = Run(Path(folder).resolve())
-    record = _record(run, folder, rank, world)
+    of_part = max((r for r in leaders(run, world) if r <= rank), default=rank)
+    record = _record(run, folder, of_part, world)
     planned = record.planned
     changes = dict(changes or {})
     tables = changes.pop("coders", None)
@@ -217,11 +219,6 @@ def _added(planned: list[PlannedCoder], given: list[PlannedCoder]) -> list[Plann
 
 def _check_store(job: Job, record: RunConfig) -> None:
     store = job.store
-    if store.ring is not None:
-        raise UserError(
-            f"{store.folder}: a ring; its rows are gone once they were read, so this run cannot be "
-            f"resumed."
-        )
     for what, now in (("store_id", store.store_id), ("rows", job.rows)):
         if record[what] != now:
             raise UserError(

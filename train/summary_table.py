@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bsc.formats import percent
-from bsc.train.trainer import CoderSummary
+from bsc.train.loop import CoderSummary
 
 __all__ = ["summary_table"]
 

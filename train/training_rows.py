@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from bsc.cache.store.kept import MOMENT_ROWS, kept_moments
 from bsc.cache.store.split import Moments
 from bsc.cache.store.store import ActivationStore
-from bsc.errors import ConfigError
+from bsc.errors import ConfigError, StoreError
+from bsc.files import write_atomically
 from bsc.train.config import TrainConfig
 
-__all__ = ["Scale", "left_out_tokens"]
+__all__ = [
+    "Scale",
+    "left_out_tokens",
+    "load_moments",
+    "measure_moments",
+    "moment_shards",
+    "save_moments",
+]
 
 
 def left_out_tokens(store: ActivationStore, config: TrainConfig) -> tuple[int, ...]:
@@ -51,3 +65,58 @@ class Scale:
             y.mean / units[1],
             y.total_variance / units[1] ** 2,
         )
+
+
+def moment_shards(store: ActivationStore, first: int) -> range:
+    """The shards of a ring that means and units are taken from, by a run that begins at `first`.
+
+    The first that it reads: whenever it is started they are the same.
+    """
+    assert store.room is not None
+    wanted = -(-MOMENT_ROWS // store.train.grid.shard_rows)
+    return range(first, first + min(wanted, store.room.shards_at_once))
+
+
+def measure_moments(
+    store: ActivationStore, config: TrainConfig, names: Iterable[str], shards: range | None = None
+) -> dict[str, Moments]:
+    """Means and variances of arrays over the rows that a run reads, by array.
+
+    Args:
+        store: the rows.
+        config: which of them are left out.
+        names: activation arrays.
+        shards: that they are taken over; None: all of the store.
+    """
+    left_out = left_out_tokens(store, config)
+    return {name: kept_moments(store.train, name, left_out, shards) for name in names}
+
+
+def save_moments(path: Path, moments: Mapping[str, Moments]) -> None:
+    """Write moments to a file, for a run whose first rows will be gone."""
+    tensors = {}
+    for name, m in moments.items():
+        rows = torch.tensor([m.rows], dtype=torch.float64)
+        tensors[name] = torch.cat([rows, m.mean, m.variance])
+    write_atomically(path, save(tensors))
+
+
+def load_moments(path: Path) -> dict[str, Moments]:
+    """What `save_moments` wrote.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    try:
+        found = {}
+        for name, values in load_file(path).items():
+            mean, variance = values[1:].double().chunk(2)
+            if values.ndim != 1 or len(mean) != len(variance) or not values.isfinite().all():
+                raise ValueError(f"{name} is not as it should be")
+            found[name] = Moments(int(values[0]), mean, variance)
+        return found
+    except (OSError, ValueError, IndexError, SafetensorError) as error:
+        raise StoreError(
+            f"{path}: cannot be read ({error}). Without the means of the rows that it began with "
+            f"this run cannot go on; train again under another --name."
+        ) from None

@@ -249,7 +249,14 @@ def _writers(
     """The writers of this process, one for each split."""
     ring = None
     if plan.ring is not None:
-        ring = RingWriter(folder, plan.specs("train"), plan.grids["train"], plan.ring)
+        ring = RingWriter(
+            folder,
+            plan.specs("train"),
+            plan.grids["train"],
+            plan.ring,
+            rank=config.rank,
+            writers=config.world,
+        )
     writers: dict[Split, SplitWriter] = {}
     for split, (specs, grid) in plan.arrays.items():
         window, world = plan.windows[split], config.world

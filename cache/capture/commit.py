@@ -16,11 +16,10 @@ import numpy as np
 from bsc.cache.capture.overlap import measure_overlap
 from bsc.cache.capture.writer import SplitStart
 from bsc.cache.store.channel_sums import ChannelSums
-from bsc.cache.store.folder import PARTIAL, StoreFolder
+from bsc.cache.store.folder import StoreFolder
 from bsc.cache.store.kinds import Split
 from bsc.cache.store.layout import (
     DATA,
-    MANIFEST,
     OVERLAP,
     PROVENANCE,
     README,
@@ -33,6 +32,7 @@ from bsc.cache.store.layout import (
 )
 from bsc.cache.store.manifest import (
     WindowRecord,
+    committed_windows,
     read_array_json,
     read_end,
     read_provenance,
@@ -123,16 +123,6 @@ def check_same(folder: StoreFolder, identity: Mapping[str, Any]) -> dict[str, An
     return provenance
 
 
-def _committed_windows(folder: StoreFolder, split: Split, writers: int) -> list[int]:
-    """Number of committed windows of each writer."""
-    counts = [0] * writers
-    for key in folder.keys(f"{MANIFEST}/{split}"):
-        rank = key.rsplit("/", 1)[-1].partition("-")[0]
-        if not key.endswith(PARTIAL) and rank.isdigit() and int(rank) < writers:
-            counts[int(rank)] += 1
-    return counts
-
-
 def _shards_of(folder: StoreFolder, split: Split, rank: int, sizes: list[int], windows: int) -> int:
     """Shards in the first windows of a writer. Only the last can be shorter than planned."""
     if windows == 0:
@@ -147,7 +137,7 @@ def split_start(
     folder: StoreFolder, split: Split, grid: Grid, rank: int, writers: int, window: int
 ) -> SplitStart:
     """What a writer has committed, from the manifest."""
-    windows = _committed_windows(folder, split, writers)[rank]
+    windows = committed_windows(folder, split, writers)[rank]
     if windows == 0:
         return SplitStart()
     sizes = window_sizes(len(owned_shards(grid.shards, rank, writers)), window)
@@ -185,7 +175,7 @@ def _advance(
     window: int,
 ) -> int:
     """`advance`, for those who hold the lock."""
-    counts = _committed_windows(folder, split, writers)
+    counts = committed_windows(folder, split, writers)
     plans = [
         window_sizes(len(owned), window) if (owned := owned_shards(grid.shards, r, writers)) else []
         for r in range(writers)

@@ -142,6 +142,12 @@ class Estimate:
             f"memory     {format_bytes(plan.memory())} beside the model, {plan.open_files():,} "
             f"open files" + (" for each process" if plan.writers > 1 else ""),
         ]
+        if plan.room is not None:
+            out.append(
+                f"ring       a training run writes a checkpoint every "
+                f"{plan.room.checkpoint_rows:,} rows ({plan.room.checkpoint_shards} shards) at "
+                f"least, in batches of at most {plan.room.batch_rows:,} rows"
+            )
         out += self._time_lines()
         if self.free is not None:
             out.append(

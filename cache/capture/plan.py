@@ -11,6 +11,7 @@ from typing import Any
 from bsc.cache.capture.staging import SLOTS
 from bsc.cache.store.kinds import Codec, Split
 from bsc.cache.store.layout import ROW_SCALE, ArraySpec, Grid, Hookpoint, array_specs
+from bsc.cache.store.ring_room import RingRoom
 from bsc.cache.store.shard import piece_bytes
 from bsc.errors import UserError
 from bsc.progress import format_bytes
@@ -37,6 +38,14 @@ class CapturePlan:
     ring: int | None
     batch_rows: int
     """Rows of a forward pass, at most."""
+
+    @property
+    def room(self) -> RingRoom | None:
+        """How far apart writers and readers can be; None: it is no ring."""
+        if self.ring is None:
+            return None
+        train = self.grids["train"]
+        return RingRoom(self.ring, self.window * self.writers, train.shards, train.shard_rows)
 
     def specs(self, split: Split) -> dict[str, ArraySpec]:
         """The arrays of a split."""
@@ -104,6 +113,7 @@ class CapturePlan:
             "codec": self.codec,
             "writers": self.writers,
             "ring": self.ring,
+            "ring_checkpoint_rows": None if self.room is None else self.room.checkpoint_rows,
             "bytes": self.bytes,
             "bytes_by_hookpoint": self.bytes_by_hookpoint(),
             "memory_bytes": self.memory(),
@@ -156,11 +166,11 @@ def plan_capture(
             f"rows, fewer than writers. Ask for more --tokens or use fewer writers."
         )
     if ring is not None:
-        if ring < 2:
-            raise UserError(f"--ring {ring}: at least 2 shards are needed.")
-        if writers > 1:  # where the text of one ended early, the others would wait for it for ever
-            raise UserError(f"--ring: takes one writer, not --world {writers}.")
-        window = min(window, ring // 2)
+        if ring < 2 * writers:
+            raise UserError(
+                f"--ring {ring}: at least {2 * writers} shards are needed, two for each writer."
+            )
+        window = min(window, ring // (2 * writers))
     return CapturePlan(
         hookpoints=hookpoints,
         grids=grids,
@@ -185,11 +195,8 @@ def what_fits(plan: CapturePlan, free: int) -> list[str]:
     rest = plan.bytes - per_shard * min(train.shards, plan.ring or train.shards)
     fitting = int((room - rest) / per_shard) if room > rest else 0
     options = []
-    if fitting >= 2 and plan.ring != fitting:
-        alone = "" if plan.writers == 1 else ", one process writes"
-        options.append(
-            f"--ring {fitting} (every row passes once, training runs at the same time{alone})"
-        )
+    if fitting >= 2 * plan.writers and plan.ring != fitting:
+        options.append(f"--ring {fitting} (every row passes once, training runs at the same time)")
     rows = int(0.98 * train.rows * room / plan.bytes)
     passes = -(-train.rows // max(1, rows))
     if rows >= plan.batch_rows and plan.ring is None and passes <= _MAX_PASSES:

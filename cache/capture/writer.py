@@ -185,7 +185,7 @@ class SplitWriter:
         channel_scales: Mapping[str, NDArray[np.float32]] | None = None,
         start: SplitStart | None = None,
         on_commit: Callable[[], object] = lambda: None,
-        before_window: Callable[[int], None] | None = None,
+        before_window: Callable[[list[int]], bool] | None = None,
     ) -> None:
         """Go on with a split after its committed windows.
 
@@ -196,7 +196,8 @@ class SplitWriter:
             channel_scales: by array name, for codec int8.
             start: what is committed already; None: nothing.
             on_commit: called after a window's manifest is there.
-            before_window: called with the last shard of a window before it is opened; may wait.
+            before_window: called with the shards of a window before it is opened; may wait, and
+                says whether to go on. If not, this writer has room for no more rows.
         """
         split, specs, grid, rank, writers, window, seed = part
         self.folder, self.split, self.grid, self.staging = folder, split, grid, staging
@@ -265,8 +266,9 @@ class SplitWriter:
         given = len(next(iter(block.values())))
         done = point.skip
         while done < given and not self.full:
-            if not self._open:
-                self._open_window()
+            if not self._open and not self._open_window():
+                self.owned_rows = self.rows
+                break
             left = self._open * self.grid.shard_rows - self._in_window
             n = min(given - done, left)
             self._append_to_window({k: v[done : done + n] for k, v in block.items()}, n)
@@ -279,15 +281,18 @@ class SplitWriter:
                 )
         return done - point.skip
 
-    def _open_window(self) -> None:
+    def _open_window(self) -> bool:
+        """Begin the next window; False if nobody would get to read it."""
         shards = self._windows[self.window]
         if self._before_window is not None:
             # What it waits for are readers, who may wait for the window before this one.
             self.finalise(wait=True)
-            self._before_window(shards[-1])
+            if not self._before_window(shards):
+                return False
         self._on_arrays(lambda array: array.open(shards))
         self._open = len(shards)
         self._in_window = self._block = 0
+        return True
 
     def _append_to_window(self, block: Block, rows: int) -> None:
         if self.scatter:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -22,10 +23,22 @@ from bsc.errors import UserError
 from bsc.files import check_new_folder, fsync_folder, make_durable_folder, write_atomically
 from bsc.locks import FileLock, HeldError, lock_for_moments
 
-__all__ = ["PARTIAL", "LocalFolder", "StoreFolder", "open_folder", "process_is_gone"]
+__all__ = [
+    "PARTIAL",
+    "LocalFolder",
+    "StoreFolder",
+    "open_folder",
+    "process_is_gone",
+    "writer_lock",
+]
 
 PARTIAL = ".partial"
 _STORE_LOCK = "store.lock"
+
+
+def writer_lock(rank: int) -> str:
+    """The file whose lock the writer of a part holds."""
+    return f"writer-{rank}.lock"
 
 
 class StoreFolder(ABC):
@@ -140,6 +153,10 @@ class StoreFolder(ABC):
         """Whether nothing at all is there."""
         return False
 
+    def age(self, key: str) -> float | None:
+        """Seconds since a file was written, by this machine's clock; None where it is not known."""
+        return None
+
     @property
     def address(self) -> str:
         """Where the store is, from anywhere on this machine."""
@@ -183,6 +200,13 @@ class LocalFolder(StoreFolder):
     @override
     def missing(self) -> bool:
         return not self.root.is_dir()
+
+    @override
+    def age(self, key: str) -> float | None:
+        try:
+            return time.time() - self.path(key).stat().st_mtime
+        except FileNotFoundError:
+            return None
 
     @override
     def read(self, key: str) -> bytes:
@@ -287,7 +311,7 @@ class LocalFolder(StoreFolder):
 
     @override
     def claim(self, rank: int) -> Claim:
-        return _FileClaim(self.path(f"writer-{rank}.lock"), self, rank)
+        return _FileClaim(self.path(writer_lock(rank)), self, rank)
 
     @override
     def locked(self) -> AbstractContextManager[None]:
@@ -297,7 +321,7 @@ class LocalFolder(StoreFolder):
     def drop_locks(self, writers: int) -> None:
         self.path(_STORE_LOCK).unlink(missing_ok=True)
         for rank in range(writers):
-            self.path(f"writer-{rank}.lock").unlink(missing_ok=True)
+            self.path(writer_lock(rank)).unlink(missing_ok=True)
 
 
 class _FileClaim(Claim):

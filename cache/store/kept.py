@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bsc.cache.store.ring import first_kept
 from bsc.cache.store.split import Moments, StoreSplit
 from bsc.errors import StoreError
 
@@ -48,21 +49,32 @@ def kept_rows(
     return kept
 
 
-def kept_moments(split: StoreSplit, name: str, without_tokens: Collection[int]) -> Moments:
+def kept_moments(
+    split: StoreSplit,
+    name: str,
+    without_tokens: Collection[int],
+    shards: range | None = None,
+) -> Moments:
     """Mean and variance per channel of the rows that are read.
 
-    From the sums of the store where no tokens are left out; else over the first shards, up to about
-    a million rows.
+    Args:
+        split: the rows.
+        name: activation array.
+        without_tokens: token ids whose rows are left out.
+        shards: that they are taken over, up to about a million rows; None: over all, by the sums
+            of the store, where no tokens are left out, else over the first that are there.
 
     Raises:
         StoreError: no row is left.
     """
-    if not without_tokens:
+    if not without_tokens and shards is None:
         return split.moments(name)
+    if shards is None:  # the first ones of a ring are gone
+        shards = range(first_kept(split.folder, split.spec(name), split.shards), split.shards)
     rows = 0
     total = torch.zeros(int(split.spec(name).width or 0), dtype=torch.float64)
     squares = torch.zeros_like(total)
-    for shard in range(split.shards):
+    for shard in shards:
         kept = kept_rows(split, shard, (name,), without_tokens)
         values = split.shard_rows(name, shard)
         for start in range(0, split.grid.shard_rows, _AT_ONCE):
@@ -76,6 +88,9 @@ def kept_moments(split: StoreSplit, name: str, without_tokens: Collection[int]) 
         if rows >= MOMENT_ROWS:
             break
     if rows == 0:
-        raise StoreError(f"{split.where}: no row of {name} is left without the left-out tokens.")
+        raise StoreError(
+            f"{split.where}: no row of {name} is left without the left-out tokens and those that "
+            f"are not finite."
+        )
     mean = total / rows
     return Moments(rows, mean, (squares / rows - mean.square()).clamp(min=0.0))

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from bsc.cache.store.kept import kept_rows
-from bsc.cache.store.ring import RingReader
+from bsc.cache.store.ring_room import SHARDS_AT_ONCE
 from bsc.cache.store.shard_rows import ShardRows
 from bsc.cache.store.split import StoreSplit
 from bsc.errors import ConfigError
@@ -30,7 +30,6 @@ from bsc.prefetch import prefetched
 
 __all__ = ["SHARDS_AT_ONCE", "START", "Cursor", "Group", "Loader", "shard_order"]
 
-SHARDS_AT_ONCE = 4
 _POLL_SECONDS = 0.1
 
 
@@ -59,7 +58,8 @@ class Group(NamedTuple):
 
     number: int
     shards: list[int]
-    rows: dict[str, list[ShardRows]]
+    rows: dict[str, dict[int, ShardRows]]
+    """By array and number of the shard in the group; those that are needed."""
     order: NDArray[np.int32]
     """(n,): rows of the union, counted through its shards, batch by batch. Which rows are in a
     batch is random; within a batch they stand as in the files, which is faster to copy."""
@@ -84,6 +84,7 @@ class Loader:
         drop_last: bool = True,
         shards: Collection[int] | None = None,
         shuffle: bool = True,
+        part: range | None = None,
     ) -> None:
         """Prepare to read; opens no shard.
 
@@ -100,6 +101,8 @@ class Loader:
                 come as a smaller batch.
             shards: those that are read; None: all.
             shuffle: whether shards and rows come in random order, or as they are stored.
+            part: rows of each batch that are given, where other processes take the rest of it;
+                None: all. Shards that have none of them are not read.
 
         Raises:
             ConfigError: the split has fewer rows than a batch.
@@ -112,6 +115,8 @@ class Loader:
         self.split, self.names, self.batch_rows = split, names, batch_rows
         self.seed, self.shards_at_once, self.drop_last = seed, shards_at_once, drop_last
         self.ahead, self.shuffle = ahead, shuffle
+        assert part is None or drop_last, "parts are those of whole batches"
+        self.part = part or range(batch_rows)
         self.shards = None if shards is None else frozenset(shards)
         self.cursor = START
         """After the last batch that was given."""
@@ -122,7 +127,7 @@ class Loader:
         self._buffers = [
             [
                 torch.empty(
-                    (batch_rows, int(split.spec(n).width or 0)),
+                    (len(self.part), int(split.spec(n).width or 0)),
                     dtype=torch.bfloat16,
                     pin_memory=pinned,
                 )
@@ -135,8 +140,8 @@ class Loader:
         """Batches without end, epoch after epoch, from `start` on.
 
         Yields:
-            One bfloat16 tensor (batch_rows, width) per array, in buffers that the next batch
-            overwrites.
+            One bfloat16 tensor (batch_rows, width) per array, or with the rows of `part`, in
+            buffers that the next batch overwrites.
         """
         epoch, group, row = start
         while True:
@@ -156,16 +161,16 @@ class Loader:
         yield from self._given(self._batches(self._epoch(epoch, 0), epoch, 0))
 
     def ring_batches(
-        self, ring: RingReader, ended: Callable[[], bool]
+        self, start: Cursor, ended: Callable[[], bool]
     ) -> Iterator[tuple[torch.Tensor, ...]]:
         """Batches of a ring, each row once, in the order in which shards are committed.
 
         Args:
-            ring: this reader's place in it.
+            start: where to begin; the number of a group is that of its first shard.
             ended: whether the capture has ended and commits no more.
         """
-        groups = self._ring_groups(ring, ended)
-        yield from self._given(self._batches(groups, 0, 0, ring.passed))
+        groups = self._ring_groups(start.group, ended)
+        yield from self._given(self._batches(groups, 0, start.row))
 
     def _given(
         self, source: Generator[tuple[tuple[torch.Tensor, ...], Cursor], None, None]
@@ -192,10 +197,7 @@ class Loader:
         for group in range(first, -(-len(order) // size)):
             yield group, order[group * size : (group + 1) * size]
 
-    def _ring_groups(
-        self, ring: RingReader, ended: Callable[[], bool]
-    ) -> Iterator[tuple[int, list[int]]]:
-        at = ring.next_shard
+    def _ring_groups(self, at: int, ended: Callable[[], bool]) -> Iterator[tuple[int, list[int]]]:
         while not self._stopped.is_set():
             over = ended()  # asked first: what is committed afterwards is then seen
             self.split.refresh()
@@ -223,10 +225,6 @@ class Loader:
         if found is None:
             return None
         number, shards = found
-        rows = {n: [self.split.shard_rows(n, s) for s in shards] for n in self.names}
-        for parts in rows.values():
-            for part in parts:
-                part.load()
         # Counted from 1: the epoch's own order is drawn with counter 0.
         philox = np.random.Philox(key=[self.seed, epoch], counter=[0, 0, 0, number + 1])
         n = len(shards) * self.split.grid.shard_rows
@@ -243,14 +241,27 @@ class Loader:
         if whole > first:
             order[first:whole].reshape(-1, self.batch_rows).sort(axis=1)
         order[whole:].sort()
+        rows: dict[str, dict[int, ShardRows]] = {name: {} for name in self.names}
+        for i in self._used(order, skip, filled):
+            for name in self.names:
+                rows[name][i] = self.split.shard_rows(name, shards[i])
+                rows[name][i].load()
         return Group(number, shards, rows, order, skip)
+
+    def _used(self, order: NDArray[np.int32], skip: int, filled: int) -> list[int]:
+        """Which shards of a group, counted in it, have rows that are given."""
+        mine = order[skip:]
+        if len(self.part) < self.batch_rows:
+            place = (np.arange(len(mine)) + filled) % self.batch_rows
+            mine = mine[(place >= self.part.start) & (place < self.part.stop)]
+        found: list[int] = np.flatnonzero(np.bincount(mine // self.split.grid.shard_rows)).tolist()
+        return found
 
     def _batches(
         self,
         groups: Iterator[tuple[int, list[int]]],
         epoch: int,
         skip: int,
-        passed: Callable[[int], None] | None = None,
     ) -> Generator[tuple[tuple[torch.Tensor, ...], Cursor], None, None]:
         """Batches of a sequence of groups, with the cursor after each."""
         slot = filled = 0
@@ -268,15 +279,16 @@ class Loader:
                 while at < len(group.order):
                     buffers = self._buffers[slot]
                     n = min(self.batch_rows - filled, len(group.order) - at)
-                    self._gather(group, group.order[at : at + n], buffers, filled)
+                    mine = range(max(filled, self.part.start), min(filled + n, self.part.stop))
+                    if mine:
+                        rows = group.order[at - filled + mine.start : at - filled + mine.stop]
+                        self._gather(group, rows, buffers, mine.start - self.part.start)
                     at += n
                     filled += n
                     if filled == self.batch_rows:
                         yield tuple(buffers), Cursor(epoch, group.number, at)
                         filled = 0
                         slot = (slot + 1) % len(self._buffers)
-                if passed is not None:
-                    passed(group.shards[-1] + 1)
             if filled and not self.drop_last:
                 yield tuple(b[:filled] for b in self._buffers[slot]), Cursor(epoch + 1, 0, 0)
 
@@ -287,6 +299,8 @@ class Loader:
         size = self.split.grid.shard_rows
         bounds = np.searchsorted(rows, np.arange(len(group.shards) + 1) * size)
         for i, (start, stop) in enumerate(pairwise(bounds.tolist())):
+            if start == stop:
+                continue
             mine = torch.from_numpy(rows[start:stop] - i * size)
             for name, buffer in zip(self.names, buffers, strict=True):
                 group.rows[name][i].take(mine, buffer[at + start : at + stop])

@@ -15,9 +15,9 @@ from typing import Any
 
 import xxhash
 
-from bsc.cache.store.folder import StoreFolder
+from bsc.cache.store.folder import PARTIAL, StoreFolder
 from bsc.cache.store.kinds import Split
-from bsc.cache.store.layout import PROVENANCE, ArraySpec, array_key, end_key, window_key
+from bsc.cache.store.layout import MANIFEST, PROVENANCE, ArraySpec, array_key, end_key, window_key
 from bsc.cache.store.shard import ShardRecord
 from bsc.errors import StoreError
 from bsc.files import canonical_json
@@ -27,6 +27,7 @@ __all__ = [
     "PartEnd",
     "TextPoint",
     "WindowRecord",
+    "committed_windows",
     "parse_array_json",
     "read_array_json",
     "read_end",
@@ -216,6 +217,16 @@ def windows(folder: StoreFolder, split: Split, rank: int) -> Iterator[WindowReco
     while (record := read_window(folder, split, rank, window)) is not None:
         yield record
         window += 1
+
+
+def committed_windows(folder: StoreFolder, split: Split, writers: int) -> list[int]:
+    """Number of committed windows of each writer."""
+    counts = [0] * writers
+    for key in folder.keys(f"{MANIFEST}/{split}"):
+        rank = key.rsplit("/", 1)[-1].partition("-")[0]
+        if not key.endswith(PARTIAL) and rank.isdigit() and int(rank) < writers:
+            counts[int(rank)] += 1
+    return counts
 
 
 def write_end(folder: StoreFolder, end: PartEnd) -> None:

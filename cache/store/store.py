@@ -25,6 +25,7 @@ from bsc.cache.store.layout import (
     store_attributes,
 )
 from bsc.cache.store.manifest import read_json, read_provenance, windows
+from bsc.cache.store.ring_room import RingRoom
 from bsc.cache.store.shard import ShardRecord
 from bsc.cache.store.split import StoreSplit
 from bsc.errors import StoreError, nearest
@@ -148,6 +149,22 @@ class ActivationStore:
             return int(grid["shards"]) * int(grid["shard_rows"])
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{self.folder}/{PROVENANCE}: damaged ({error!r}).") from None
+
+    @property
+    def room(self) -> RingRoom | None:
+        """How far apart writers and readers of a ring can be; None: the store is no ring.
+
+        Raises:
+            StoreError: provenance.json is missing or damaged.
+        """
+        if self.ring is None:
+            return None
+        try:
+            window = int(self.attributes["scatter"]["window"]) * self.writers
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{self.folder}/{DATA}/zarr.json: damaged ({error!r}).") from None
+        rows = self.train.grid.shard_rows
+        return RingRoom(self.ring, window, self.planned_rows // rows, rows)
 
     def hookpoint(self, name: str) -> Hookpoint:
         """The hookpoint called `name`.

@@ -72,7 +72,7 @@ def make_store(
     ring: int | None = None,
     first: int = 0,
     stop_after: int | None = None,
-    before_window: Callable[[int], None] | None = None,
+    before_window: Callable[[list[int]], bool] | None = None,
     edit: Callable[[dict[str, torch.Tensor]], None] = lambda b: None,
 ) -> int:
     """Write one writer's part, or go on with it; rows dropped at its end.

@@ -17,10 +17,12 @@ import torch
 from bsc.cache.capture.capture import capture
 from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.model.text_source import TextSource
-from bsc.cache.store.folder import open_folder
+from bsc.cache.store import ring as ring_module
+from bsc.cache.store.folder import StoreFolder, open_folder
 from bsc.cache.store.layout import Grid, array_specs
-from bsc.cache.store.loader import Loader
-from bsc.cache.store.ring import RingReader, RingWriter, readers, reading
+from bsc.cache.store.loader import START, Cursor, Loader
+from bsc.cache.store.ring import RingReader, RingWriter, drop_reader, readers, reading
+from bsc.cache.store.ring_status import ring_status
 from bsc.cache.store.store import ActivationStore
 from bsc.cache.store.verify import verify
 from bsc.errors import StoreError, UserError
@@ -49,10 +51,12 @@ def read(root: Path, name: str, delay: float = 0.0) -> list[int]:
     store = ActivationStore(root)
     split = store.train
     names = ("layers.0.mlp/input", "layers.0.mlp/output")
-    loader = Loader(split, names, batch_rows=100, seed=0, shards_at_once=2, drop_last=False)
+    loader = Loader(split, names, batch_rows=30, seed=0, shards_at_once=2, drop_last=False)
     got: list[int] = []
     with reading(RingReader(store.folder, split.specs, split.grid, name)) as ring:
-        for x, y in loader.ring_batches(ring, lambda: ActivationStore(root).complete):
+        start = Cursor(0, ring.next_shard, 0)
+        for x, y in loader.ring_batches(start, lambda: ActivationStore(root).complete):
+            ring.passed(loader.cursor.group)  # as if there were a checkpoint at each batch
             numbers = (x[:, 0].float() + 128 * x[:, 1].float()).int()
             assert torch.equal(numbers, (-y[:, 4].float() - 128 * y[:, 5].float()).int())
             got += numbers.tolist()
@@ -131,7 +135,8 @@ def test_a_dead_reader_is_named_and_can_come_back_where_it_was(
     child = subprocess.run(
         [sys.executable, "-c", f"""
 import os
-from bsc.cache.store.folder import open_folder
+from bsc.cache.store import ring as ring_module
+from bsc.cache.store.folder import StoreFolder, open_folder
 from bsc.cache.store.layout import Grid
 from bsc.cache.store.ring import RingReader
 from tests.cache.test_ring import GRID, SPECS
@@ -146,7 +151,7 @@ os._exit(9)
     (cursor,) = readers(folder)
     assert (cursor.reader, cursor.next_shard) == ("lost", 3) and cursor.is_dead()
     writer = RingWriter(folder, SPECS, GRID, SLOTS)
-    thread = threading.Thread(target=writer.wait_for_room, args=(11,), daemon=True)
+    thread = threading.Thread(target=writer.wait_for_room, args=([8, 9, 10, 11],), daemon=True)
     thread.start()
     said, deadline = "", time.monotonic() + 30
     while "holds the ring" not in said and time.monotonic() < deadline:
@@ -162,14 +167,135 @@ os._exit(9)
     back.close(leave=True)
 
 
+def foreign(folder: StoreFolder, reader: str, beat: int) -> None:
+    """The cursor of a process of another machine."""
+    value = {"reader": reader, "next_shard": 0, "beat": beat, "process": 7, "host": "elsewhere"}
+    folder.write(f"ring/{reader}.json", json.dumps(value).encode())
+
+
+@pytest.fixture
+def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring_module, "BEAT_SECONDS", 0.1)
+
+
+@pytest.mark.usefixtures("quick_beats")
 def test_two_processes_cannot_read_a_ring_under_one_name(tmp_path: Path) -> None:
     make_store(tmp_path / "s", 200, GRID, window=WINDOW, ring=SLOTS, size=50, stop_after=100)
     folder = open_folder(tmp_path / "s")
-    RingReader(folder, SPECS, GRID, "one").close(leave=False)
-    value = json.loads(folder.read("ring/one.json"))
-    folder.write("ring/one.json", json.dumps(value | {"process": os.getppid()}).encode())
-    with pytest.raises(UserError, match=r"reader one .* reads this ring under that name"):
+    foreign(folder, "one", 1)
+    stop = threading.Event()
+
+    def beat() -> None:
+        n = 1
+        while not stop.wait(0.05):
+            foreign(folder, "one", n := n + 1)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    with pytest.raises(UserError, match=r"reader one \(process 7 on elsewhere\) reads this ring"):
         RingReader(folder, SPECS, GRID, "one")
+    with pytest.raises(UserError, match=r"is reading now\. Stop that process first"):
+        drop_reader(folder, "one", lambda seconds: time.sleep(0.2))
+    stop.set()
+    thread.join()
+    # It was killed, and its job is started again on another machine.
+    mine = RingReader(folder, SPECS, GRID, "one")
+    assert mine.next_shard == 0 and not mine.joined_now
+    mine.close(leave=True)
+
+
+def test_a_reader_that_does_not_come_back_is_dropped(tmp_path: Path) -> None:
+    make_store(tmp_path / "s", 400, GRID, window=WINDOW, ring=SLOTS, size=50, stop_after=350)
+    folder = open_folder(tmp_path / "s")
+    alive = RingReader(folder, SPECS, GRID, "alive")
+    alive.passed(4)
+    foreign(folder, "lost", 5)
+    os.utime(tmp_path / "s/ring/lost.json", (0, 0))
+    status = ring_status(ActivationStore(tmp_path / "s"))
+    assert [(r.name, r.next_shard, r.state) for r in status.readers] == [
+        ("alive", 4, "alive"), ("lost", 0, "silent"),
+    ]  # fmt: skip
+    assert "--drop lost" in (status.waits_for() or "") and status.committed == 12
+    with pytest.raises(UserError, match=r"no reader last. There are alive, lost"):
+        drop_reader(folder, "last")
+    assert drop_reader(folder, "lost", lambda seconds: None).next_shard == 0
+    alive.passed(5)
+    assert shards_on_disk(tmp_path / "s") == 12 - 5
+    assert "reader alive" in (ring_status(ActivationStore(tmp_path / "s")).waits_for() or "")
+    alive.passed(8)
+    assert "part 0" in (ring_status(ActivationStore(tmp_path / "s")).waits_for() or "")
+    alive.close(leave=True)
+
+
+def test_readers_of_one_run_begin_at_one_shard(tmp_path: Path) -> None:
+    """Whenever they are started: places are kept for those that are not there yet."""
+    make_store(tmp_path / "s", 400, GRID, window=WINDOW, ring=SLOTS, size=50, stop_after=350)
+    folder, names = open_folder(tmp_path / "s"), ["run.0", "run.1"]
+    first = RingReader(folder, SPECS, GRID, "run.0", others=names)
+    first.passed(6)
+    assert (tmp_path / "s/data.zarr/tokens/token_id/c/0").exists()
+    (states,) = {tuple(r.state for r in ring_status(ActivationStore(tmp_path / "s")).readers)}
+    assert states == ("alive", "not started")
+    second = RingReader(folder, SPECS, GRID, "run.1", others=names)
+    assert second.next_shard == 0
+    second.passed(6)
+    second.close(leave=True)
+    # One that is started again makes no place for one that has ended.
+    first.close(leave=False)
+    again = RingReader(folder, SPECS, GRID, "run.0", others=names)
+    assert [c.reader for c in readers(folder)] == ["run.0"] and again.next_shard == 6
+    again.close(leave=True)
+
+
+def test_several_writers_and_a_text_that_ends_early(tmp_path: Path) -> None:
+    """Three writers, real threads; the text of one ends after a quarter of its shards."""
+    root, grid = tmp_path / "acts", Grid(24, 12, 60)
+    rows = {0: 20 * 24, 1: 5 * 24 + 7, 2: 20 * 24}
+
+    def write_part(rank: int) -> None:
+        ring = RingWriter(open_folder(root), SPECS, grid, 12, rank=rank, writers=3)
+        make_store(
+            root, rows[rank], grid, window=2, ring=12, size=50, rank=rank, writers=3,
+            first=1000 * rank, before_window=ring.wait_for_room,
+        )  # fmt: skip
+
+    threads = [threading.Thread(target=write_part, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    while not (root / "provenance.json").exists():
+        time.sleep(0.01)
+    got = read(root, "one")
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    # Shard 1 + 3 * 5 is the first that is missing.
+    status = ring_status(ActivationStore(root))
+    assert (status.ends_at, status.committed) == (16, 16)
+    assert [w.state for w in status.writers] == ["finished"] * 3
+    assert len(got) == len(set(got))
+    assert Counter(n // 1000 for n in got) == {0: 6 * 24, 1: 5 * 24, 2: 5 * 24}
+    assert list(verify(root)) == [] and ActivationStore(root).complete
+
+
+def test_a_writer_that_is_missing_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring_module, "SILENT_SECONDS", 0.2)
+    root, grid = tmp_path / "acts", Grid(24, 12, 60)
+    make_store(root, 480, grid, window=2, ring=12, size=50, writers=3, stop_after=200)
+    writer = RingWriter(open_folder(root), SPECS, grid, 12, rank=0, writers=3)
+    thread = threading.Thread(target=writer.wait_for_room, args=([12, 15],), daemon=True)
+    thread.start()
+    said, deadline = "", time.monotonic() + 30
+    while "with --rank 1" not in said and time.monotonic() < deadline:
+        time.sleep(0.05)
+        said += capsys.readouterr().err.replace("\n", " ")
+    assert "shard 1 is the next that readers need" in said
+    last = RingReader(open_folder(root), SPECS, grid, "drain")
+    last.passed(grid.shards)
+    thread.join(30)
+    assert not thread.is_alive()
+    last.close(leave=True)
 
 
 def test_a_damaged_cursor_and_a_bad_name_are_refused(tmp_path: Path) -> None:
@@ -216,7 +342,7 @@ def test_a_reader_that_stops_early_does_not_wait_for_shards(tmp_path: Path, ahea
     names = ("layers.0.mlp/input",)
     loader = Loader(store.train, names, batch_rows=24, seed=0, shards_at_once=2, ahead=ahead)
     ring = RingReader(store.folder, SPECS, GRID, "early")
-    batches = loader.ring_batches(ring, lambda: False)
+    batches = loader.ring_batches(START, lambda: False)
     for _ in range(4 if ahead else 8):
         next(batches)
     started = time.monotonic()
@@ -237,6 +363,6 @@ def test_rows_that_are_not_finite_do_not_come_out_of_a_ring(tmp_path: Path) -> N
     store = ActivationStore(root)
     loader = Loader(store.train, ("layers.0.mlp/output",), batch_rows=24, seed=0, drop_last=False)
     make_store(root, 600, GRID, window=WINDOW, ring=SLOTS, size=50, edit=spoil)
-    with reading(RingReader(store.folder, SPECS, GRID, "late")) as ring:
-        rows = torch.cat([b.clone() for (b,) in loader.ring_batches(ring, lambda: True)])
+    with reading(RingReader(store.folder, SPECS, GRID, "late")):
+        rows = torch.cat([b.clone() for (b,) in loader.ring_batches(START, lambda: True)])
     assert rows.isfinite().all() and len(rows) == 600 - 10

@@ -157,7 +157,6 @@ def trainers(machine: Machine, found: Found) -> None:
         rows=100, mean=torch.zeros(WIDTH, dtype=torch.float64),
         variance=torch.ones(WIDTH, dtype=torch.float64),
     )  # fmt: skip
-    vars(module)["kept_moments"] = lambda *_: moments
     store: Any = types.SimpleNamespace(train=None, attributes={"model": {"special_token_ids": []}})
     name = "layers.0.mlp/output"
     for label in ("topk", "binary", "batch top-k", "AuxK", "gumbel", "amplitude"):
@@ -173,7 +172,9 @@ def trainers(machine: Machine, found: Found) -> None:
         ]  # fmt: skip
         with pretended(machine):
             settings = TrainConfig(dead_after=64, batch_rows=ROWS)
-            trainer = module.BankTrainer(planned, store, settings, CUDA, micro_rows=ROWS)
+            trainer = module.BankTrainer(
+                planned, store, settings, CUDA, micro_rows=ROWS, moments={name: moments}
+            )
             for step in range(3):
                 batch = {name: drawn(ROWS, WIDTH, seed=step).bfloat16()}
                 machine.reset()

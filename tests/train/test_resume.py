@@ -15,7 +15,7 @@ from bsc.errors import ConfigError, StoreError, UserError
 from bsc.eval.config import EvalConfig
 from bsc.eval.evaluate import evaluate
 from bsc.eval.evaluation import EvaluationFolder
-from bsc.train import checkpoint, trainer
+from bsc.train import checkpoint, loop
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.config import TrainConfig
 from bsc.train.metrics import MetricsWriter
@@ -148,16 +148,16 @@ def test_it_goes_on_from_a_checkpoint_and_not_from_the_beginning(
     store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = config(store_path, tmp_path, tokens=2_560)
-    real = trainer._Loop._step
+    real = loop.Loop._step
     taken = []
 
-    def stop_at_7(self: trainer._Loop, batch: Any) -> None:
+    def stop_at_7(self: loop.Loop, batch: Any) -> None:
         taken.append(self.step)
         if self.step == 7 and len(taken) == 8:
             raise RuntimeError("power cut")
         real(self, batch)
 
-    monkeypatch.setattr(trainer._Loop, "_step", stop_at_7)
+    monkeypatch.setattr(loop.Loop, "_step", stop_at_7)
     with pytest.raises(RuntimeError):
         train_sweep(sweep)
     resume(sweep.folder)
@@ -168,17 +168,17 @@ def test_ctrl_c_finishes_the_step_and_writes_a_checkpoint(
     store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     sweep = config(store_path, tmp_path, tokens=2_560, checkpoint_every=1000)
-    real = trainer._Loop._step
+    real = loop.Loop._step
 
-    def interrupted(self: trainer._Loop, batch: Any) -> None:
+    def interrupted(self: loop.Loop, batch: Any) -> None:
         if self.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
         real(self, batch)
 
-    monkeypatch.setattr(trainer._Loop, "_step", interrupted)
+    monkeypatch.setattr(loop.Loop, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_sweep(sweep)
-    monkeypatch.setattr(trainer._Loop, "_step", real)
+    monkeypatch.setattr(loop.Loop, "_step", real)
     assert _step(sweep.folder) == 5
     assert "--resume" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"has not ended.*--resume"):
@@ -267,24 +267,24 @@ def test_metrics_that_were_cut_off_are_counted_from_where_they_were_cut(
 ) -> None:
     """A checkpoint right after a resume, before the next line of metrics."""
     sweep = config(store_path, tmp_path, tokens=5_120, coders=CODERS[:1], checkpoint_every=4)
-    real = trainer._Loop._step
+    real = loop.Loop._step
 
     def stop_at(step: int, error: type[BaseException]) -> None:
-        def stop(self: trainer._Loop, batch: Any) -> None:
+        def stop(self: loop.Loop, batch: Any) -> None:
             if self.step == step:
                 raise error
             real(self, batch)
 
-        monkeypatch.setattr(trainer._Loop, "_step", stop)
+        monkeypatch.setattr(loop.Loop, "_step", stop)
 
     stop_at(11, RuntimeError)  # lines of step 9 stand after the checkpoint of step 8
     with pytest.raises(RuntimeError):
         train_sweep(sweep)
-    monkeypatch.setattr(trainer._Loop, "_step", real)
+    monkeypatch.setattr(loop.Loop, "_step", real)
     stop_at(8, RuntimeError)
     with pytest.raises(RuntimeError):
         resume(sweep.folder)
-    monkeypatch.setattr(trainer._Loop, "_step", real)
+    monkeypatch.setattr(loop.Loop, "_step", real)
     reference, _ = train_sweep(sweep.model_copy(update={"name": "reference"}))
     other = tmp_path / "metrics.jsonl"
     other.write_bytes(b"x" * 100)

@@ -49,8 +49,7 @@ class Bank:
     """Stacked parameters of C coders and their gradients.
 
     `parameters[name]` is (C, *shape) and `gradients[name]` the same, by the names on disk (and
-    `amplitude`). `trained(c)` has the slices of a coder as views, so an optimiser may work on one
-    coder alone.
+    `amplitude`). `trained(c)` has the slices of one coder as views, for an optimiser of its own.
     """
 
     def __init__(
@@ -201,6 +200,7 @@ class Bank:
         *,
         micro_rows: int | None = None,
         active: Sequence[int] | None = None,
+        of_rows: int | None = None,
     ) -> StepResult:
         """Forward and backward pass over a batch: overwrites `gradients`.
 
@@ -210,16 +210,16 @@ class Bank:
             micro_rows: rows that are worked on at a time, which bounds the memory; None: all.
                 Batch top-k selects among these.
             active: coders to train; None: all. The gradients of the others stand.
+            of_rows: rows of the whole batch, where loss, L0 and gradients of its parts are summed.
 
         Returns:
             The loss whose gradient was taken, and what fired; zeros for coders not active.
         """
         active = range(len(self.configs)) if active is None else active
-        n, size = len(x_Nd), micro_rows or len(x_Nd)
+        n, size, whole = len(x_Nd), micro_rows or len(x_Nd), of_rows or len(x_Nd)
         device, n_coders = self._centre.device, len(self.configs)
         self._prepare(min(size, n), active)
-        loss = torch.zeros(n_coders, dtype=torch.float64, device=device)
-        l0 = torch.zeros(n_coders, dtype=torch.float64, device=device)
+        loss, l0 = torch.zeros((2, n_coders), dtype=torch.float64, device=device)
         # The last column takes what did not fire: a mask as an index would wait for the device.
         fired = torch.zeros((n_coders, self.n_latents + 1), dtype=torch.bool, device=device)
         for start in range(0, n, size):
@@ -232,7 +232,7 @@ class Bank:
             for c in active:
                 kernels.pre_activations(z, self._encoder[c], pre)
                 sums: dict[str, Tensor] | None = {} if start == 0 and last else None
-                one = self._pass(c, z, y, 1 / (n * self.total_variance), start > 0, sums)
+                one = self._pass(c, z, y, 1 / (whole * self.total_variance), start > 0, sums)
                 latent, margin, on, error = one.run(pre)
                 loss[c] += error
                 l0[c] += on.sum()
@@ -241,7 +241,7 @@ class Bank:
                     self._note_minima(c, latent, margin, on)
                 if last:
                     self._finish(c, sums or {})
-        return StepResult(loss, l0 / n, fired[:, : self.n_latents])
+        return StepResult(loss, l0 / whole, fired[:, : self.n_latents])
 
     def _pass(
         self, c: int, z: Tensor, y: Tensor, scale: float, add: bool, sums: dict[str, Tensor] | None
