@@ -87,6 +87,7 @@ _UsageError: type[Exception] = next(
 _INTERRUPTED = 130
 _GOES_ON = {
     "cache": "What is committed is kept; the same command goes on from there.",
+    "verify": "Windows that were checked are kept; the same command goes on with the others.",
     "train": "bsc train --resume RUN goes on from the last checkpoint.",
     "finetune": "bsc finetune --resume RUN goes on from the last checkpoint.",
     "eval": "The same command goes on from there.",

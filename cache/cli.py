@@ -5,7 +5,8 @@ They parse, call and print.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -144,27 +145,70 @@ def verify(
     quick: Annotated[
         bool, flag("Check everything but the rows: names, sizes, sums.", None, "--quick")
     ] = False,
+    jobs: Annotated[
+        int | None,
+        flag("Shards that are checked at a time.", MACHINE, default="one per core, at most 8"),
+    ] = None,
+    journal: Annotated[
+        Path | None,
+        flag(
+            "File that keeps what was checked, for going on. It goes when all is right.",
+            MACHINE,
+            default="one in ~/.cache/bsc/verify",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check every byte of a store against its own record.
+
+    A check that was stopped goes on when the same command is given again. After one that found
+    something, the same command reads what was wrong or was changed since.
 
     Exits 0 when all is right, 1 when not: every problem is printed with the file it is in.
     """
     from bsc.cache.store.store import ActivationStore
     from bsc.cache.store.verify import verify as verify_store
-    from bsc.errors import StoreError
+    from bsc.cache.store.verify_journal import open_journal
+    from bsc.errors import StoreError, UserError
     from bsc.files import canonical_json
     from bsc.formats import printable
-    from bsc.progress import stage
+    from bsc.progress import console, format_bytes, stage
 
+    if quick and journal is not None:
+        raise UserError("--quick reads no rows, so it keeps no journal: leave out --journal.")
     store = None
     with suppress(StoreError):  # what is wrong with it is the first thing that verify says
         store = ActivationStore(path)
-    with stage("verify", store.bytes if store else 0, "bytes") as progress:
-        problems = list(verify_store(path, on_bytes=progress.advance, quick=quick))
+    kept = open_journal(journal, store) if store and not quick else None
+    with kept or nullcontext():
+        done = kept.bytes if kept else 0
+        if kept and done:
+            console.print(
+                f"verify: goes on after {format_bytes(done)} that were checked since {kept.began}; "
+                f"remove {kept.path} to check them again",
+                markup=False,
+            )
+        with stage("verify", store.bytes if store else 0, "bytes", done=done) as progress:
+            problems = list(
+                verify_store(path, progress.advance, quick=quick, jobs=jobs, journal=kept)
+            )
+        if kept and problems:
+            console.print(
+                f"What is right is kept in {kept.path}; the same command checks the rest again.",
+                markup=False,
+            )
+        elif kept:
+            kept.remove()
     complete = bool(not problems and store and store.complete)
+    before = kept.taken if kept else 0
     if as_json:
-        facts = {"store": path, "complete": complete, "quick": quick, "problems": problems}
+        facts = {
+            "store": path,
+            "complete": complete,
+            "quick": quick,
+            "bytes_checked_before": before,
+            "problems": problems,
+        }
         typer.echo(canonical_json(facts), nl=False)
     elif problems or store is None:
         typer.echo("\n".join(printable(problem) for problem in problems))
@@ -172,7 +216,8 @@ def verify(
         rows = ", ".join(f"{s.rows:,} {name} rows" for name, s in store.splits.items())
         checked = "names, sizes and sums are" if quick else "every byte is"
         state = "" if complete else "; its capture has not ended"
-        typer.echo(f"{path}: {checked} right ({rows}){state}")
+        since = f"; {format_bytes(before)} were checked before" if before else ""
+        typer.echo(f"{path}: {checked} right ({rows}){since}{state}")
     raise typer.Exit(1 if problems else 0)
 
 

@@ -1,7 +1,8 @@
 """Checking a store against its own record, every byte of it.
 
 `verify` compares every file with the manifest and the metadata and gives problems in words that
-name the file. A store is right when the list is empty.
+name the file. A store is right when the list is empty. `verify_shards.py` reads the rows,
+`verify_journal.py` keeps what was checked.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from bsc.cache.store.channel_sums import ChannelSums
 from bsc.cache.store.folder import PARTIAL
+from bsc.cache.store.kinds import Split
 from bsc.cache.store.layout import (
     DATA,
     MANIFEST,
@@ -36,27 +37,40 @@ from bsc.cache.store.manifest import PartEnd, WindowRecord, read_array_json, rea
 from bsc.cache.store.readme import store_readme
 from bsc.cache.store.ring import first_kept, is_ring_file
 from bsc.cache.store.scatter import owned_shards, window_sizes
-from bsc.cache.store.shard import ShardRecord, read_index
+from bsc.cache.store.shard import ShardRecord
 from bsc.cache.store.split import StoreSplit
 from bsc.cache.store.store import ActivationStore
-from bsc.errors import StoreError
+from bsc.cache.store.verify_files import StoreFiles
+from bsc.cache.store.verify_journal import VerifyJournal
+from bsc.cache.store.verify_shards import ShardPool, WindowShards
+from bsc.errors import StoreError, UserError
 from bsc.files import canonical_json
 from bsc.records import parse_json, sealed
 
 __all__ = ["verify"]
 
-_READ = 1 << 24
-
 
 def verify(
-    root: str | Path, on_bytes: Callable[[int], None] = lambda n: None, *, quick: bool = False
+    root: str | Path,
+    on_bytes: Callable[[int], None] = lambda n: None,
+    *,
+    quick: bool = False,
+    jobs: int | None = None,
+    journal: VerifyJournal | None = None,
 ) -> Iterator[str]:
     """Compare the files of a store with its manifest and metadata.
 
+    Problems come in the same order whatever `jobs` is, and with a journal as without one. Memory
+    does not grow with the store: a window of the manifest is looked at after the other.
+
     Args:
         root: the store's folder.
-        on_bytes: called with the number of bytes checked since the last call.
+        on_bytes: called with the number of bytes checked since the last call. The number is
+            negative where the journal counted bytes that have to be read again.
         quick: check names, sizes, indices and metadata, and not the rows.
+        jobs: shards that are checked at a time; None: one for each core, at most 8.
+        journal: what was checked before, which is not read again, and where to keep what is checked
+            now. None: every byte is read.
 
     Yields:
         One sentence per problem: a missing, truncated, changed or foreign file, a manifest that
@@ -64,18 +78,23 @@ def verify(
 
     Raises:
         StoreError: there is no store at all.
+        UserError: `jobs` is less than 1, or a journal goes with `quick`.
     """
+    if quick and journal is not None:
+        raise UserError("A quick check reads no rows, so it keeps no journal: leave one out.")
     try:
         # In this order: what a capture commits meanwhile is then neither foreign nor missing.
         before = ActivationStore(root)
-        complete, found = _is_complete(before), set(before.folder.keys())
+        specs = [spec for split in before.splits.values() for spec in split.specs.values()]
+        complete, files = _is_complete(before), StoreFiles(before.folder, specs)
         store = ActivationStore(root)
     except StoreError as error:
         if not (Path(root) / PROVENANCE).exists() and not (Path(root) / DATA).exists():
             raise
         yield str(error)
         return
-    yield from _Check(store, complete, found, on_bytes, quick).run()
+    with ShardPool(store, files, on_bytes, quick=quick, jobs=jobs, journal=journal) as pool:
+        yield from _Check(store, complete, files, pool).run()
 
 
 def _is_complete(store: ActivationStore) -> bool:
@@ -87,21 +106,18 @@ def _is_complete(store: ActivationStore) -> bool:
 
 class _Check:
     def __init__(
-        self,
-        store: ActivationStore,
-        complete: bool,
-        found: set[str],
-        on_bytes: Callable[[int], None],
-        quick: bool,
+        self, store: ActivationStore, complete: bool, files: StoreFiles, pool: ShardPool
     ) -> None:
-        self.store, self.on_bytes, self.quick = store, on_bytes, quick
-        self.complete, self.found = complete, found
+        self.store, self.pool = store, pool
+        self.complete, self.files = complete, files
         """Whether the store was finished, and the files it had, when the check began."""
         self.folder = store.folder
         self.expected: set[str] = set()
-        """Keys that belong to the store."""
+        """Keys that belong to the store, but for those of shards."""
         self.optional: set[str] = set()
         """Keys that may be there while a capture goes on."""
+        self.kept: dict[Split, int] = {}
+        """First shard of each split that has to be there."""
         self.ends: list[PartEnd | None] = []
 
     def run(self) -> Iterator[str]:
@@ -175,22 +191,23 @@ class _Check:
         self.optional |= {"store.lock"}
         self.optional |= {f"writer-{rank}.lock" for rank in range(self.store.writers)}
 
-    def _windows(self, split: StoreSplit) -> Iterator[tuple[WindowRecord | None, str]]:
-        """The manifests of a split with the problem of each, writer by writer."""
-        for rank in range(self.store.writers):
-            for window in count():
-                key = window_key(split.split, rank, window)
-                try:
-                    record = read_window(self.folder, split.split, rank, window)
-                except StoreError as error:
-                    self.expected.add(key)
-                    yield None, str(error)
-                    continue
-                if record is None and window >= self._least_windows(split, rank):
-                    break
+    def _windows(self, split: StoreSplit, rank: int) -> Iterator[WindowRecord | str]:
+        """The manifests of a writer, with the problem in the place of one that is damaged."""
+        for window in count():
+            key = window_key(split.split, rank, window)
+            try:
+                record = read_window(self.folder, split.split, rank, window)
+            except StoreError as error:
                 self.expected.add(key)
-                if record is not None:
-                    yield record, ""
+                yield str(error)
+                if window >= self._least_windows(split, rank) and key not in self.files.others:
+                    break  # nothing is there, and the place cannot be read
+                continue
+            if record is None and window >= self._least_windows(split, rank):
+                break
+            self.expected.add(key)
+            if record is not None:
+                yield record
 
     def _least_windows(self, split: StoreSplit, rank: int) -> int:
         """Windows that a writer must have committed, by the shards that are."""
@@ -206,40 +223,78 @@ class _Check:
         return int(np.searchsorted(np.cumsum(sizes), committed)) + 1 if committed else 0
 
     def _split(self, split: StoreSplit) -> Iterator[str]:
-        records: dict[tuple[str, int], ShardRecord] = {}
-        sums: dict[str, dict[int, ChannelSums]] = {}
-        for window, problem in self._windows(split):
-            if window is None:
-                yield problem
-                continue
-            for record in window.shards:
-                if record.sums is not None:
-                    sums.setdefault(record.array, {})[record.shard] = record.sums
-                records[record.array, record.shard] = replace(record, sums=None)
+        ring = self.store.ring is not None and split.split == "train"
         first = next(iter(split.specs.values()))
-        kept = first_kept(self.folder, first, split.shards) if self.store.ring else 0
-        if split.split != "train":
-            kept = 0
+        self.kept[split.split] = first_kept(self.folder, first, split.shards) if ring else 0
         for name, spec in split.specs.items():
             self.expected.add(array_key(spec))
             yield from self._metadata(split, name, spec)
-            for shard in range(kept, split.shards):
-                key = shard_key(spec, shard)
-                self.expected.add(key)
-                found = records.get((spec.path, shard))
-                if found is None:
-                    yield f"{self.folder}/{key}: committed, but the manifest has no line for it"
+        sums = {s.path: ChannelSums(s.width) for s in split.specs.values() if s.width is not None}
+        yield from self.pool.problems(self._shards(split, sums))
+        for name, spec in split.specs.items():
+            # Of an array that has no sums here, a shard without a line was reported.
+            if spec.path in sums and sums[spec.path].to_json() != split.sums(name).to_json():
+                yield f"{self.folder}/{array_key(spec)}: the channel sums are changed"
+
+    def _shards(
+        self, split: StoreSplit, sums: dict[str, ChannelSums]
+    ) -> Iterator[str | WindowShards]:
+        """Every window at its first shard, shards without a line, and manifests that are wrong.
+
+        The shards are gone through in order, with one window of each writer in memory.
+
+        Args:
+            split: whose shards they are.
+            sums: of each array, to which those of its shards are added in order. An array goes from
+                there if a shard of it has none.
+        """
+        shard_rows = split.grid.shard_rows
+        ends = {s.path: split.summed_rows(n) // shard_rows for n, s in split.specs.items()}
+        parts = [self._windows(split, rank) for rank in range(self.store.writers)]
+        lines: list[dict[tuple[str, int], ShardRecord]] = [{} for _ in parts]
+        last = [-1] * len(parts)
+        for shard in range(max(ends.values())):
+            rank = shard % len(parts)
+            while last[rank] < shard:
+                window = next(parts[rank], None)
+                if isinstance(window, WindowRecord):
+                    yield from self._window(split, window)
+                    lines[rank] = {(line.array, line.shard): line for line in window.shards}
+                    last[rank] = max(window.shard_numbers, default=-1)
+                elif window is None:
+                    lines[rank], last[rank] = {}, max(ends.values())
                 else:
-                    yield from self._shard(key, split, spec, found)
-            if spec.width is not None:
-                yield from self._sums(split, name, spec, sums.get(spec.path, {}))
-        committed = {spec.path for spec in split.specs.values()}
-        for array, shard in records:
-            if array not in committed:
-                yield f"{self.folder}/{MANIFEST}: a line for {array}, which is no array"
-            elif shard >= split.shards and not self.complete:
-                spec = next(s for s in split.specs.values() if s.path == array)
-                self.optional.add(shard_key(spec, shard))
+                    yield window
+            for spec in split.specs.values():
+                line = lines[rank].pop((spec.path, shard), None)
+                if line is None and self.kept[split.split] <= shard < split.shards:
+                    key = shard_key(spec, shard)
+                    yield f"{self.folder}/{key}: committed, but the manifest has no line for it"
+                if spec.path in sums and shard < ends[spec.path]:
+                    if line is None or line.sums is None:
+                        del sums[spec.path]
+                    else:
+                        sums[spec.path].merge(line.sums)
+        for part in parts:  # what is committed, but not yet by all writers
+            for window in part:
+                if isinstance(window, WindowRecord):
+                    yield from self._window(split, window)
+                else:
+                    yield window
+
+    def _window(self, split: StoreSplit, window: WindowRecord) -> Iterator[str | WindowShards]:
+        """The shards of a window that have to be there, and lines of other arrays."""
+        specs = {spec.path: (at, spec) for at, spec in enumerate(split.specs.values())}
+        found: dict[tuple[int, int], tuple[ArraySpec, ShardRecord]] = {}
+        for line in window.shards:
+            at, spec = specs.get(line.array, (0, None))
+            if spec is None:
+                yield f"{self.folder}/{MANIFEST}: a line for {line.array}, which is no array"
+            elif self.kept[split.split] <= line.shard < split.shards:
+                found[line.shard, at] = (spec, replace(line, sums=None))
+        if found:
+            shards = [found[place] for place in sorted(found)]
+            yield WindowShards(split.split, window.rank, window.window, shards)
 
     def _metadata(self, split: StoreSplit, name: str, spec: ArraySpec) -> Iterator[str]:
         """The array's own file is canonical and agrees with what the parts of the store say."""
@@ -271,87 +326,21 @@ class _Check:
         if said and said.get("rows", {}).get(split.split) != rows:
             yield f"{self.folder}/{key}: {rows:,} rows, which is not what {PROVENANCE} says"
 
-    def _shard(
-        self, key: str, split: StoreSplit, spec: ArraySpec, record: ShardRecord
-    ) -> Iterator[str]:
-        grid, where = split.grid, f"{self.folder}/{key}"
-        if record.rows != grid.shard_rows:
-            yield f"{where}: the manifest says {record.rows} rows"
-        try:
-            size = self.folder.size(key)
-            if size is None:
-                if not self._passed(record.shard, split):
-                    yield f"{where}: missing"
-                return
-            if size != record.bytes or (not spec.lz4 and size != spec.shard_bytes(grid)):
-                yield f"{where}: {size:,} bytes, expected {record.bytes:,}"
-                return
-            path = self.folder.fresh(key)
-            index = read_index(path, grid.chunks)
-            lengths = index[:, 1].astype(np.int64)
-            starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-            dense = np.array_equal(index[:, 0].astype(np.int64), starts)
-            if not dense or int(lengths.sum()) + index.nbytes + 4 != size:
-                yield f"{where}: the chunks are not in order and without gaps"
-                return
-            if self.quick:
-                self.on_bytes(size)
-                return
-            yield from self._content(path, where, lengths.tolist(), split, record)
-        except (StoreError, OSError) as error:
-            if not self._passed(record.shard, split):
-                yield str(error)
-
-    def _passed(self, shard: int, split: StoreSplit) -> bool:
-        """Whether a ring has moved past a shard since the check began."""
-        first = next(iter(split.specs.values()))
-        ring = self.store.ring is not None and split.split == "train"
-        return ring and shard < first_kept(self.folder, first, split.shards)
-
-    def _content(
-        self, path: Path, where: str, lengths: list[int], split: StoreSplit, record: ShardRecord
-    ) -> Iterator[str]:
-        whole = xxhash.xxh3_128()
-        damaged = []
-        with path.open("rb") as file:
-            for chunk, length in enumerate(lengths):
-                digest = xxhash.xxh3_64()
-                left = length
-                while left and (raw := file.read(min(left, _READ))):
-                    digest.update(raw)
-                    whole.update(raw)
-                    left -= len(raw)
-                    self.on_bytes(len(raw))
-                if record.chunk_xxh3_64[chunk : chunk + 1] != (digest.hexdigest(),):
-                    damaged.append(chunk)
-            whole.update(file.read())
-        for chunk in damaged:
-            n = split.grid.chunk_rows
-            yield f"{where}: chunk {chunk} (rows {chunk * n} to {chunk * n + n - 1}) is changed"
-        if whole.hexdigest() != record.xxh3_128 and not damaged:
-            yield f"{where}: the footer is changed"
-
-    def _sums(
-        self, split: StoreSplit, name: str, spec: ArraySpec, by_shard: dict[int, ChannelSums]
-    ) -> Iterator[str]:
-        """The sums in an array's attributes are those of its manifests, added up in order."""
-        total = ChannelSums(int(spec.width or 0))
-        for shard in range(split.summed_rows(name) // split.grid.shard_rows):
-            if shard not in by_shard:
-                return  # reported as a shard without a line
-            total.merge(by_shard[shard])
-        if total.to_json() != split.sums(name).to_json():
-            yield f"{self.folder}/{array_key(spec)}: the channel sums are changed"
-
     def _files(self) -> Iterator[str]:
         """Nothing is missing, and nothing else is there."""
-        for key in sorted(self.found - self.expected - self.optional):
-            if self._of_a_running_capture(key):
-                continue
+        foreign = {k for k in self.files.others if not self._of_a_running_capture(k)}
+        foreign -= self.expected | self.optional
+        for split in self.store.splits.values():
+            if not self.complete:
+                break  # shards beyond the committed ones are those of a running capture
+            for spec in split.specs.values():
+                there = self.files.shards(spec)
+                foreign |= {shard_key(spec, int(n)) for n in there[there >= split.shards]}
+        for key in sorted(foreign):
             yield f"{self.folder}/{key}: does not belong to the store"
-        for key in sorted(self.expected - self.found):
+        for key in sorted(self.expected - self.files.others):
             # Missing shards are reported above; others may have come since the check began.
-            if "/c/" not in key and not self.folder.exists(key):
+            if not self.folder.exists(key):
                 yield f"{self.folder}/{key}: missing"
 
     def _of_a_running_capture(self, key: str) -> bool:
