@@ -31,11 +31,11 @@ from bsc.cache.store.layout import (
     shard_key,
 )
 from bsc.cache.store.manifest import (
-    WindowRecord,
     committed_windows,
     read_array_json,
     read_end,
     read_provenance,
+    read_shard_hashes,
     read_window,
 )
 from bsc.cache.store.readme import store_readme
@@ -124,13 +124,18 @@ def check_same(folder: StoreFolder, identity: Mapping[str, Any]) -> dict[str, An
 
 
 def _shards_of(folder: StoreFolder, split: Split, rank: int, sizes: list[int], windows: int) -> int:
-    """Shards in the first windows of a writer. Only the last can be shorter than planned."""
+    """Shards in the first windows of a writer. Only the last can be shorter than planned.
+
+    Raises:
+        StoreError: the manifest of the last is missing or damaged.
+    """
     if windows == 0:
         return 0
-    last = read_window(folder, split, rank, windows - 1)
-    if last is None:
+    # Not read_window: its megabytes of sums would take most of the time of a commit.
+    last = read_shard_hashes(folder, split, rank, windows - 1)
+    if not last:
         raise StoreError(f"{folder}: the manifest of {split} lacks a window of writer {rank}.")
-    return sum(sizes[: windows - 1]) + len(last.shard_numbers)
+    return sum(sizes[: windows - 1]) + len({shard for _, shard in last})
 
 
 def split_start(
@@ -185,20 +190,18 @@ def _advance(
         for r, (plan, n) in enumerate(zip(plans, counts, strict=True))
     ]
     prefix = min(grid.shards, *(r + writers * n for r, n in enumerate(done)))
-    cache: dict[tuple[int, int], WindowRecord | None] = {}
+    known: dict[tuple[str, int], ChannelSums | None] = {}
 
-    def record_of(spec: ArraySpec, shard: int) -> ChannelSums:
-        rank, place = shard % writers, shard // writers
-        ends = np.cumsum(plans[rank])
-        key = (rank, int(np.searchsorted(ends, place, side="right")))
-        if key not in cache:
-            cache[key] = read_window(folder, split, *key)
-        record = cache[key]
-        for shard_record in record.shards if record else ():
-            if (shard_record.array, shard_record.shard) == (spec.path, shard):
-                assert shard_record.sums is not None
-                return shard_record.sums
-        raise StoreError(f"{folder}: the manifest lacks shard {shard} of {spec.path}.")
+    def sums_of(spec: ArraySpec, shard: int) -> ChannelSums:
+        if (spec.path, shard) not in known:
+            rank, place = shard % writers, shard // writers
+            window = int(np.searchsorted(np.cumsum(plans[rank]), place, side="right"))
+            record = read_window(folder, split, rank, window)
+            known.update({(r.array, r.shard): r.sums for r in record.shards} if record else {})
+        found = known.get((spec.path, shard))
+        if found is None:
+            raise StoreError(f"{folder}: the manifest lacks shard {shard} of {spec.path}.")
+        return found
 
     for spec in specs.values():
         rows, attributes = read_array_json(folder, spec)
@@ -208,7 +211,7 @@ def _advance(
         if spec.width is not None:
             sums = ChannelSums.from_json(attributes)
             for shard in range(before, prefix):
-                sums.merge(record_of(spec, shard))
+                sums.merge(sums_of(spec, shard))
             attributes |= sums.to_json()
         rows = prefix * grid.shard_rows
         new = spec.zarr_json(rows, grid, attributes)

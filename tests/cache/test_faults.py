@@ -264,7 +264,7 @@ def test_flags_that_do_not_go_together_are_refused(tiny_model: Path, tmp_path: P
     refused("should be 'masked', 'joined' or 'none'", packing="tight")
     refused("should be 'raw', 'lz4' or 'int8'", codec="zip")
     refused("--ring 1: at least 2 shards", ring=1)
-    refused("--ring: takes one writer, not --world 2", ring=8, world=2)
+    refused("--ring 5: at least 6 shards are needed, two for each writer", ring=5, world=3)
     with pytest.raises(ValueError, match="--ring needs a file system"):
         config_of(str(tiny_model), tmp_path).but(store="s3://b/acts", ring=8)
     refused(r"--world 9000: the store has [\d,]+ shards of 1 rows, fewer", world=9000)
