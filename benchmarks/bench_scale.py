@@ -73,12 +73,14 @@ def timed(work: Callable[[], object], repeats: int = 5) -> float:
 class Played:
     """A store of many small shards, and what its parts take while it grows."""
 
-    def __init__(self, where: str, shards: int, hookpoints: int, ring: int | None) -> None:
+    def __init__(
+        self, where: str, shards: int, hookpoints: int, ring: int | None, rows: int = ROWS
+    ) -> None:
         self.where = where
         self.folder: StoreFolder = open_folder(where)
         self.hooks = tuple(Hookpoint(f"layers.{i}.mlp", WIDTH, WIDTH) for i in range(hookpoints))
         self.specs = array_specs(self.hooks, "train")
-        self.grid, self.ring = Grid(ROWS, ROWS, shards), ring
+        self.grid, self.ring, self.rows = Grid(rows, rows, shards), ring, rows
         identity = {
             "model": {"special_token_ids": [], "name": "none"}, "context": 1024,
             "packing": "joined", "codec": "raw", "grids": {"train": asdict(self.grid)},
@@ -103,7 +105,7 @@ class Played:
     def write(self, at_window: Callable[[int], None] = lambda shards: None) -> None:
         """Write every shard, the same rows again and again."""
         generator = torch.Generator().manual_seed(0)
-        size = WINDOW * ROWS
+        size = WINDOW * self.rows
         rows = torch.randn((size, WIDTH), generator=generator).bfloat16()
         block = {n: rows for n, s in self.specs.items() if s.width is not None}
         number = torch.arange(size, dtype=torch.int32)
@@ -126,9 +128,9 @@ class Played:
         )  # fmt: skip
         done = 0
         for count in window_sizes(self.grid.shards, WINDOW):
-            part = {name: values[: count * ROWS] for name, values in block.items()}
+            part = {name: values[: count * self.rows] for name, values in block.items()}
             writer.append(part, TextPoint(rows=done))
-            done += count * ROWS
+            done += count * self.rows
         writer.finish(done)
         staging.close()
         write_end(self.folder, PartEnd(0, {"train": done}, {"train": 0}, False))

@@ -56,6 +56,14 @@ def train(
         Path | None,
         flag("Run to go on with; --tokens may be more than it had.", STEERING),
     ] = None,
+    continue_: Annotated[
+        bool,
+        flag(
+            "Go on with the run if it has begun: for jobs that are started again.",
+            STEERING,
+            "--continue",
+        ),
+    ] = False,
     add_coders: Annotated[
         bool, flag("With --resume: train these coders too.", STEERING, "--add-coders")
     ] = False,
@@ -80,8 +88,9 @@ def train(
     from bsc.train.config import TrainConfig
     from bsc.train.job import make_job
     from bsc.train.plan import plan_sweep
-    from bsc.train.ranks import leaders
+    from bsc.train.ranks import has_begun, leaders
     from bsc.train.resume import resume as resume_run
+    from bsc.train.run import Run
     from bsc.train.trainer import train_sweep
 
     where = str(sweep) if sweep else "bsc train"
@@ -91,6 +100,8 @@ def train(
         for field, value in table.items():
             added = value if isinstance(value, list) else [value]
             tables[field] = [*tables.get(field, []), *added]
+    if resume is not None and continue_:
+        raise UserError("--continue names a run by --name, --resume by its folder: give one.")
     whole = _sweep(sweep, values, tables, where, new=resume is None)
     at, of = rank_and_world(rank, world)
     if at >= of:
@@ -107,7 +118,11 @@ def train(
             made = plan_sweep(make_job(config, where, rank=at, world=of))
             typer.echo(canonical_json(made.to_json()) if as_json else "\n".join(made.lines()))
             return
-        done = train_sweep(config, where, rank=at, world=of)
+        begun = has_begun(Run(config.folder), at, of) if continue_ else False
+        if begun:
+            done = resume_run(config.folder, whole, where=where, rank=at, world=of, ended=True)
+        else:
+            done = train_sweep(config, where, rank=at, world=of)
     if at in leaders(done[0], of):  # the others of a team have nothing to say that it does not
         _say(*done, as_json=as_json)
 

@@ -19,7 +19,7 @@ from bsc.train.run_config import Completed, PlannedCoder, RunConfig
 from bsc.train.team import teams_of
 from bsc.typed import write_typed
 
-__all__ = ["divide", "leaders", "merge_parts"]
+__all__ = ["divide", "has_begun", "leaders", "merge_parts", "part_of"]
 
 _SAME = (
     "version", "store_id", "rows", "batch_rows", "seed", "normalise", "without_tokens",
@@ -77,6 +77,16 @@ def leaders(run: Run, world: int) -> list[int]:
         if record.world == world > len(record.coders):
             return sorted(set(record.assigned.values()))
     return list(range(world))
+
+
+def part_of(run: Run, rank: int, world: int) -> int:
+    """Rank whose part of a run this process trains: its own, or that of the first of its team."""
+    return max((r for r in leaders(run, world) if r <= rank), default=rank)
+
+
+def has_begun(run: Run, rank: int, world: int) -> bool:
+    """Whether the part of a run that this process trains was begun."""
+    return Run(run.part(part_of(run, rank, world), world)).config_path.exists()
 
 
 def merge_parts(run: Run, world: int) -> bool:

@@ -8,11 +8,12 @@ from typing import Any
 from bsc.cache.store.store import ActivationStore
 from bsc.config import parse_config
 from bsc.errors import ConfigError, StoreError, UserError, nearest
+from bsc.progress import console
 from bsc.train.checkpoint import load_checkpoint
 from bsc.train.config import TrainConfig
 from bsc.train.job import Job, make_job
 from bsc.train.loop import CoderSummary
-from bsc.train.ranks import leaders, merge_parts
+from bsc.train.ranks import merge_parts, part_of
 from bsc.train.run import Run
 from bsc.train.run_config import PlannedCoder, RunConfig
 from bsc.train.sweep import expand, plan_coders
@@ -44,6 +45,7 @@ def resume(
     add_coders: bool = False,
     rank: int = 0,
     world: int = 1,
+    ended: bool = False,
 ) -> tuple[Run, list[CoderSummary]]:
     """Go on with a run from its last checkpoint, or from the beginning where it has none.
 
@@ -58,6 +60,7 @@ def resume(
         add_coders: whether `changes["coders"]` are new ones, which begin where the run is.
         rank: of this process.
         world: number of processes, as it was.
+        ended: whether a run that has ended is nothing to complain of.
 
     Returns:
         The run, and the last training figures of every coder of this process.
@@ -66,8 +69,7 @@ def resume(
         UserError: the run cannot be resumed, or not like this. Nothing is changed then.
     """
     run = Run(Path(folder).resolve())
-    of_part = max((r for r in leaders(run, world) if r <= rank), default=rank)
-    record = _record(run, folder, of_part, world)
+    record = _record(run, folder, part_of(run, rank, world), world)
     planned = record.planned
     changes = dict(changes or {})
     tables = changes.pop("coders", None)
@@ -99,10 +101,13 @@ def resume(
         if lost:
             raise StoreError(f"{job.part}: its checkpoint has no coder {min(lost)}.")
     if record.completed:
-        if checkpoint is None:
+        if checkpoint is None and not ended:
             raise UserError(f"{folder}: this run is complete, and its checkpoint was not kept.")
-        if not _has_work(job, checkpoint[0]):
+        if checkpoint is None or not _has_work(job, checkpoint[0]):
             if world > 1 and not run.config().completed and merge_parts(run, world):
+                return run, []
+            if ended:
+                console.print(f"{folder}: complete, ended already")
                 return run, []
             raise UserError(
                 f"{folder}: this run is complete. To train it longer give more --tokens than "

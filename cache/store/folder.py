@@ -12,7 +12,7 @@ import shutil
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 
@@ -116,6 +116,13 @@ class StoreFolder(ABC):
             FileNotFoundError: there is none.
         """
         return self.local(key)
+
+    @abstractmethod
+    def fetch(self, keys: Sequence[str]) -> None:
+        """Have the local files of several keys at hand, where they come from elsewhere.
+
+        What is missing is left to `local` to say.
+        """
 
     @abstractmethod
     def staging(self, key: str) -> Path:
@@ -284,6 +291,10 @@ class LocalFolder(StoreFolder):
     @override
     def local(self, key: str) -> Path:
         return self.path(key)
+
+    @override
+    def fetch(self, keys: Sequence[str]) -> None:
+        """They are here."""
 
     @override
     def staging(self, key: str) -> Path:

@@ -242,7 +242,9 @@ class Loader:
             order[first:whole].reshape(-1, self.batch_rows).sort(axis=1)
         order[whole:].sort()
         rows: dict[str, dict[int, ShardRows]] = {name: {} for name in self.names}
-        for i in self._used(order, skip, filled):
+        used = self._used(order, skip, filled)
+        self.split.fetch(self.names, [shards[i] for i in used])
+        for i in used:
             for name in self.names:
                 rows[name][i] = self.split.shard_rows(name, shards[i])
                 rows[name][i].load()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -191,6 +191,14 @@ class StoreSplit:
                 f"{nearest(name, self.specs)}. It has {', '.join(self.specs)}."
             )
         return self.specs[name]
+
+    def fetch(self, names: Iterable[str], shards: Iterable[int]) -> None:
+        """Have shards of activations at hand that are read next, several at a time where they come
+        from elsewhere."""
+        specs = [self.spec(name) for name in names]
+        if self.codec == "int8":
+            specs += [self.spec(name + ROW_SCALE) for name in names]
+        self.folder.fetch([shard_key(spec, shard) for shard in shards for spec in specs])
 
     def _check_shard(self, shard: int) -> None:
         if not 0 <= shard < self.shards:
