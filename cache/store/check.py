@@ -7,11 +7,13 @@ not at every reading. XXH3 reads at the speed of the memory (benchmarks/records/
 
 from __future__ import annotations
 
+import sys
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from bsc.cache.store.folder import StoreFolder
 from bsc.cache.store.kinds import Split
@@ -22,7 +24,38 @@ from bsc.errors import StoreError
 
 __all__ = ["ShardChecks"]
 
-_Known = dict[tuple[str, int], tuple[int, str]]
+_FILE = np.dtype([("size", "u8"), ("high", "u8"), ("low", "u8")])
+
+
+class _Window(NamedTuple):
+    """Sizes and hashes of the shards of a window, in 24 bytes each: a run over a large store comes
+    to hold those of all its windows."""
+
+    arrays: dict[str, int]
+    """Row of `files` by array."""
+    shards: NDArray[np.int64]
+    """Numbers of the shards, ascending."""
+    files: NDArray[np.void]
+    """(arrays, shards) of `_FILE`; size 0: the manifest has none."""
+
+    @classmethod
+    def of(cls, known: dict[tuple[str, int], tuple[int, str]]) -> _Window:
+        """From what the manifest says, by array and shard."""
+        arrays = {sys.intern(name): i for i, name in enumerate(dict.fromkeys(n for n, _ in known))}
+        shards = np.unique(np.array([shard for _, shard in known], np.int64))
+        files = np.zeros((len(arrays), len(shards)), _FILE)
+        for (name, shard), (size, digest) in known.items():
+            at = arrays[name], int(np.searchsorted(shards, shard))
+            files[at] = size, int(digest[:16], 16), int(digest[16:], 16)
+        return cls(arrays, shards, files)
+
+    def get(self, array: str, shard: int) -> tuple[int, str] | None:
+        """Size and hash of a shard; None where the manifest has none."""
+        at = int(np.searchsorted(self.shards, shard))
+        if array not in self.arrays or at == len(self.shards) or self.shards[at] != shard:
+            return None
+        size, high, low = self.files[self.arrays[array], at].tolist()
+        return (size, f"{high:016x}{low:016x}") if size else None
 
 
 class ShardChecks:
@@ -32,7 +65,7 @@ class ShardChecks:
         """Nothing is read before the first shard is checked."""
         self.folder, self.split = folder, split
         self._done: set[tuple[str, int]] = set()
-        self._known: dict[tuple[int, int], _Known] = {}
+        self._known: dict[tuple[int, int], _Window] = {}
         self._ends: list[Any] | None = None
         self._lock = threading.Lock()
 
@@ -73,8 +106,9 @@ class ShardChecks:
             rank = shard % len(self._ends)
             window = int(np.searchsorted(self._ends[rank], shard // len(self._ends), side="right"))
             if (rank, window) not in self._known:
-                self._known[rank, window] = read_shard_hashes(self.folder, self.split, rank, window)
-            found = self._known[rank, window].get((spec.path, shard))
+                known = read_shard_hashes(self.folder, self.split, rank, window)
+                self._known[rank, window] = _Window.of(known)
+            found = self._known[rank, window].get(spec.path, shard)
         if found is None:
             raise StoreError(
                 f"{self.folder}/{shard_key(spec, shard)}: the manifest has no line for this shard. "
