@@ -13,6 +13,7 @@ The last line is JSON.
 
     python -m benchmarks.bench_scale ring --folder /dev/shm/scale
     python -m benchmarks.bench_scale object --shards 2384 --hookpoints 1
+    python -m benchmarks.bench_scale table          # what a real run comes to, from stated rates
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -261,14 +262,89 @@ def play_object(work: Path, shards: int, hookpoints: int) -> dict[str, Any]:
     return result
 
 
+class Site(NamedTuple):
+    """Where a run takes place."""
+
+    name: str
+    capturing: int
+    """GPUs that capture; the same ones train, in turn, where `training` is 0."""
+    training: int
+    nodes: int
+
+
+class Rates(NamedTuple):
+    """What a real run is reckoned with. Nothing of it was measured on a GPU."""
+
+    tokens: float = 1e10
+    hookpoints: int = 4
+    width: int = 576
+    coders: int = 32
+    """Over all hookpoints, each of 18,432 latents with k 32."""
+    forward: float = 740_000.0
+    """Tokens a second of a GPU: 0.27 GFLOP a token at 200 TFLOP/s."""
+    rows_of_a_coder: float = 65_536 / 13.7e-3
+    """Rows a second of one coder on a GPU: 65,536 in 13.7 ms, by the bytes that a step moves."""
+    written: float = 2e9
+    """Bytes a second that a node writes to the shared file system."""
+    read: float = 5e9
+    """Bytes a second that a node reads from it, page cache left out."""
+    shared: float = 40e9
+    """Bytes a second that the file system gives and takes in all."""
+
+
+SITES = (
+    Site("one GPU", 1, 0, 1),
+    Site("eight GPUs, one node", 2, 6, 1),
+    Site("eight nodes of eight", 16, 48, 8),
+)
+
+
+def table(rates: Rates) -> str:
+    """Hours and bytes of ten billion tokens, as a table in Markdown."""
+    per_token = rates.hookpoints * 2 * rates.width * 2
+    lines = [
+        "| | model | writing | reading | training | together | bottleneck |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for site in SITES:
+        capturing, training = site.capturing, site.training or site.capturing
+        writing_nodes = max(1, site.nodes * capturing // (capturing + site.training))
+        reading_nodes = max(1, site.nodes - writing_nodes if site.nodes > 1 else 1)
+        hours = {
+            "model": rates.tokens / rates.forward / capturing,
+            "writing": rates.tokens * per_token / min(rates.written * writing_nodes, rates.shared),
+            # Each node reads every row once; its other processes find it in the page cache.
+            "reading": rates.tokens
+            * per_token
+            / min(rates.read, rates.shared / max(1, reading_nodes)),
+            "training": rates.tokens * rates.coders / rates.rows_of_a_coder / training,
+        }
+        hours = {name: seconds / 3600 for name, seconds in hours.items()}
+        own = dict(hours)
+        if not site.training:  # the model and the coders take turns
+            own["model"] = own["training"] = hours["model"] + hours["training"]
+        slowest = max(own, key=lambda name: own[name])
+        cells = [f"{h:.1f} h" for h in (*hours.values(), own[slowest])]
+        if not site.training and slowest == "model":
+            slowest = "the GPU, which does both"
+        lines.append(f"| {site.name} | {' | '.join(cells)} | {slowest} |")
+    total = rates.tokens * per_token
+    lines.append("")
+    lines.append(f"{per_token:,} bytes a token, {total / 1e12:.0f} TB through the disk.")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Parse, play, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("part", choices=["ring", "object"])
+    parser.add_argument("part", choices=["ring", "object", "table"])
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/bsc-scale"))
     parser.add_argument("--shards", type=int, default=Grid.for_rows(TOKENS).shards)
     parser.add_argument("--hookpoints", type=int, default=4)
     arguments = parser.parse_args()
+    if arguments.part == "table":
+        print(table(Rates()))
+        return
     play = play_ring if arguments.part == "ring" else play_object
     arguments.folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -33,8 +33,9 @@ def divide(
 ) -> list[list[PlannedCoder]]:
     """Coders of every rank: the costliest first, each to the rank with the least to do.
 
-    Where there are more ranks than coders each coder has a team of them (bsc.train.team), of whose
-    ranks the first has it here, and the others nothing.
+    Among coders that cost the same those of one hookpoint go to ranks that follow each other, so
+    that a rank reads few arrays of the store. Where there are more ranks than coders each coder has
+    a team of them (bsc.train.team), of whose ranks the first has it here, and the others nothing.
 
     Args:
         planned: the coders.
@@ -58,10 +59,23 @@ def divide(
         return shares
     loads = [0.0] * world
     order = {p.name: i for i, p in enumerate(planned)}
+    alike: dict[float, tuple[list[int], list[PlannedCoder]]] = {}
+    """By cost: ranks that get a coder of it, each as often, and the coders."""
     for coder in sorted(planned, key=lambda p: (p.name not in assigned, -flops_per_row(p.coder))):
-        rank = assigned.get(coder.name, loads.index(min(loads)))
-        shares[rank].append(coder)
-        loads[rank] += flops_per_row(coder.coder)
+        cost = flops_per_row(coder.coder)
+        if coder.name in assigned:
+            rank = assigned[coder.name]
+            shares[rank].append(coder)
+        else:
+            rank = loads.index(min(loads))
+            ranks, coders = alike.setdefault(cost, ([], []))
+            ranks.append(rank)
+            coders.append(coder)
+        loads[rank] += cost
+    for ranks, coders in alike.values():
+        coders.sort(key=lambda p: (p.hookpoint, order[p.name]))
+        for rank, coder in zip(sorted(ranks), coders, strict=True):
+            shares[rank].append(coder)
     return [sorted(share, key=lambda p: order[p.name]) for share in shares]
 
 

@@ -341,8 +341,6 @@ class RingReader(_Ring):
             self._beat = mine.beat if mine else 0
             there = self.first_kept()
             self.next_shard = max(there, mine.next_shard if mine else 0)
-            self.joined_now = mine is None
-            """Whether it had no place before."""
             self._save()
             for other in others if mine is None else ():
                 if other != name and not folder.exists(cursor_key(other)):

@@ -38,6 +38,8 @@ def test_coders_are_divided_by_their_cost(store: Any) -> None:
     uneven = divide(planned[6:] + planned[:2], 2)  # twelve large ones to two small ones
     loads = [sum(c.coder.n_latents for c in share) for share in uneven]
     assert max(loads) - min(loads) <= 640
+    # Two hookpoints: a rank of two reads one of them.
+    assert [len({c.hookpoint for c in share}) for share in divide(planned, 2)] == [1, 1]
     teams = divide(planned[:3], 7)  # more ranks than coders: the first of each team has the coder
     assert [bool(share) for share in teams] == [True, False, False, True, False, True, False]
 
