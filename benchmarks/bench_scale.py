@@ -42,8 +42,10 @@ from bsc.cache.store.folder import StoreFolder, open_folder
 from bsc.cache.store.layout import Grid, Hookpoint, array_specs, store_attributes, store_id_of
 from bsc.cache.store.loader import Cursor, Loader
 from bsc.cache.store.manifest import PartEnd, TextPoint, committed_windows, write_end
-from bsc.cache.store.ring import RingReader, RingWriter, readers
+from bsc.cache.store.ring import readers
+from bsc.cache.store.ring_reader import RingReader
 from bsc.cache.store.ring_status import ring_status
+from bsc.cache.store.ring_writer import RingWriter
 from bsc.cache.store.scatter import window_sizes
 from bsc.cache.store.store import ActivationStore
 from bsc.cache.store.verify import verify

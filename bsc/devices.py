@@ -27,6 +27,8 @@ def pick_device(name: str | None) -> torch.device:
         return torch.device("cuda", mine)
     if name is None:
         return torch.device("cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):

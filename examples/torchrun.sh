@@ -9,12 +9,12 @@ set -euo pipefail
 STORE=${STORE:?"say where the store is to be, for example STORE=/fast/acts"}
 SWEEP=${SWEEP:?"name the file of the sweep, for example SWEEP=sweep.toml"}
 RUNS=${RUNS:-runs}
+NAME=${NAME:-$(basename "${SWEEP%.toml}")}
 GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 
 all() { torchrun --standalone --nproc-per-node "$GPUS" --no-python "$@"; }
 
 all bsc cache --store "$STORE" "$@"
-all bsc train "$SWEEP" --store "$STORE" --runs "$RUNS" --continue
-run=$RUNS/$(basename "${SWEEP%.toml}")
-bsc eval "$run"
-bsc report "$run"
+all bsc train "$SWEEP" --store "$STORE" --runs "$RUNS" --name "$NAME" --continue
+bsc eval "$RUNS/$NAME"
+bsc report "$RUNS/$NAME"

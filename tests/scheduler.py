@@ -30,13 +30,14 @@ job = {{"options": options, "script": args[0], "args": args[1:], "env": dict(os.
 name = os.path.join({spool!r}, uuid.uuid4().hex)
 open(name + ".new", "w").write(json.dumps(job))
 os.rename(name + ".new", name + ".job")
-print("Submitted batch job 1")
+print("1" if "--parsable" in options else "Submitted batch job 1")
 """
 _SRUN = """#!{python}
 import os, subprocess, sys
+assert sys.argv[1].startswith("--cpus-per-task=") and sys.argv[2] == "--kill-on-bad-exit=1"
 nodes = int(os.environ["SLURM_NNODES"])
 jobs = [
-    subprocess.Popen(sys.argv[1:])  # on one host name: processes have to find each other by it
+    subprocess.Popen(sys.argv[3:])  # on one host name: processes have to find each other by it
     for i in range(nodes)
 ]
 sys.exit(max(abs(j.wait()) for j in jobs))
@@ -69,6 +70,7 @@ class Scheduler:
             "sbatch": _SBATCH.format(python=sys.executable, spool=str(self.spool)),
             "srun": _SRUN.format(python=sys.executable),
             "scontrol": _SCONTROL,
+            "squeue": "#!/bin/sh\necho queued\n",
         }
         for name, text in texts.items():
             (programs / name).write_text(text)
@@ -121,6 +123,7 @@ class Scheduler:
         nodes = int(option("nodes") or 1)
         env = job["env"] | {"SLURM_JOB_ID": "1", "SLURM_NNODES": str(nodes)}
         env |= {"SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_NODELIST": "node[0-1]"}
+        env["SLURM_CPUS_PER_TASK"] = option("cpus-per-task") or "1"
         array = option("array")
         if array is None:
             return [

@@ -196,10 +196,9 @@ class BankTrainer:
 
     def _add_up(self, result: StepResult) -> StepResult:
         """Sum what the processes of the team found in their rows."""
-        self.team.add_up(*self.bank.gradients.values(), self.bank.select_minimum)
-        self.bank.select_minimum /= self.team.size
         figures, fired = torch.stack([result.loss, result.l0]), result.fired.to(torch.uint8)
-        self.team.add_up(figures)
+        self.team.add_up(*self.bank.gradients.values(), self.bank.select_minimum, figures)
+        self.bank.select_minimum /= self.team.size
         self.team.largest(fired)
         return StepResult(figures[0], figures[1], fired > 0)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from bsc.cache.store.ring import first_kept, readers
 from bsc.cache.store.ring_room import RingRoom
 from bsc.cache.store.store import ActivationStore
 from bsc.devices import pick_device
@@ -65,12 +66,12 @@ class Job:
 
     def reader(self, rank: int) -> str:
         """What a process of this run is called among the readers of a ring."""
-        return self.config.name if self.world == 1 else f"{self.config.name}.{rank}"
+        return reader_name(self.config.name, rank, self.world)
 
     @property
-    def readers(self) -> list[str]:
-        """What all processes are called that read a ring for this run."""
-        return [self.reader(rank) for rank in sorted(set(self.assigned.values()))]
+    def reading_ranks(self) -> list[int]:
+        """Ranks of the processes that have a place in a ring for this run."""
+        return sorted(set(self.assigned.values()))
 
     def record(self) -> RunConfig:
         """Everything that decides the result, with nothing left to defaults."""
@@ -116,6 +117,7 @@ def make_job(
     micro_rows: int | None = None,
     run: Run | None = None,
     assigned: Mapping[str, int] | None = None,
+    steps: int | None = None,
 ) -> Job:
     """Check a request and decide everything, without writing or allocating.
 
@@ -128,6 +130,7 @@ def make_job(
         micro_rows: rows that are worked on at a time; None: the config's, or as many as fit.
         run: where it is; None: where the config says.
         assigned: ranks that coders have had from before.
+        steps: of a run on a ring; None: as its tokens or the rows that are to pass give.
 
     Raises:
         UserError: the request cannot be carried out.
@@ -136,7 +139,9 @@ def make_job(
     if planned is None:
         planned = plan_coders(expand(config.coders, where, config.preset), store)
     rows = store.train.rows if store.ring is None else store.planned_rows
-    steps = (config.tokens or rows) // config.batch_rows
+    if steps is None or store.ring is None:
+        gone = 0 if store.ring is None else _rows_gone(store, reader_name(config.name, rank, world))
+        steps = (config.tokens or rows - gone) // config.batch_rows
     if store.ring is None and config.batch_rows > rows:
         raise UserError(
             f"batch_rows: {config.batch_rows:,} rows in a batch, but {store.folder} holds {rows:,} "
@@ -160,6 +165,11 @@ def make_job(
     if world > len(planned):
         team = next(t for t in teams_of([p.coder for p in planned], world) if rank in t)
     mine = shares[team[0]]
+    if config.batch_rows < len(team):
+        raise UserError(
+            f"batch_rows: {config.batch_rows} rows in a batch are fewer than the {len(team)} "
+            f"processes that share them."
+        )
     part_rows = -(-config.batch_rows // len(team))
     device = pick_device(config.device)
     free = available_bytes(device)
@@ -206,3 +216,18 @@ def _check_ring(store: ActivationStore, room: RingRoom, config: TrainConfig) -> 
             f"checkpoints, but {store.folder} is {of_ring}, which has to keep them until the "
             f"second. Give {steps}, or capture with --ring {room.slots_for(rows)}."
         )
+
+
+def reader_name(run: str, rank: int, world: int) -> str:
+    """What a process of a run is called among the readers of a ring."""
+    return run if world == 1 else f"{run}.{rank}"
+
+
+def _rows_gone(store: ActivationStore, reader: str) -> int:
+    """Rows that have passed through a ring before a run that begins now."""
+    split = store.train
+    for cursor in readers(store.folder):
+        if cursor.reader == reader:
+            return cursor.next_shard * split.grid.shard_rows
+    kept = first_kept(store.folder, next(iter(split.specs.values())), split.shards)
+    return kept * split.grid.shard_rows

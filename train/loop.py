@@ -87,17 +87,24 @@ class Loop:
         self._eval_every = -(-every // config.log_every) * config.log_every
 
     def _held_out_rows(self) -> dict[str, Tensor] | None:
-        """Rows to evaluate on; None where the store has none, or none yet."""
-        split = self.job.store.splits.get("held_out")
+        """Rows to evaluate on; None where the store has none, or none yet.
+
+        Of a ring the first ones, once they are all there, so that it is the same rows whenever a
+        run is started.
+        """
+        store = self.job.store
+        split, ring = store.splits.get("held_out"), store.ring is not None
         if self._held_out is None and split is not None:
             split.refresh()
-            if split.rows:
+            rows = min(self.job.config.eval_rows, split.rows)
+            if rows and (not ring or rows == self.job.config.eval_rows or store.complete):
                 loader = Loader(
                     split,
                     self.names,
-                    batch_rows=min(self.job.config.eval_rows, split.rows),
+                    batch_rows=rows,
                     seed=0,
                     drop_last=False,
+                    shuffle=not ring,
                     without_tokens=left_out_tokens(self.job.store, self.job.config),
                 )
                 batches = loader.batches()
@@ -173,10 +180,6 @@ class Loop:
         """
         job, config = self.job, self.job.config
         loader = self._loader()
-        if job.store.room is None:
-            source = loader.batches(self.cursor)
-        else:
-            source = loader.ring_batches(self.cursor, lambda: job.store.complete)
         label = f"train {len(job.mine)} coders"
         total, done = job.steps * config.batch_rows, self.step * config.batch_rows
         with (
@@ -186,6 +189,11 @@ class Loop:
         ):
             view.figures.update(self._figures_before())
             self._saved_at = time.perf_counter()
+            source = (
+                loader.batches(self.cursor)
+                if job.store.room is None
+                else loader.ring_batches(self.cursor, lambda: job.store.complete, stop.is_set)
+            )
             self._steps(loader, source, writer, view, stop.is_set, passed)
             self._checkpoint(writer, passed)
             return self._summaries(view.figures)
@@ -222,10 +230,7 @@ class Loop:
             self.cursor = loader.cursor
             self.seconds = time.perf_counter() - started
             if self.step % config.log_every == 0 or self.step == job.steps:
-                for line in self._lines():
-                    view.figures[line["coder"]] = line
-                    if writer is not None:
-                        writer.write(line)
+                self._log(writer, view)
             view.advance(config.batch_rows, waited)
             stop, due = self.team.any(stopping(), self.team.leads and self._is_due(passed))
             if due or stop:
@@ -235,13 +240,41 @@ class Loop:
             if not self._active():
                 break
             before = time.perf_counter()
+        if self.step < job.steps and self._active():
+            self._ended_early(writer, view, stopping)
+
+    def _ended_early(
+        self, writer: MetricsWriter | None, view: TrainingView, stopping: Callable[[], bool]
+    ) -> None:
+        """What there is to do when a ring gives no more rows, though steps are left.
+
+        Raises:
+            KeyboardInterrupt: the process was asked to stop while it waited for rows.
+        """
+        if stopping():
+            if self.team.size == 1:  # the others of a team may still wait
+                self._save(writer)
+            raise KeyboardInterrupt
+        if self.step and self.step % self.job.config.log_every:
+            self._log(writer, view, last=True)
+        console.print(
+            f"{self.job.store.folder}: the ring has ended after {self.step:,} of "
+            f"{self.job.steps:,} steps, so learning rates and schedules did not come to their end"
+        )
+
+    def _log(self, writer: MetricsWriter | None, view: TrainingView, *, last: bool = False) -> None:
+        for line in self._lines(last=last or self.step == self.job.steps):
+            view.figures[line["coder"]] = line
+            if writer is not None:
+                writer.write(line)
 
     def _is_due(self, passed: Passed | None) -> bool:
         """Whether the time of a checkpoint has come, or a ring has no room for going on without."""
         every, room = self.job.config.checkpoint_every, self.job.store.room
         if room is not None and passed is not None:
             held = self.cursor.group - self._held
-            if held >= (room.most_shards if every else room.checkpoint_shards):
+            step = -(-self.job.config.batch_rows // room.shard_rows) + room.shards_at_once
+            if held >= room.checkpoint_shards and (not every or held + step > room.most_shards):
                 return True
         if every:
             return self.step % every == 0
@@ -285,17 +318,15 @@ class Loop:
             found = {0: HeldOut(*told.tolist())} if said else {}
         return found
 
-    def _lines(self) -> list[dict[str, Any]]:
-        """Lines of metrics for the steps since the last ones."""
+    def _lines(self, *, last: bool) -> list[dict[str, Any]]:
+        """Lines of metrics for the steps since the last ones; `last`: no more will come."""
         common = {
             "step": self.step,
             "rows": self.step * self.job.config.batch_rows,
             "seconds": round(self.seconds, 2),
             "waiting_for_data": round(self._waited / max(self.seconds, 1e-9), 4),
         }
-        due = self._eval_every and (
-            self.step % self._eval_every == 0 or self.step == self.job.steps
-        )
+        due = self._eval_every and (self.step % self._eval_every == 0 or last)
         lines = []
         for bank in self.banks:
             metrics = bank.take_metrics()

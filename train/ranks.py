@@ -47,14 +47,14 @@ def divide(
     """
     assigned = assigned or {}
     shares: list[list[PlannedCoder]] = [[] for _ in range(world)]
+    if assigned and world > len(assigned) and len(planned) > len(assigned):
+        raise UserError(
+            f"--add-coders: {world} processes share the rows of {len(assigned)} coders, and would "
+            f"be divided in another way with {len(planned)}. Such a run keeps the coders that it "
+            f"has; train the new ones in a run of their own."
+        )
     if world > len(planned):
         for coder, team in zip(planned, teams_of([p.coder for p in planned], world), strict=True):
-            if assigned.get(coder.name, team[0]) != team[0]:
-                raise UserError(
-                    f"--add-coders: rank {assigned[coder.name]} has {coder.name}, and with these "
-                    f"coders rank {team[0]} would. A run whose coders have several processes each "
-                    f"keeps the coders that it has."
-                )
             shares[team[0]].append(coder)
         return shares
     loads = [0.0] * world

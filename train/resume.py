@@ -87,6 +87,7 @@ def resume(
         micro_rows=record.micro_rows,
         run=run,
         assigned=record.assigned,
+        steps=record.steps if config.tokens == record.config.tokens else None,
     )
     _check_store(job, record)
     if job.steps < record.steps:
@@ -103,7 +104,8 @@ def resume(
     if record.completed:
         if checkpoint is None and not ended:
             raise UserError(f"{folder}: this run is complete, and its checkpoint was not kept.")
-        if checkpoint is None or not _has_work(job, checkpoint[0]):
+        over = job.store.ring is not None and job.steps == record.steps  # it gave all its rows
+        if checkpoint is None or over or not _has_work(job, checkpoint[0]):
             if world > 1 and not run.config().completed and merge_parts(run, world):
                 return run, []
             if ended:

@@ -22,6 +22,8 @@ from bsc.train.memory import flops_per_row
 
 __all__ = ["ALONE", "Team", "open_team", "teams_of"]
 
+_SMALL = 1 << 16
+"""Values of a tensor that is summed together with others."""
 _PATIENCE = timedelta(days=1)
 """That a process waits for the others, who may wait for rows."""
 
@@ -73,9 +75,17 @@ class Team:
 
     def add_up(self, *tensors: Tensor) -> None:
         """Put the sum over the team into each tensor, the same bits in every process."""
-        if self.size > 1:
-            for tensor in tensors:
+        if self.size == 1:
+            return
+        small = [t for t in tensors if t.numel() < _SMALL]
+        for tensor in tensors:
+            if tensor.numel() >= _SMALL:
                 dist.all_reduce(tensor, group=self.group)
+        if small:  # at once: each exchange takes longer than what it carries
+            flat = torch.cat([t.reshape(-1).double() for t in small])
+            dist.all_reduce(flat, group=self.group)
+            for tensor, total in zip(small, flat.split([t.numel() for t in small]), strict=True):
+                tensor.copy_(total.view_as(tensor))
 
     def largest(self, *tensors: Tensor) -> None:
         """Put the largest value over the team into each place of each tensor."""

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bsc.cache.store.ring import RingReader, reading
+from bsc.cache.store.loader import Cursor
+from bsc.cache.store.ring_reader import RingReader, reading
 from bsc.cache.store.split import Moments
 from bsc.devices import keep_freed_memory
 from bsc.errors import StoreError, UserError
@@ -87,10 +88,11 @@ def run_job(
             console.quiet = True
         if not new and job.leads:
             stack.enter_context(claim(job.part))
-        team = _team(job)
+        team = _team(job, -1 if checkpoint is None else int(checkpoint[0]["step"]))
         ring = None
         if job.store.ring is not None and job.leads:
-            ring = stack.enter_context(reading(_join_ring(job)))
+            wanted = None if checkpoint is None else Cursor(*checkpoint[0]["cursor"]).group
+            ring = stack.enter_context(reading(_join_ring(job, wanted, new=new)))
         elif job.store.ring is None and not job.store.complete:
             console.print(f"{job.store.folder}: the capture of this store has not ended")
         if job.device.type == "cpu":
@@ -110,7 +112,6 @@ def run_job(
         if job.store.ring is not None:
             (first,) = team.agree(first)
             loop.begin_at(first)
-            _check_kept(job, loop.cursor.group, first)
             _wait_for(job, first + -(-job.config.batch_rows // job.store.train.grid.shard_rows))
         record = job.record()
         if job.leads:
@@ -165,16 +166,27 @@ def _finish(job: Job, record: RunConfig, banks: list[BankTrainer], loop: Loop) -
         shutil.rmtree(job.part / "checkpoint", ignore_errors=True)
 
 
-def _team(job: Job) -> Team:
+def _team(job: Job, begun_at: int) -> Team:
     """This process among those that train its coder.
 
+    Args:
+        job: what is trained.
+        begun_at: step of the checkpoint that it goes on from; -1: none.
+
     Raises:
-        UserError: the others see another store, or cannot be found.
+        UserError: the others see another store or another run, or cannot be found.
     """
     if job.world <= len(job.planned):
         return ALONE
     teams = teams_of([p.coder for p in job.planned], job.world)
     team = open_team(teams, job.rank, job.device)
+    (leads_at,) = team.agree(begun_at)
+    if any(team.any(leads_at != begun_at)):
+        raise UserError(
+            f"{job.run.folder}: the processes of this run see different checkpoints of it (this "
+            f"one of step {begun_at}, the first of step {leads_at}). --runs has to be a folder "
+            f"that all of them share."
+        )
     mine = (job.rows, job.steps, job.memory.micro_rows)
     if any(team.any(team.agree(*mine) != mine)):
         raise UserError(
@@ -231,11 +243,16 @@ def _wait_for(job: Job, shards: int) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _join_ring(job: Job) -> RingReader:
+def _join_ring(job: Job, wanted: int | None, *, new: bool) -> RingReader:
     """The place of this process in the ring of its store.
 
+    Args:
+        job: what is trained.
+        wanted: first shard that its checkpoint goes on with; None: there is none.
+        new: whether the run begins now.
+
     Raises:
-        UserError: rows are to be read more often than they pass.
+        UserError: rows are to be read more often than they pass, or are gone.
     """
     rows, config = job.store.planned_rows, job.config
     if config.tokens is not None and config.tokens > rows:
@@ -244,22 +261,25 @@ def _join_ring(job: Job) -> RingReader:
             f"pass once."
         )
     split = job.store.train
+    others = [rank for rank in job.reading_ranks if new and not _begun(job, rank)]
     ring = RingReader(
-        job.store.folder, split.specs, split.grid, job.reader(job.rank), others=job.readers
+        job.store.folder,
+        split.specs,
+        split.grid,
+        job.reader(job.rank),
+        others=[job.reader(rank) for rank in others],
     )
+    if wanted is not None and wanted < ring.next_shard:
+        ring.close(leave=True)
+        raise UserError(
+            f"{job.run.folder}: its checkpoint goes on with shard {wanted} of {job.store.folder}, "
+            f"but the ring begins with shard {ring.next_shard}: its place was dropped, and the "
+            f"rows are gone. Train again under another --name."
+        )
     console.print(f"{job.store.folder}: reading the ring from shard {ring.next_shard} on")
     return ring
 
 
-def _check_kept(job: Job, wanted: int, first: int) -> None:
-    """See that a ring still has the shards that a checkpoint goes on with.
-
-    Raises:
-        UserError: it has not.
-    """
-    if wanted < first:
-        raise UserError(
-            f"{job.run.folder}: its checkpoint goes on with shard {wanted} of {job.store.folder}, "
-            f"but the ring begins with shard {first}: its place was dropped, and the rows are "
-            f"gone. Train again under another --name."
-        )
+def _begun(job: Job, rank: int) -> bool:
+    """Whether another process of the run has written its part already."""
+    return Run(job.run.part(rank, job.world)).config_path.exists()

@@ -36,7 +36,7 @@ from bsc.cache.store.layout import (
     store_id_of,
 )
 from bsc.cache.store.manifest import PartEnd, read_array_json, read_end, read_provenance, write_end
-from bsc.cache.store.ring import RingWriter
+from bsc.cache.store.ring_writer import RingWriter
 from bsc.errors import UserError
 from bsc.prefetch import prefetched
 from bsc.progress import console, format_bytes, stage

@@ -34,6 +34,8 @@ __all__ = [
 
 PARTIAL = ".partial"
 _STORE_LOCK = "store.lock"
+_LOOKED_AT_SECONDS = 0.5
+"""That a writer tries for its part: who looks whether it is written holds its lock for a moment."""
 
 
 def writer_lock(rank: int) -> str:
@@ -339,13 +341,19 @@ class _FileClaim(Claim):
     """A lock on a file."""
 
     def __init__(self, path: Path, store: LocalFolder, rank: int) -> None:
+        deadline = time.monotonic() + _LOOKED_AT_SECONDS
         try:
-            self._lock = FileLock(path, again=False)
-        except HeldError as held:
-            raise UserError(
-                f"{store}: {held} is writing part {rank} of this store. Wait for it or stop it; "
-                f"two captures cannot write the same part."
-            ) from None
+            while True:
+                try:
+                    self._lock = FileLock(path, again=False)
+                    return
+                except HeldError as held:
+                    if time.monotonic() > deadline:
+                        raise UserError(
+                            f"{store}: {held} is writing part {rank} of this store. Wait for it or "
+                            f"stop it; two captures cannot write the same part."
+                        ) from None
+                    time.sleep(0.02)
         except FileNotFoundError:
             raise UserError(
                 f"{store}: part {rank} was finished just now by another process."

@@ -116,7 +116,7 @@ class Loader:
         self.seed, self.shards_at_once, self.drop_last = seed, shards_at_once, drop_last
         self.ahead, self.shuffle = ahead, shuffle
         assert part is None or drop_last, "parts are those of whole batches"
-        self.part = part or range(batch_rows)
+        self.part = range(batch_rows) if part is None else part
         self.shards = None if shards is None else frozenset(shards)
         self.cursor = START
         """After the last batch that was given."""
@@ -161,15 +161,19 @@ class Loader:
         yield from self._given(self._batches(self._epoch(epoch, 0), epoch, 0))
 
     def ring_batches(
-        self, start: Cursor, ended: Callable[[], bool]
+        self,
+        start: Cursor,
+        ended: Callable[[], bool],
+        stopping: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[torch.Tensor, ...]]:
         """Batches of a ring, each row once, in the order in which shards are committed.
 
         Args:
             start: where to begin; the number of a group is that of its first shard.
             ended: whether the capture has ended and commits no more.
+            stopping: whether to wait for shards no longer: what is there still comes.
         """
-        groups = self._ring_groups(start.group, ended)
+        groups = self._ring_groups(start.group, ended, stopping)
         yield from self._given(self._batches(groups, 0, start.row))
 
     def _given(
@@ -197,7 +201,9 @@ class Loader:
         for group in range(first, -(-len(order) // size)):
             yield group, order[group * size : (group + 1) * size]
 
-    def _ring_groups(self, at: int, ended: Callable[[], bool]) -> Iterator[tuple[int, list[int]]]:
+    def _ring_groups(
+        self, at: int, ended: Callable[[], bool], stopping: Callable[[], bool]
+    ) -> Iterator[tuple[int, list[int]]]:
         while not self._stopped.is_set():
             over = ended()  # asked first: what is committed afterwards is then seen
             self.split.refresh()
@@ -205,7 +211,7 @@ class Loader:
             if n == self.shards_at_once or (over and n > 0):
                 yield at, list(range(at, at + n))
                 at += n
-            elif over:
+            elif over or stopping():
                 return
             else:
                 time.sleep(_POLL_SECONDS)
@@ -268,31 +274,34 @@ class Loader:
         """Batches of a sequence of groups, with the cursor after each."""
         slot = filled = 0
         with ThreadPoolExecutor(1, thread_name_prefix="load") as reader:
-            coming = reader.submit(self._open, groups, epoch, skip, 0)
-            while True:
-                before = time.perf_counter()
-                group = coming.result()
-                self.waited += time.perf_counter() - before
-                if group is None:
-                    break
-                at = group.skip
-                left = (filled + len(group.order) - at) % self.batch_rows
-                coming = reader.submit(self._open, groups, epoch, 0, left)
-                while at < len(group.order):
-                    buffers = self._buffers[slot]
-                    n = min(self.batch_rows - filled, len(group.order) - at)
-                    mine = range(max(filled, self.part.start), min(filled + n, self.part.stop))
-                    if mine:
-                        rows = group.order[at - filled + mine.start : at - filled + mine.stop]
-                        self._gather(group, rows, buffers, mine.start - self.part.start)
-                    at += n
-                    filled += n
-                    if filled == self.batch_rows:
-                        yield tuple(buffers), Cursor(epoch, group.number, at)
-                        filled = 0
-                        slot = (slot + 1) % len(self._buffers)
-            if filled and not self.drop_last:
-                yield tuple(b[:filled] for b in self._buffers[slot]), Cursor(epoch + 1, 0, 0)
+            try:
+                coming = reader.submit(self._open, groups, epoch, skip, 0)
+                while True:
+                    before = time.perf_counter()
+                    group = coming.result()
+                    self.waited += time.perf_counter() - before
+                    if group is None:
+                        break
+                    at = group.skip
+                    left = (filled + len(group.order) - at) % self.batch_rows
+                    coming = reader.submit(self._open, groups, epoch, 0, left)
+                    while at < len(group.order):
+                        buffers = self._buffers[slot]
+                        n = min(self.batch_rows - filled, len(group.order) - at)
+                        mine = range(max(filled, self.part.start), min(filled + n, self.part.stop))
+                        if mine:
+                            rows = group.order[at - filled + mine.start : at - filled + mine.stop]
+                            self._gather(group, rows, buffers, mine.start - self.part.start)
+                        at += n
+                        filled += n
+                        if filled == self.batch_rows:
+                            yield tuple(buffers), Cursor(epoch, group.number, at)
+                            filled = 0
+                            slot = (slot + 1) % len(self._buffers)
+                if filled and not self.drop_last:
+                    yield tuple(b[:filled] for b in self._buffers[slot]), Cursor(epoch + 1, 0, 0)
+            finally:  # before the thread is waited for, which may wait for shards itself
+                self._stopped.set()
 
     def _gather(
         self, group: Group, rows: NDArray[np.int32], buffers: list[torch.Tensor], at: int

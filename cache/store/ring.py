@@ -12,12 +12,9 @@ Nobody coordinates: every step is a function of the files, taken under the store
 from __future__ import annotations
 
 import os
-import re
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from bsc.cache.store.folder import (
@@ -32,32 +29,26 @@ from bsc.cache.store.manifest import read_array_json, read_end
 from bsc.errors import StoreError, UserError
 from bsc.files import canonical_json
 from bsc.locks import holder
-from bsc.progress import console
 from bsc.records import parse_json
 
 __all__ = [
     "BEAT_SECONDS",
     "RING",
     "ReaderCursor",
-    "RingReader",
-    "RingWriter",
+    "RingSide",
+    "cursor_key",
     "drop_reader",
     "first_kept",
     "is_ring_file",
+    "read_cursor",
     "readers",
-    "reading",
     "text_ends_at",
     "who_writes",
+    "write_cursor",
 ]
 
 RING = "ring"
-SILENT_SECONDS = 60.0
-"""A reader on another machine that does not touch its cursor for so long is reported."""
 BEAT_SECONDS = 5.0
-_TAKE_OVER_BEATS = 5
-"""Beats of its other process that a reader waits for before it takes its place."""
-_POLL_SECONDS = 0.1
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,100}")
 
 
 @dataclass(frozen=True)
@@ -99,11 +90,17 @@ def cursor_key(reader: str) -> str:
     return f"{RING}/{reader}.json"
 
 
-def _read_cursor(folder: StoreFolder, key: str) -> ReaderCursor | None:
+def read_cursor(folder: StoreFolder, key: str) -> ReaderCursor | None:
+    """The cursor in a file; None where there is none.
+
+    Raises:
+        StoreError: it is damaged.
+    """
     try:
         cursor = ReaderCursor(**parse_json(folder.read(key)))
-        if min(int(n) for n in (cursor.next_shard, cursor.process, cursor.beat)) < 0:
-            raise ValueError("negative number")
+        numbers = (cursor.next_shard, cursor.process, cursor.beat)
+        if any(type(n) is not int or n < 0 for n in numbers) or not isinstance(cursor.host, str):
+            raise ValueError("a value of another kind")
         if cursor_key(cursor.reader) != key:
             raise ValueError(f"it is called {cursor.reader!r:.100}")
     except FileNotFoundError:  # ended meanwhile
@@ -123,7 +120,7 @@ def readers(folder: StoreFolder) -> list[ReaderCursor]:
         StoreError: a cursor file is damaged.
     """
     keys = sorted(key for key in folder.keys(RING) if key.endswith(".json"))
-    found = (_read_cursor(folder, key) for key in keys)
+    found = (read_cursor(folder, key) for key in keys)
     return [cursor for cursor in found if cursor is not None]
 
 
@@ -166,7 +163,9 @@ def text_ends_at(folder: StoreFolder, shards: int, shard_rows: int, writers: int
     return first
 
 
-class _Ring:
+class RingSide:
+    """What writers and readers of a ring do alike."""
+
     def __init__(self, folder: StoreFolder, specs: dict[str, ArraySpec], grid: Grid) -> None:
         self.folder, self.specs, self.grid = folder, list(specs.values()), grid
         self._swept: int | None = None
@@ -200,217 +199,9 @@ class _Ring:
         return cursors
 
 
-class RingWriter(_Ring):
-    """A writer's side: waits until there is room."""
-
-    def __init__(
-        self,
-        folder: StoreFolder,
-        specs: dict[str, ArraySpec],
-        grid: Grid,
-        slots: int,
-        *,
-        rank: int = 0,
-        writers: int = 1,
-    ) -> None:
-        """Watch the ring of a store.
-
-        Args:
-            folder: the store.
-            specs: arrays of its training split.
-            grid: of the training split, as planned.
-            slots: shards that may be on disk.
-            rank: of this writer.
-            writers: in all.
-        """
-        super().__init__(folder, specs, grid)
-        self.slots, self.rank, self.writers = slots, rank, writers
-        self._seen: dict[str, tuple[int, float]] = {}
-        self._told: set[str] = set()
-
-    def wait_for_room(self, shards: Sequence[int]) -> bool:
-        """Wait until a window of these shards fits into the ring.
-
-        Returns:
-            Whether it does; False if no reader will ever get to it, since the text of another
-            writer has ended before.
-        """
-        waiting_since = time.monotonic()
-        while True:
-            cursors = self.sweep()
-            kept = min(c.next_shard for c in cursors) if cursors else self.first_kept()
-            if self.writers > 1:
-                end = text_ends_at(
-                    self.folder, self.grid.shards, self.grid.shard_rows, self.writers
-                )
-                if shards[0] > end:
-                    console.print(
-                        f"{self.folder}: the text of part {end % self.writers} has ended before "
-                        f"shard {end}, so no reader can get to what part {self.rank} would write "
-                        f"next; it ends here"
-                    )
-                    return False
-            if shards[-1] - kept < self.slots:
-                return True
-            waited = time.monotonic() - waiting_since
-            if not cursors and waited > 1:
-                self._tell(
-                    "no reader",
-                    f"{self.folder}: the ring is full and has no reader; start one with `bsc train "
-                    f"--store {self.folder}`",
-                )
-            self._look_for_dead(cursors)
-            if waited > SILENT_SECONDS and self.writers > 1:
-                self._look_for_missing()
-            time.sleep(_POLL_SECONDS)
-
-    def _tell(self, what: str, sentence: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            console.print(sentence)
-
-    def _look_for_missing(self) -> None:
-        """Name the writer whose shard every reader waits for, if nobody writes it."""
-        committed = self.committed()
-        other = committed % self.writers
-        if other == self.rank or who_writes(self.folder, other) is not None:
-            return
-        self._tell(
-            f"part {other}",
-            f"{self.folder}: shard {committed} is the next that readers need, and no process on "
-            f"this machine writes part {other}, which it belongs to. If none does elsewhere, start "
-            f"it again: the same command with --rank {other}.",
-        )
-
-    def _look_for_dead(self, cursors: list[ReaderCursor]) -> None:
-        now = time.monotonic()
-        for cursor in cursors:
-            beat, since = self._seen.get(cursor.reader, (-1, now))
-            if beat != cursor.beat:
-                self._seen[cursor.reader] = (cursor.beat, now)
-                self._told.discard(cursor.reader)
-                since = now
-            silent = now - since
-            if not (cursor.is_dead() or silent > SILENT_SECONDS):
-                continue
-            state = "is gone" if cursor.is_dead() else f"has been silent for {silent:.0f} s"
-            self._tell(
-                cursor.reader,
-                f"{self.folder}: {cursor.who} {state} and holds the ring at shard "
-                f"{cursor.next_shard}. Start it again (`bsc train --resume`), or go on without it: "
-                f"`bsc ring {self.folder} --drop {cursor.reader}`",
-            )
-
-
-class RingReader(_Ring):
-    """A reader's side: says which shards it may still need."""
-
-    def __init__(
-        self,
-        folder: StoreFolder,
-        specs: dict[str, ArraySpec],
-        grid: Grid,
-        name: str,
-        *,
-        others: Sequence[str] = (),
-    ) -> None:
-        """Join the ring at the first shard that is there, or where this reader was.
-
-        Args:
-            folder: the store.
-            specs: arrays of its training split.
-            grid: of the training split.
-            name: of the reader.
-            others: readers that are to begin at the same shard, whenever they are started: places
-                are kept for them unless this reader has one already.
-
-        Raises:
-            UserError: the name cannot be that of a reader, or another process has it.
-        """
-        super().__init__(folder, specs, grid)
-        if not _NAME.fullmatch(name):
-            raise UserError(
-                f"--name {name}: a reader of a ring needs a name of letters, digits, '.', '_', '-'."
-            )
-        self.name = name
-        self._mutex = threading.Lock()
-        self._stop = threading.Event()
-        self._wait_for_other()
-        with folder.locked():
-            mine = _read_cursor(folder, cursor_key(name))
-            self._beat = mine.beat if mine else 0
-            there = self.first_kept()
-            self.next_shard = max(there, mine.next_shard if mine else 0)
-            self._save()
-            for other in others if mine is None else ():
-                if other != name and not folder.exists(cursor_key(other)):
-                    _write(folder, ReaderCursor(other, self.next_shard, 0, 0, ""))
-        self._thread = threading.Thread(target=self._live, name="ring-beat", daemon=True)
-        self._thread.start()
-
-    def _wait_for_other(self) -> None:
-        """Wait until another process that had this name has surely ended."""
-        key, first = cursor_key(self.name), None
-        for beat in range(_TAKE_OVER_BEATS * 10):
-            mine = _read_cursor(self.folder, key)
-            if mine is None or not mine.beat or mine.is_mine or mine.is_dead():
-                return
-            if first is None:
-                first = mine
-                console.print(f"{self.folder}: seeing whether {mine.who} still lives")
-            if mine.beat != first.beat:
-                raise UserError(
-                    f"{self.folder}: {mine.who} reads this ring under that name. Choose another "
-                    f"--name, or stop that process."
-                )
-            if beat < _TAKE_OVER_BEATS * 10 - 1:
-                time.sleep(BEAT_SECONDS / 10)
-        assert first is not None
-        console.print(f"{self.folder}: {first.who} is silent; this process takes its place")
-
-    def _save(self) -> None:
-        self._beat += 1
-        _write(
-            self.folder,
-            ReaderCursor(self.name, self.next_shard, self._beat, os.getpid(), socket.gethostname()),
-        )
-
-    def _live(self) -> None:
-        while not self._stop.wait(BEAT_SECONDS):
-            with self._mutex:
-                if not self._stop.is_set():
-                    self._save()
-
-    def passed(self, next_shard: int) -> None:
-        """Say that no shard before `next_shard` is needed again, whatever happens."""
-        if next_shard > self.next_shard:
-            with self._mutex:
-                self.next_shard = next_shard
-                self._save()
-            self.sweep()
-
-    def close(self, *, leave: bool) -> None:
-        """Stop; `leave` the ring for good, or keep the place for a restart."""
-        self._stop.set()
-        self._thread.join()
-        if leave:
-            with self._mutex:
-                self.folder.delete(cursor_key(self.name))
-
-
-def _write(folder: StoreFolder, cursor: ReaderCursor) -> None:
+def write_cursor(folder: StoreFolder, cursor: ReaderCursor) -> None:
+    """Say where a reader is."""
     folder.write_text(cursor.key, canonical_json(asdict(cursor)))
-
-
-@contextmanager
-def reading(ring: RingReader) -> Iterator[RingReader]:
-    """A block that reads a ring: leaves it when it ends well, keeps its place when it fails."""
-    try:
-        yield ring
-    except BaseException:
-        ring.close(leave=False)
-        raise
-    ring.close(leave=True)
 
 
 def drop_reader(
@@ -438,7 +229,7 @@ def drop_reader(
     cursor = known[name]
     if cursor.beat and not cursor.is_dead():
         wait(2 * BEAT_SECONDS + 1)
-        now = _read_cursor(folder, cursor_key(name))
+        now = read_cursor(folder, cursor_key(name))
         if now is None:
             return cursor
         if now.beat != cursor.beat:

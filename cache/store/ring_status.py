@@ -8,6 +8,7 @@ from typing import Any
 from bsc.cache.store.folder import StoreFolder
 from bsc.cache.store.manifest import committed_windows, read_end
 from bsc.cache.store.ring import ReaderCursor, first_kept, readers, text_ends_at, who_writes
+from bsc.cache.store.ring_writer import SILENT_SECONDS
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import UserError
 from bsc.progress import format_bytes
@@ -130,9 +131,6 @@ def _age(seconds: float) -> str:
     return f"{seconds / 60:.0f} min ago" if seconds < 7200 else f"{seconds / 3600:.1f} h ago"
 
 
-_SILENT_SECONDS = 60.0
-
-
 def _reader(folder: StoreFolder, cursor: ReaderCursor, committed: int) -> Reader:
     age = folder.age(cursor.key)
     if not cursor.beat:
@@ -140,7 +138,7 @@ def _reader(folder: StoreFolder, cursor: ReaderCursor, committed: int) -> Reader
     elif cursor.is_dead():
         state = "gone"
     else:
-        state = "silent" if age is not None and age > _SILENT_SECONDS else "alive"
+        state = "silent" if age is not None and age > SILENT_SECONDS else "alive"
     return Reader(
         name=cursor.reader,
         next_shard=cursor.next_shard,

@@ -8,13 +8,16 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 # A few large coders on many GPUs, which share the rows of each coder: all have to run at the same
-# time, and talk to each other.
+# time, and talk to each other. The runs have to be in a folder that all nodes share.
 #
 #   STORE=/shared/acts sbatch examples/slurm/train_together.sh sweep.toml
+#
+# Longer than the time limit: submit it several times with --dependency=singleton.
 set -euo pipefail
 STORE=${STORE:?"say where the store is, for example STORE=/shared/acts"}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-exec srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
+exec srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
+    torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$first:${PORT:-29500}" \
     --no-python bsc train "$@" --store "$STORE" --continue

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ import torch
 from bsc.cache.capture.capture import capture
 from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.model.text_source import TextSource
-from bsc.cache.store import ring as ring_module
+from bsc.cache.store import ring_reader, ring_writer
 from bsc.cache.store.folder import StoreFolder, open_folder
 from bsc.cache.store.layout import Grid, array_specs
 from bsc.cache.store.loader import START, Cursor, Loader
-from bsc.cache.store.ring import RingReader, RingWriter, drop_reader, readers, reading
+from bsc.cache.store.ring import drop_reader, readers, write_cursor
+from bsc.cache.store.ring_reader import RingReader, reading
 from bsc.cache.store.ring_status import ring_status
+from bsc.cache.store.ring_writer import RingWriter
 from bsc.cache.store.store import ActivationStore
 from bsc.cache.store.verify import verify
 from bsc.errors import StoreError, UserError
@@ -135,10 +138,8 @@ def test_a_dead_reader_is_named_and_can_come_back_where_it_was(
     child = subprocess.run(
         [sys.executable, "-c", f"""
 import os
-from bsc.cache.store import ring as ring_module
-from bsc.cache.store.folder import StoreFolder, open_folder
-from bsc.cache.store.layout import Grid
-from bsc.cache.store.ring import RingReader
+from bsc.cache.store.folder import open_folder
+from bsc.cache.store.ring_reader import RingReader
 from tests.cache.test_ring import GRID, SPECS
 ring = RingReader(open_folder({str(root)!r}), SPECS, GRID, "lost")
 ring.passed(3)
@@ -175,7 +176,7 @@ def foreign(folder: StoreFolder, reader: str, beat: int) -> None:
 
 @pytest.fixture
 def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ring_module, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(ring_reader, "BEAT_SECONDS", 0.1)
 
 
 @pytest.mark.usefixtures("quick_beats")
@@ -280,7 +281,7 @@ def test_several_writers_and_a_text_that_ends_early(tmp_path: Path) -> None:
 def test_a_writer_that_is_missing_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ring_module, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(ring_writer, "SILENT_SECONDS", 0.2)
     root, grid = tmp_path / "acts", Grid(24, 12, 60)
     make_store(root, 480, grid, window=2, ring=12, size=50, writers=3, stop_after=200)
     writer = RingWriter(open_folder(root), SPECS, grid, 12, rank=0, writers=3)
@@ -298,14 +299,44 @@ def test_a_writer_that_is_missing_is_named(
     last.close(leave=True)
 
 
+def test_a_beat_that_fails_is_not_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ring_reader, "BEAT_SECONDS", 0.05)
+    make_store(tmp_path / "s", 200, GRID, window=WINDOW, ring=SLOTS, size=50, stop_after=100)
+    reader = RingReader(open_folder(tmp_path / "s"), SPECS, GRID, "one")
+    real, left = write_cursor, [3]
+
+    def full(*args: Any) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(28, "No space left on device")
+        real(*args)
+
+    monkeypatch.setattr("bsc.cache.store.ring_reader.write_cursor", full)
+    before = readers(reader.folder)[0].beat
+    deadline = time.monotonic() + 20
+    while readers(reader.folder)[0].beat < before + 5 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert readers(reader.folder)[0].beat >= before + 5 and left == [0]
+    assert capsys.readouterr().err.count("No space left") == 1
+    reader.close(leave=True)
+
+
 def test_a_damaged_cursor_and_a_bad_name_are_refused(tmp_path: Path) -> None:
     make_store(tmp_path / "s", 200, GRID, window=WINDOW, ring=SLOTS, size=50, stop_after=100)
     folder = open_folder(tmp_path / "s")
     with pytest.raises(UserError, match="needs a name of letters"):
         RingReader(folder, SPECS, GRID, "../x")
-    folder.write("ring/x.json", b"[1")
-    with pytest.raises(StoreError, match=r"ring/x\.json: not the cursor of a reader"):
-        readers(folder)
+    good = {"reader": "x", "next_shard": 0, "beat": 1, "process": 1, "host": "h"}
+    for wrong in ("[1", *({**good, **bad} for bad in (
+        {"next_shard": "5"}, {"next_shard": 1.5}, {"beat": True}, {"host": 7}, {"reader": "y"},
+        {"process": -1}, {"more": 1},
+    ))):  # fmt: skip
+        text = wrong if isinstance(wrong, str) else json.dumps(wrong)
+        folder.write("ring/x.json", text.encode())
+        with pytest.raises(StoreError, match=r"ring/x\.json: not the cursor of a reader"):
+            readers(folder)
 
 
 def test_a_capture_and_a_training_run_at_the_same_time(tiny_model: Path, tmp_path: Path) -> None:

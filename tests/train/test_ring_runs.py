@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -114,6 +116,7 @@ def test_a_run_whose_place_was_dropped_says_so(
     train_sweep(sweep_config(tmp_path, name="other"))
     with pytest.raises(UserError, match=r"goes on with shard \d+ .* its place was dropped"):
         resume(config.folder)
+    assert readers(folder) == []  # and it holds nothing that others would wait for
     pair.finish()
 
 
@@ -140,3 +143,49 @@ def test_damaged_moments_are_named(
     path.write_bytes(whole)
     assert resume(config.folder)[0].config().completed
     pair.finish()
+
+
+def test_a_run_that_waits_for_rows_can_be_stopped(pair: Pair, tmp_path: Path) -> None:
+    """The capture is gone. A signal is heard at once, and a checkpoint written."""
+    config = sweep_config(tmp_path, checkpoint_every=6)
+    pair.start("reader")
+    metrics = config.folder / "metrics.jsonl"
+    while not metrics.exists():
+        time.sleep(0.02)
+    pair.kill("writer 0")
+    reader = pair.processes["reader"]
+    reader.join(3.0)
+    if "reader" in pair.running:  # it waits for shards that do not come
+        os.kill(reader.pid or 0, signal.SIGTERM)
+        reader.join(20)
+        assert "reader" not in pair.running
+        (state,) = config.folder.glob("checkpoint/*/state.json")
+        assert json.loads(state.read_text())["step"] > 0
+    pair.start("writer 0", "reader")
+    pair.finish()
+    assert {m["rows"] for m in Run.open(config.folder).metrics() if m["step"] == 96} == {24_000}
+
+
+def test_a_run_that_joins_late_plans_the_rows_that_are_left(pair: Pair, tmp_path: Path) -> None:
+    """Its schedules come to their end, and its last figures are there."""
+    drain = sweep_config(tmp_path, name="drain", tokens=6_000)
+    train_sweep(drain)
+    run, summaries = train_sweep(sweep_config(tmp_path, name="late"))
+    pair.finish()
+    config = run.config()
+    assert config.steps is not None and config.steps < 96
+    assert config.completed is not None and config.completed.rows == config.steps * 250
+    lines = list(run.metrics())
+    assert lines[-1]["step"] == config.steps and summaries[0].fvu is not None
+
+
+def test_a_ring_that_ends_before_its_plan_leaves_figures(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where tokens are left out: there are fewer rows than were planned."""
+    monkeypatch.setattr("bsc.train.job._rows_gone", lambda *_: -6_000)
+    run, summaries = train_sweep(sweep_config(tmp_path))
+    pair.finish()
+    assert "the ring has ended after 96 of 120 steps" in capsys.readouterr().err.replace("\n", " ")
+    assert list(run.metrics())[-1]["step"] == 96 and summaries[0].fvu is not None
+    assert resume(run.folder, ended=True)[1] == []

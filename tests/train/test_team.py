@@ -186,6 +186,22 @@ def test_processes_that_torchrun_did_not_start_are_told(store_path: Path, tmp_pa
     assert not config.folder.exists()
 
 
+def test_what_a_team_cannot_do_is_refused(store_path: Path, tmp_path: Path) -> None:
+    small = sweep(store_path, tmp_path, "small", CODERS["continuous"], batch_rows=2, tokens=10)
+    with pytest.raises(UserError, match="2 rows in a batch are fewer than the 3 processes"):
+        train_sweep(small, rank=1, world=3)
+    config = sweep(store_path, tmp_path, "done", CODERS["continuous"], tokens=251)
+    finish(start(config, 2))
+    before = (config.folder / "config.json").read_bytes()
+    for rank in (0, 1):
+        with pytest.raises(UserError, match="2 processes share the rows of 1 coders"):
+            resume(
+                config.folder, {"coders": ({"hookpoint": "layers.2.mlp", "k": 8},)},
+                add_coders=True, rank=rank, world=2,
+            )  # fmt: skip
+    assert (config.folder / "config.json").read_bytes() == before
+
+
 def test_processes_go_to_the_costliest_coders() -> None:
     def coder(latents: int) -> CoderConfig:
         return CoderConfig(
