@@ -15,7 +15,7 @@
 # Longer than the time limit: submit it several times with --dependency=singleton.
 set -euo pipefail
 STORE=${STORE:?"say where the store is, for example STORE=/shared/acts"}
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 
 exec srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
     torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
