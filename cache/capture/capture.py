@@ -249,14 +249,8 @@ def _writers(
     """The writers of this process, one for each split."""
     ring = None
     if plan.ring is not None:
-        ring = RingWriter(
-            folder,
-            plan.specs("train"),
-            plan.grids["train"],
-            plan.ring,
-            rank=config.rank,
-            writers=config.world,
-        )
+        (specs, grid), part = plan.arrays["train"], (config.rank, config.world)
+        ring = RingWriter(folder, specs, grid, plan.ring, *part)
     writers: dict[Split, SplitWriter] = {}
     for split, (specs, grid) in plan.arrays.items():
         window, world = plan.windows[split], config.world
@@ -324,6 +318,8 @@ def _pump(
         for batch in batches:
             writer = writers[batch.split]
             last = max(last, int(batch.doc_id.max()))
+            if train.cut_short:
+                break
             if writer.full:
                 continue
             taken = writer.append(source.block(batch), batch.point)

@@ -211,6 +211,8 @@ class SplitWriter:
         self.committed_rows = start.shards * grid.shard_rows
         self.owned_rows = len(owned) * grid.shard_rows
         """Rows of this writer once every shard is there."""
+        self.cut_short = False
+        """Whether nobody would get to read the windows that are left."""
         self.rows = self.committed_rows
         """Rows taken, committed or not."""
         self.dropped = start.dropped
@@ -267,7 +269,7 @@ class SplitWriter:
         done = point.skip
         while done < given and not self.full:
             if not self._open and not self._open_window():
-                self.owned_rows = self.rows
+                self.owned_rows, self.cut_short = self.rows, True
                 break
             left = self._open * self.grid.shard_rows - self._in_window
             n = min(given - done, left)

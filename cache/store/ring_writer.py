@@ -26,7 +26,6 @@ class RingWriter(RingSide):
         specs: dict[str, ArraySpec],
         grid: Grid,
         slots: int,
-        *,
         rank: int = 0,
         writers: int = 1,
     ) -> None:
