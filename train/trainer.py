@@ -135,11 +135,11 @@ def run_job(
 
 def _begin(job: Job, record: RunConfig, moments: Mapping[str, Moments]) -> None:
     """Write what is known before the first step."""
-    if job.store.ring is not None:
-        save_moments(job.part / _MOMENTS, moments)
-    write_typed(job.part / "config.json", record)
+    write_typed(job.part / "config.json", record)  # first: it says that a run has begun here
     if job.world > 1:
         write_typed(job.run.config_path, record)
+    if job.store.ring is not None:
+        save_moments(job.part / _MOMENTS, moments)
     # Figures of coders that are trained on would be of others.
     job.run.remove_figures()
 
@@ -276,7 +276,12 @@ def _join_ring(job: Job, wanted: int | None, *, new: bool) -> RingReader:
             f"but the ring begins with shard {ring.next_shard}: its place was dropped, and the "
             f"rows are gone. Train again under another --name."
         )
-    console.print(f"{job.store.folder}: reading the ring from shard {ring.next_shard} on")
+    room = job.store.room
+    needs = room.checkpoint_rows if room is not None and room.shards > room.slots else 0
+    console.print(
+        f"{job.store.folder}: reading the ring from shard {ring.next_shard} on"
+        + (f"; a checkpoint every {needs:,} rows at least, for its room" if needs else "")
+    )
     return ring
 
 

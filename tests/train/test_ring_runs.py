@@ -189,3 +189,28 @@ def test_a_ring_that_ends_before_its_plan_leaves_figures(
     assert "the ring has ended after 96 of 120 steps" in capsys.readouterr().err.replace("\n", " ")
     assert list(run.metrics())[-1]["step"] == 96 and summaries[0].fvu is not None
     assert resume(run.folder, ended=True)[1] == []
+
+
+def test_killed_before_its_first_step_a_run_begins_again(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `bsc train --continue` does it: whatever of its first files is there."""
+    config = sweep_config(tmp_path)
+
+    def killed(*args: Any) -> None:
+        raise RuntimeError("stands for a kill")
+
+    for what in ("save_moments", "write_typed"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"bsc.train.trainer.{what}", killed)
+            with pytest.raises(RuntimeError, match="stands for a kill"):
+                train_sweep(config.model_copy(update={"name": what}))
+    # Each holds the ring for itself: they go on side by side.
+    first = threading.Thread(target=resume, args=(config.folder.parent / "save_moments",))
+    first.start()
+    train_sweep(config.model_copy(update={"name": "write_typed"}))
+    first.join(60)
+    pair.finish()
+    runs = [Run.open(config.folder.parent / what) for what in ("save_moments", "write_typed")]
+    (a, b) = ({n: r.coder(n).tensors["W_dec"].tolist() for n in r.coder_names()} for r in runs)
+    assert a == b
