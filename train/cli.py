@@ -167,7 +167,8 @@ def _say(run: Run, summaries: list[CoderSummary], *, as_json: bool) -> None:
         result = {"run": str(run.folder), "coders": [s._asdict() for s in summaries]}
         typer.echo(canonical_json(result), nl=False)
     else:
-        summary_table(summaries)
+        if summaries:
+            summary_table(summaries)
         typer.echo(str(run.folder))
     if summaries and all(s.frozen_at is not None for s in summaries):
         typer.echo(

@@ -89,8 +89,9 @@ class RingStatus:
         slowest = min(self.readers, key=lambda r: r.next_shard)
         if slowest.state in ("gone", "silent", "not started"):
             return (
-                f"reader {slowest.name}, which is {slowest.state}. Start it again (`bsc train "
-                f"--resume`), or go on without it: `bsc ring {self.store} --drop {slowest.name}`"
+                f"reader {slowest.name}, which is {slowest.state}. Start it again (the same "
+                f"command with --continue), or go on without it: `bsc ring {self.store} --drop "
+                f"{slowest.name}`"
             )
         return f"reader {slowest.name}, to write a checkpoint beyond shard {slowest.next_shard}"
 
@@ -121,7 +122,10 @@ class RingStatus:
             state = {"none": "no process on this machine"}.get(w.state, w.state)
             out.append(f"writer {w.rank:<3} {state}{who}; {w.windows:,} windows committed")
         waits = self.waits_for()
-        out.append(f"waits for  {waits}" if waits else "waits for  nothing that can be seen")
+        if self.committed >= self.ends_at:
+            out.append("capture    ended: no more shards will come")
+        else:
+            out.append(f"waits for  {waits or 'nothing that can be seen'}")
         return out
 
 

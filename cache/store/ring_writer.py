@@ -116,6 +116,7 @@ class RingWriter(RingSide):
             self._tell(
                 cursor.reader,
                 f"{self.folder}: {cursor.who} {state} and holds the ring at shard "
-                f"{cursor.next_shard}. Start it again (`bsc train --resume`), or go on without it: "
+                f"{cursor.next_shard}. Start it again (the same command with --continue), or "
+                f"go on without it: "
                 f"`bsc ring {self.folder} --drop {cursor.reader}`",
             )

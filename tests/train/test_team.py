@@ -34,6 +34,7 @@ CODERS: dict[str, dict[str, Any]] = {
     "hybrid": {"code": "hybrid", "k": 6},
     "batch top-k": {"code": "continuous", "select": "batch_topk"},
     "muon": {"code": "binary", "optimiser": "muon"},
+    "signum": {"code": "binary", "optimiser": "signum", "clip_norm": 1.0},
 }
 
 
