@@ -96,8 +96,9 @@ class Loop:
         split, ring = store.splits.get("held_out"), store.ring is not None
         if self._held_out is None and split is not None:
             split.refresh()
-            rows = min(self.job.config.eval_rows, split.rows)
-            if rows and (not ring or rows == self.job.config.eval_rows or store.complete):
+            wanted = min(self.job.config.eval_rows, store.rows_planned("held_out"))
+            rows = min(wanted, split.rows)
+            if rows and (not ring or rows == wanted or store.complete):
                 loader = Loader(
                     split,
                     self.names,

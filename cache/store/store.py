@@ -144,8 +144,16 @@ class ActivationStore:
         Raises:
             StoreError: provenance.json is missing or damaged.
         """
+        return self.rows_planned("train")
+
+    def rows_planned(self, split: Split) -> int:
+        """Rows of a split that the capture was asked for, committed or not.
+
+        Raises:
+            StoreError: provenance.json is missing or damaged.
+        """
         try:
-            grid = self.provenance()["capture"]["grids"]["train"]
+            grid = self.provenance()["capture"]["grids"][split]
             return int(grid["shards"]) * int(grid["shard_rows"])
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{self.folder}/{PROVENANCE}: damaged ({error!r}).") from None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bsc.cache.store.folder import open_folder
 from bsc.cache.store.ring import drop_reader, readers
@@ -20,12 +21,16 @@ from bsc.cache.store.ring_status import ring_status
 from bsc.cache.store.store import ActivationStore
 from bsc.cli import main
 from bsc.errors import StoreError, UserError
+from bsc.train.bank_trainer import BankTrainer
 from bsc.train.job import make_job
 from bsc.train.loop import Loop
+from bsc.train.memory import group_banks
 from bsc.train.plan import plan_sweep
 from bsc.train.resume import resume
 from bsc.train.run import Run
+from bsc.train.team import ALONE
 from bsc.train.trainer import train_sweep
+from bsc.train.training_rows import measure_moments
 from tests.train.ring_pairs import Pair, capture_config, sweep_config
 
 
@@ -214,3 +219,24 @@ def test_killed_before_its_first_step_a_run_begins_again(
     runs = [Run.open(config.folder.parent / what) for what in ("save_moments", "write_typed")]
     (a, b) = ({n: r.coder(n).tensors["W_dec"].tolist() for n in r.coder_names()} for r in runs)
     assert a == b
+
+
+def test_held_out_rows_of_a_ring_are_the_first_whenever_a_run_is_started(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.start("reader")
+    pair.finish()
+    job = make_job(sweep_config(tmp_path, name="more", eval_rows=500, tokens=1500), "test")
+    moments = measure_moments(job.store, job.config, ("layers.1.mlp/input", "layers.1.mlp/output"))
+    group = group_banks(job.mine)[0]
+    bank = BankTrainer(group, job.store, job.config, job.device, 250, moments)
+    split = job.store.held_out
+    name = "layers.1.mlp/output"
+    first = torch.cat([split.tensor(name, i) for i in range(split.shards)])[:500]
+    found = Loop(job, [bank], ALONE)._held_out_rows()
+    assert found is not None and torch.equal(found[name], first)
+    # Fewer are committed yet, and the capture goes on: no figures rather than others.
+    monkeypatch.setattr(type(split), "refresh", lambda self: None)
+    monkeypatch.setattr(type(job.store), "complete", False)
+    split.rows = 499
+    assert Loop(job, [bank], ALONE)._held_out_rows() is None
