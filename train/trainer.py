@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -89,6 +90,8 @@ def run_job(
         if not new and job.leads:
             stack.enter_context(claim(job.part))
         team = _team(job, -1 if checkpoint is None else int(checkpoint[0]["step"]))
+        # A ring may have moved on while they were started.
+        job = replace(job, steps=team.agree(job.steps)[0])
         ring = None
         if job.store.ring is not None and job.leads:
             wanted = None if checkpoint is None else Cursor(*checkpoint[0]["cursor"]).group
@@ -187,7 +190,7 @@ def _team(job: Job, begun_at: int) -> Team:
             f"one of step {begun_at}, the first of step {leads_at}). --runs has to be a folder "
             f"that all of them share."
         )
-    mine = (job.rows, job.steps, job.memory.micro_rows)
+    mine = (job.rows, job.memory.micro_rows)
     if any(team.any(team.agree(*mine) != mine)):
         raise UserError(
             f"{job.store.folder}: the processes of this run see a different number of rows or can "
