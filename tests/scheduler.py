@@ -20,8 +20,7 @@ from typing import Any
 
 __all__ = ["Scheduler", "can_name_hosts"]
 
-_SBATCH = """#!{python}
-import json, os, sys, uuid
+_SBATCH = """import json, os, sys, uuid
 args, options = sys.argv[1:], []
 while args and args[0].startswith("--"):
     options.append(args.pop(0))
@@ -32,8 +31,7 @@ open(name + ".new", "w").write(json.dumps(job))
 os.rename(name + ".new", name + ".job")
 print("1" if "--parsable" in options else "Submitted batch job 1")
 """
-_SRUN = """#!{python}
-import os, subprocess, sys
+_SRUN = """import os, subprocess, sys
 assert sys.argv[1].startswith("--cpus-per-task=") and sys.argv[2] == "--kill-on-bad-exit=1"
 nodes = int(os.environ["SLURM_NNODES"])
 jobs = [
@@ -42,11 +40,12 @@ jobs = [
 ]
 sys.exit(max(abs(j.wait()) for j in jobs))
 """
-_SCONTROL = """#!/bin/sh
-echo 127.0.0.1
-echo 127.0.0.1
-"""
 _ON_NODE = ["unshare", "--uts", "sh", "-c", 'hostname "$NODE"; exec "$@"', "sh"]
+
+
+def _write_program(path: Path, line: str) -> None:
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
 
 
 def can_name_hosts() -> bool:
@@ -66,15 +65,14 @@ class Scheduler:
         self.spool.mkdir(parents=True)
         programs.mkdir()
         self.on_node = _ON_NODE if can_name_hosts() else []
-        texts = {
-            "sbatch": _SBATCH.format(python=sys.executable, spool=str(self.spool)),
-            "srun": _SRUN.format(python=sys.executable),
-            "scontrol": _SCONTROL,
-            "squeue": "#!/bin/sh\necho queued\n",
-        }
-        for name, text in texts.items():
-            (programs / name).write_text(text)
-            (programs / name).chmod(0o755)
+        # Through a shell: a first line that names Python cannot, where its path has a blank.
+        for name, text in {"sbatch": _SBATCH.format(spool=str(self.spool)), "srun": _SRUN}.items():
+            code = programs / f"{name}.py"
+            code.write_text(text)
+            run = f'exec "{sys.executable}" "{code}" "$@"'
+            _write_program(programs / name, run)
+        _write_program(programs / "scontrol", "echo 127.0.0.1; echo 127.0.0.1")
+        _write_program(programs / "squeue", "echo queued")
         binaries = Path(sys.executable).parent
         self.env = env | {"PATH": f"{programs}:{binaries}:/usr/local/bin:/usr/bin:/bin"}
         self.preempt_after = preempt_after
