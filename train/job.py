@@ -147,6 +147,11 @@ def make_job(
             f"batch_rows: {config.batch_rows:,} rows in a batch, but {store.folder} holds {rows:,} "
             f"training rows. Choose a smaller batch."
         )
+    if steps < 1 and config.tokens is None:  # a ring whose rows have passed
+        raise UserError(
+            f"{store.folder}: fewer rows than one batch of {config.batch_rows:,} are still to pass "
+            f"through this ring. Capture again, or give a smaller --batch-rows."
+        )
     if steps < 1:
         raise UserError(
             f"--tokens {config.tokens}: fewer than one batch of {config.batch_rows:,} rows."

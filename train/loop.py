@@ -67,6 +67,7 @@ class Loop:
             team: processes that share their rows.
         """
         self.job, self.banks, self.team = job, banks, team
+        self._room = job.store.room  # once: it comes from a file
         self.step = 0
         """Steps that were taken."""
         self.cursor = START
@@ -111,6 +112,7 @@ class Loop:
                 batches = loader.batches()
                 first = next(batches)
                 self._held_out = {n: t.clone() for n, t in zip(self.names, first, strict=True)}
+                # A generator, which its type does not say.
                 batches.close()  # type: ignore[attr-defined]
         return self._held_out
 
@@ -155,7 +157,7 @@ class Loop:
         save_checkpoint(self.job.part / "checkpoint", self.step, state, states)
 
     def _loader(self) -> Loader:
-        job, room = self.job, self.job.store.room
+        job, room = self.job, self._room
         cuda = job.device.type == "cuda"
         return Loader(
             job.store.train,
@@ -192,7 +194,7 @@ class Loop:
             self._saved_at = time.perf_counter()
             source = (
                 loader.batches(self.cursor)
-                if job.store.room is None
+                if self._room is None
                 else loader.ring_batches(self.cursor, lambda: job.store.complete, stop.is_set)
             )
             self._steps(loader, source, writer, view, stop.is_set, passed)
@@ -271,7 +273,7 @@ class Loop:
 
     def _is_due(self, passed: Passed | None) -> bool:
         """Whether the time of a checkpoint has come, or a ring has no room for going on without."""
-        every, room = self.job.config.checkpoint_every, self.job.store.room
+        every, room = self.job.config.checkpoint_every, self._room
         if room is not None and passed is not None:
             held = self.cursor.group - self._held
             step = -(-self.job.config.batch_rows // room.shard_rows) + room.shards_at_once

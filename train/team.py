@@ -107,12 +107,14 @@ class Team:
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Which of the flags some process has."""
+        if self.size == 1:
+            return flags
         said = torch.tensor(flags, dtype=torch.int32)
         self.largest(said)
         return tuple(bool(n) for n in said.tolist())
 
     def check_same(self, tensors: Sequence[Tensor], step: int) -> None:
-        """See that every process has the same coder, bit for bit.
+        """See that every process has the same coder, by sums of its bits.
 
         Raises:
             StoreError: they have drifted apart.

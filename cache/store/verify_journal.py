@@ -14,7 +14,6 @@ import hashlib
 import os
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from bsc.cache.store.folder import LocalFolder
@@ -198,12 +197,7 @@ class VerifyJournal:
     def __enter__(self) -> VerifyJournal:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         try:
             self._sync()
         finally:

@@ -6,17 +6,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 
 from bsc.cache.capture.capture import capture
 from bsc.cache.capture.config import CaptureConfig
@@ -33,41 +30,11 @@ from bsc.eval.config import EvalConfig
 from bsc.eval.evaluate import evaluate
 from bsc.train.config import TrainConfig
 from bsc.train.trainer import train_sweep
+from tests.cache.objects import BUCKET, bucket, server, upload
 from tests.cache.synthetic import files_of, make_store, numbers
 
 GRID = Grid(96, 24, 10)
-BUCKET = "activations"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    running = ThreadedMotoServer(port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    yield f"http://{host}:{port}"
-    running.stop()
-
-
-@pytest.fixture
-def bucket(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    for name, value in {
-        "AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1", "BSC_SHARD_CACHE": str(tmp_path / "cache"),
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    s3 = boto3.resource("s3", endpoint_url=server, region_name="us-east-1",
-                        aws_access_key_id="id", aws_secret_access_key="secret")  # fmt: skip
-    made = s3.create_bucket(Bucket=BUCKET)
-    yield made
-    made.objects.all().delete()
-    made.delete()
-
-
-def upload(bucket: Any, root: Path, prefix: str = "acts") -> str:
-    for path in root.rglob("*"):
-        if path.is_file():
-            bucket.upload_file(str(path), f"{prefix}/{path.relative_to(root).as_posix()}")
-    return f"s3://{BUCKET}/{prefix}"
+__all__ = ["bucket", "server"]  # fixtures
 
 
 def cached_bytes(tmp_path: Path) -> int:

@@ -21,7 +21,6 @@ from bsc.cache.store import verify_shards
 from bsc.cache.store.folder import open_folder
 from bsc.cache.store.layout import Grid
 from bsc.cache.store.manifest import read_window, write_window
-from bsc.cache.store.remote import RemoteFolder
 from bsc.cache.store.store import ActivationStore
 from bsc.cache.store.verify import verify
 from bsc.cache.store.verify_journal import VerifyJournal, default_journal
@@ -30,58 +29,13 @@ from bsc.cli import main
 from bsc.errors import StoreError, UserError
 from bsc.files import canonical_json
 from bsc.records import record_hash
+from tests.cache.checking import checked, flip, made, read, shard, store
 from tests.cache.synthetic import make_store
-from tests.cache.test_remote import BUCKET, bucket, server, upload
 
-__all__ = ["bucket", "server"]  # fixtures
+__all__ = ["made", "read", "store"]  # fixtures
 
-GRID = Grid(96, 24, 10)
 WINDOWS = (2, 3, 2, 3)
 """Shards of each window; of six arrays."""
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("store") / "s"
-    make_store(root, 960, GRID, window=3)
-    return root
-
-
-@pytest.fixture
-def store(made: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(made, tmp_path / "s")
-
-
-def shard(store: Path, number: int, side: str = "input") -> Path:
-    return store / f"data.zarr/layers.0.mlp/{side}/c/{number}/0"
-
-
-def flip(path: Path, at: int = 7) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[at] ^= 1
-    path.write_bytes(raw)
-
-
-@pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Keys of the shards whose rows are read."""
-    keys: list[str] = []
-    real = ShardPool._content
-
-    def spy(self: ShardPool, key: str, *rest: Any) -> list[str]:
-        keys.append(key)
-        return real(self, key, *rest)
-
-    monkeypatch.setattr(ShardPool, "_content", spy)
-    return keys
-
-
-def checked(store: Path | str, journal: Path, jobs: int = 2) -> tuple[list[str], int, int]:
-    """Problems, bytes that were read, and bytes that the journal had."""
-    read: list[int] = []
-    with VerifyJournal(journal, ActivationStore(store)) as kept:
-        problems = list(verify(store, read.append, jobs=jobs, journal=kept))
-        return problems, sum(read), kept.taken
 
 
 def stopped(store: Path, journal: Path, windows: int) -> None:
@@ -403,42 +357,3 @@ def test_a_home_that_cannot_be_written_only_means_that_nothing_is_kept(
     (tmp_path / "home").write_text("a file")
     code, out, said = bsc("verify", store)
     assert code == 0 and "every byte is right" in out and "What is checked is not kept" in said
-
-
-def test_object_storage_by_threads_and_gone_on_with(
-    bucket: Any, store: Path, tmp_path: Path, read: list[str]
-) -> None:
-    url = upload(bucket, store)
-    journal = tmp_path / "kept.jsonl"
-    key = "acts/data.zarr/layers.0.mlp/input/c/4/0"
-    right = bucket.Object(key).get()["Body"].read()
-    bucket.Object(key).put(Body=right[:7] + b"x" + right[8:])
-    problems, *_ = checked(url, journal, jobs=3)
-    assert len(problems) == 1 and "input/c/4/0: chunk 0" in problems[0]
-    assert problems == list(verify(url, jobs=1))
-    bucket.Object(key).put(Body=right)
-    # Of the same size: it is the etag that tells.
-    other = "acts/data.zarr/layers.0.mlp/input/c/9/0"
-    raw = bucket.Object(other).get()["Body"].read()
-    bucket.Object(other).put(Body=raw[:7] + b"x" + raw[8:])
-    read.clear()
-    problems, _, taken = checked(url, journal, jobs=3)
-    assert len(problems) == 1 and f"s3://{BUCKET}/acts" in problems[0] and "c/9/0" in problems[0]
-    assert len(read) == 36 and taken == ActivationStore(url).bytes * 4 // 10
-
-
-def test_a_copy_of_an_object_that_made_room_for_another_is_no_missing_shard(
-    bucket: Any, store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url = upload(bucket, store)
-    real, gone = RemoteFolder.fresh, set[str]()
-
-    def fresh(self: RemoteFolder, key: str) -> Path:
-        path = real(self, key)
-        if key not in gone:  # as another thread's copy can make it
-            gone.add(key)
-            path.unlink()
-        return path
-
-    monkeypatch.setattr(RemoteFolder, "fresh", fresh)
-    assert list(verify(url, jobs=3)) == [] and len(gone) == 60

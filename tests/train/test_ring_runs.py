@@ -17,6 +17,7 @@ import torch
 
 from bsc.cache.store.folder import open_folder
 from bsc.cache.store.ring import drop_reader, readers
+from bsc.cache.store.ring_reader import RingReader
 from bsc.cache.store.ring_status import ring_status
 from bsc.cache.store.store import ActivationStore
 from bsc.cli import main
@@ -240,3 +241,14 @@ def test_held_out_rows_of_a_ring_are_the_first_whenever_a_run_is_started(
     monkeypatch.setattr(type(job.store), "complete", False)
     split.rows = 499
     assert Loop(job, [bank], ALONE)._held_out_rows() is None
+
+
+def test_a_ring_whose_rows_have_passed_says_so(pair: Pair, tmp_path: Path) -> None:
+    pair.start("reader")
+    pair.finish()
+    split = ActivationStore(tmp_path / "acts").train
+    last = RingReader(split.folder, split.specs, split.grid, "last")
+    last.passed(split.shards)
+    last.close(leave=True)
+    with pytest.raises(UserError, match="fewer rows than one batch of 1,500 are still to pass"):
+        make_job(sweep_config(tmp_path, name="late", batch_rows=1500), "test")
