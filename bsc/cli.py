@@ -20,6 +20,7 @@ import bsc.eval.cli
 import bsc.eval.exports.cli
 import bsc.eval.interp.cli
 import bsc.finetuning.cli
+import bsc.study.cli
 import bsc.train.cli
 from bsc.errors import UserError
 from bsc.flags import AsJson
@@ -77,6 +78,7 @@ bsc.finetuning.cli.add_commands(app)
 bsc.eval.cli.add_commands(app)
 bsc.eval.interp.cli.add_commands(app)
 bsc.eval.exports.cli.add_commands(app)
+bsc.study.cli.add_commands(app)
 app.command(epilog="Example: bsc info acts")(info)
 
 
@@ -91,6 +93,7 @@ _GOES_ON = {
     "train": "bsc train --resume RUN goes on from the last checkpoint.",
     "finetune": "bsc finetune --resume RUN goes on from the last checkpoint.",
     "eval": "The same command goes on from there.",
+    "study": "What was done is kept; the same command goes on from there.",
     "interp": "What was answered is kept; the same command goes on from there.",
 }
 

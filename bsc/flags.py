@@ -217,19 +217,14 @@ def _load(where: str) -> type[Config]:
 
 def _flags(kind: type[Config], place: tuple[str, ...], *, grid: bool) -> Iterator[_Flag]:
     """Flags of a config's options, of the configs in its fields too."""
-    from bsc.config import Config
-    from bsc.options import option_of
+    from bsc.options import options_in
 
-    for name, field in kind.model_fields.items():
-        here = (*place, name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
-            yield from _flags(field.annotation, here, grid=grid)
-        elif option := option_of(field):
-            default = inspect.Parameter.empty if field.is_required() else field.default
-            if option.shown or default == () or grid:
-                default = None
-            kind_ = _kind(field, option, grid)
-            yield _Flag(here, kind_, _typer_option(name, field, option), default)
+    for here, field, option in options_in(kind, place):
+        default = inspect.Parameter.empty if field.is_required() else field.default
+        if option.shown or default == () or grid:
+            default = None
+        kind_ = _kind(field, option, grid)
+        yield _Flag(here, kind_, _typer_option(here[-1], field, option), default)
 
 
 def _typer_option(name: str, field: FieldInfo, option: Option) -> Any:

@@ -55,6 +55,11 @@ class FileLock:
             if not again:
                 raise FileNotFoundError(path)
 
+    @property
+    def descriptor(self) -> int:
+        """Of the open file. A process that inherits it holds the lock too, until it ends."""
+        return self._descriptor
+
     def release(self, *, remove: bool = False) -> None:
         """Let go; `remove` removes the file too."""
         if self._descriptor >= 0:

@@ -7,14 +7,15 @@ flags (bsc/flags.py) alike, and checked in one way (bsc/config.py). Imports no c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
-__all__ = ["CODERS", "MACHINE", "STEERING", "Option", "option", "option_of"]
+__all__ = ["CODERS", "MACHINE", "STEERING", "Option", "option", "option_of", "options_in"]
 
 MACHINE = "Machine and output"
 CODERS = "Coders: every value may be given several times"
@@ -76,3 +77,17 @@ def option_of(field: FieldInfo) -> Option | None:
     extra = field.json_schema_extra
     found: object = extra.get("option") if isinstance(extra, dict) else None
     return found if isinstance(found, Option) else None
+
+
+def options_in(
+    kind: type[BaseModel], place: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], FieldInfo, Option]]:
+    """Every option of a config and of the configs in its fields: where it is, its field, itself."""
+    from pydantic import BaseModel
+
+    for name, field in kind.model_fields.items():
+        here = (*place, name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from options_in(field.annotation, here)
+        elif found := option_of(field):
+            yield here, field, found

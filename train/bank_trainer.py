@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bsc.cache.store.split import Moments
 from bsc.cache.store.store import ActivationStore
+from bsc.devices import product_dtype
 from bsc.errors import UserError
 from bsc.train.coders.bank import Bank, StepResult
 from bsc.train.coders.coder import SparseCoder
@@ -125,7 +126,7 @@ class BankTrainer:
         self.bank = Bank(
             [c.coder for c in coders],
             total_variance=self.scale.variance_y,
-            compute_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+            compute_dtype=product_dtype(config.precision, device),
             device=device,
             units=(self.scale.x, self.scale.y),
             compiled=config.compile,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bsc.devices import product_dtype
 from bsc.errors import ConfigError
 from bsc.progress import format_bytes
 from bsc.train.coders.bank import EXTRA_COLUMNS
@@ -158,7 +159,7 @@ def plan_memory(
     Raises:
         ConfigError: it does not fit, however few rows are worked on at a time.
     """
-    bytes_each = 2 if config.precision == "bf16" else 4
+    bytes_each = product_dtype(config.precision, device).itemsize
     banks = group_banks(planned)
     parts = [_fixed(bank, bytes_each) for bank in banks]
     weights, optimisers, products = (sum(p[i] for p in parts) for i in range(3))

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+import torch
+
+from bsc.devices import product_dtype
 from bsc.errors import ConfigError
 from bsc.progress import format_bytes
 from bsc.train.coders.coder import parameter_shapes
@@ -95,7 +98,7 @@ def plan_memory(
     largest = max(map(len, sets))
     acting = largest * max(values) * (2 + 4 + 4)
     token = _token_bytes(model, context)
-    token += largest * max(_coder_token_bytes(c, precision) for c in planned)
+    token += largest * max(_coder_token_bytes(c, precision, device) for c in planned)
     hookpoints = {c.name: c.hookpoint for c in planned}
     splices = {tuple(hookpoints[name] for name in own) for own in sets}
     token += len(splices) * 5 * model.width * model.bytes_each  # what runs before each of them
@@ -140,12 +143,12 @@ def _token_bytes(model: ModelSize, context: int) -> int:
     return model.layers * layer * model.bytes_each + logits
 
 
-def _coder_token_bytes(coder: FinetunedCoder, precision: str) -> int:
+def _coder_token_bytes(coder: FinetunedCoder, precision: str, device: str) -> int:
     """Bytes of a token in a coder: pre-activations, selection, entries, rows in float32.
 
     With batch top-k every row is as wide as the one with most, which is taken to have 4 k.
     """
     own = coder.coder
-    each = 2 if precision == "bf16" else 4
+    each = product_dtype(precision, torch.device(device)).itemsize
     entries = (4 if own.select == "batch_topk" else 1) * own.k * 96
     return own.n_latents * 2 * each + entries + 4 * (4 * own.d_in + 6 * own.d_out)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bsc.devices import product_dtype
 from bsc.eval.passes.splice import Replacement
 from bsc.finetuning.config import FinetuneConfig
 from bsc.train.coders.coder import Code, SparseCoder
@@ -66,7 +67,7 @@ class TunedCoder:
         self.module = CoderModule(
             coder.in_units(x=1 / scale.x, y=1 / scale.y).to(device),
             planned.surrogate,
-            compute_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+            compute_dtype=product_dtype(config.precision, device),
         )
         self.module.hold_row_lengths()
         fixed = planned.coder.threshold == "fixed"

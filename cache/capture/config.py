@@ -79,7 +79,8 @@ class CaptureConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Type of the model's arithmetic: auto, float32, bfloat16 or float16.", _MODEL
     )
-    """Rows are stored as bfloat16 whatever it is."""
+    """auto: that of the checkpoint, but float32 for bfloat16 on a CPU that has no instructions for
+    it. Rows are stored as bfloat16 whatever it is."""
     batch_tokens: int | None = option(
         None, "Tokens in a forward pass.", MACHINE, ge=1, shown="8,192 on a CPU, 65,536 on a GPU"
     )

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 import bsc.embedded
+from bsc.devices import multiplies_bfloat16
 from bsc.errors import UserError, nearest
 from bsc.hub import hub_address, hub_answers
 
@@ -165,7 +166,8 @@ def load_model(
     Args:
         name: see `resolve_model`.
         revision: branch, tag or commit on the hub.
-        dtype: ``"auto"`` (that of the checkpoint), ``"float32"``, ``"bfloat16"``, ``"float16"``.
+        dtype: ``"auto"`` (that of the checkpoint, but float32 for bfloat16 on a CPU that has no
+            instructions for it), ``"float32"``, ``"bfloat16"``, ``"float16"``.
         device: where to put it.
         with_head: with the language model head (to measure its loss), or the base model alone.
         random_weights: seed of weights drawn as before training, in the place of the trained ones:
@@ -218,7 +220,9 @@ def load_model(
         raise UserError(
             f"--model {name}: {source} cannot be loaded: {first_line} {hint}"
         ) from error
-    torch.nn.Module.to(model, device).eval().requires_grad_(False)
+    slow = model.dtype == torch.bfloat16 and not multiplies_bfloat16(torch.device(device))
+    wanted = torch.float32 if dtype == "auto" and slow else model.dtype
+    torch.nn.Module.to(model, device, wanted).eval().requires_grad_(False)
     sha256 = _weights_hash(local) if local else None
     return LanguageModel(
         name=name if name == EMBEDDED else source,

@@ -1,0 +1,105 @@
+"""Steps in an order in which each comes after what it needs, and the digest that each is known by.
+
+The digest of a step is the hash of what it says and of the digests of what it needs. What a step
+makes is in a folder with the digest in its name. So what was made is used again as long as nothing
+changed that it depends on, and nothing that was made is ever replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from graphlib import CycleError, TopologicalSorter
+from typing import NamedTuple
+
+import xxhash
+
+from bsc.errors import ConfigError, UserError, nearest
+from bsc.files import canonical_json
+from bsc.study.commands import check_step, inputs_of
+from bsc.study.config import Study, StudyStep
+
+__all__ = ["Node", "chosen_nodes", "graph_of"]
+
+_VERSION = 1
+"""Of what a digest is made from."""
+
+
+class Node(NamedTuple):
+    """A step with what it needs."""
+
+    step: StudyStep
+    needs: tuple[str, ...]
+    """Names of steps."""
+    digest: str
+
+    @property
+    def name(self) -> str:
+        """Name of the step."""
+        return self.step.name
+
+    @property
+    def label(self) -> str:
+        """Name of what it makes."""
+        return f"{self.step.name}-{self.digest}"
+
+
+def graph_of(study: Study, where: str) -> dict[str, Node]:
+    """Every step of a study by name, checked, each after what it needs.
+
+    Args:
+        study: as it was read.
+        where: what it was read from, for messages.
+
+    Raises:
+        ConfigError: a step is not as it should be, two are measured in one place, or they need each
+            other.
+    """
+    steps = {step.name: step for step in study.steps}
+    for step in study.steps:
+        check_step(step, steps, where)
+    needs = {s.name: tuple(dict.fromkeys(n for _, n in inputs_of(s))) for s in study.steps}
+    for command in ("eval", "interp"):
+        seen: dict[str, str] = {}
+        for step in study.steps:
+            if step.command == command and not step.fields.get("judge"):
+                run = step.fields["run"]
+                if run in seen:
+                    raise ConfigError(
+                        f"{where}: [{command}.{step.name}] and [{command}.{seen[run]}] both "
+                        f"measure {run}, and a run has one folder for it. Leave one out."
+                    )
+                seen[run] = step.name
+    try:
+        order = list(TopologicalSorter(needs).static_order())
+    except CycleError as error:
+        raise ConfigError(f"{where}: steps need each other: {' -> '.join(error.args[1])}") from None
+    nodes: dict[str, Node] = {}
+    # Those that could come at any time come in the order of the file.
+    rank = {name: i for i, name in enumerate(steps)}
+    level: dict[str, int] = {}
+    for name in order:
+        level[name] = max((level[n] + 1 for n in needs[name]), default=0)
+    for name in sorted(order, key=lambda n: (level[n], rank[n])):
+        step = steps[name]
+        said = [_VERSION, step.command, step.fields, [nodes[n].digest for n in needs[name]]]
+        digest = xxhash.xxh3_64_hexdigest(canonical_json(said).encode())[:8]
+        nodes[name] = Node(step, needs[name], digest)
+    return nodes
+
+
+def chosen_nodes(nodes: dict[str, Node], only: Collection[str]) -> dict[str, Node]:
+    """The steps of some names and what they need; all where none is named.
+
+    Raises:
+        UserError: a name is not that of a step.
+    """
+    for name in only:
+        if name not in nodes:
+            raise UserError(
+                f"--only {name}: no such step{nearest(name, nodes)}; there are {', '.join(nodes)}."
+            )
+    wanted = set(only or nodes)
+    for name in reversed(nodes):
+        if name in wanted:
+            wanted.update(nodes[name].needs)
+    return {name: node for name, node in nodes.items() if name in wanted}

@@ -1,0 +1,245 @@
+"""Doing one step: its command line, its process, its record."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bsc.cache.store.store import ActivationStore
+from bsc.errors import ConfigError, StoreError, UserError
+from bsc.files import canonical_json, write_atomically
+from bsc.locks import FileLock
+from bsc.study.choose import choose, chosen_value
+from bsc.study.commands import arguments, in_numbers, inputs_of, shown
+from bsc.study.folder import RECORD_VERSION, StepRecord, StudyFolder
+from bsc.study.graph import Node
+from bsc.study.subjects import Subject, subjects_of, text_of
+from bsc.versions import versions
+
+__all__ = ["FailedStep", "do_step"]
+
+_SHARED = ("cache", "train")
+"""Commands that several processes can share."""
+
+
+class FailedStep(Exception):
+    """A step that did not end as it should; its words say how."""
+
+
+def do_step(node: Node, folder: StudyFolder, lock: FileLock, launch: Sequence[str] = ()) -> None:
+    """Do a step whose needs are there, or go on with it, and write its record.
+
+    Args:
+        node: of the study.
+        folder: of the study.
+        lock: of the step. The command's process inherits it, so the step is held for as long as
+            anybody works on it.
+        launch: words before `bsc` in the command lines of captures and trainings.
+
+    Raises:
+        FailedStep: the command failed, or it did not make what it should.
+    """
+    chosen: list[dict[str, Any]] | None = None
+    line = ["choose"]
+    try:
+        if node.step.command == "choose":
+            chosen = _choose(node, folder)
+        else:
+            line = _line(node, folder)
+    except UserError as error:
+        raise FailedStep(str(error)) from error
+    if chosen is None:
+        _call(node, folder, line, lock, launch if node.step.command in _SHARED else ())
+    made = folder.made(node)
+    if made is None:
+        raise FailedStep(f"ended without an error, but made nothing; see {folder.log(node)}")
+    own = "" if chosen is not None else shown([_relative(word, folder.path) for word in line])
+    record = StepRecord(
+        version=RECORD_VERSION,
+        step=node.name,
+        digest=node.digest,
+        command=own or f"choose {node.step.fields['field']}",
+        made=made,
+        needs=folder.needs(node),
+        seconds=round(_before(node, folder), 3),
+        ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions(),
+        **({} if chosen is None else {"chosen": chosen}),
+    )
+    folder.write(node, record)
+    _time_path(node, folder).unlink(missing_ok=True)
+
+
+def _relative(word: str, root: Path) -> str:
+    return word.removeprefix(f"{root}{os.sep}")
+
+
+def _line(node: Node, folder: StudyFolder) -> list[str]:
+    """Arguments of `bsc`, to begin the step or to go on with it."""
+    step = node.step
+    if step.command == "cache":
+        return arguments(step, {"--store": str(folder.store(step.name))})
+    runs = str(folder.path / "runs")
+    if step.command == "train":
+        sweep = folder.path / "records" / f"{node.label}.toml"
+        write_atomically(sweep, _sweep(node, folder))
+        return ["train", str(sweep), "--runs", runs, "--name", node.label, "--continue"]
+    if step.command == "finetune":
+        run = folder.run(step.name)
+        if run.config_path.exists():
+            return ["finetune", str(run.folder), "--resume"]
+        given = {"": str(folder.run(step.fields["run"]).folder), "--runs": runs}
+        given |= {"--name": node.label}
+        if "chosen" in step.fields:
+            given["--lr"] = text_of(_one_value(node, folder))
+        return arguments(step, given)
+    given = {"": str(folder.run(step.name).folder)}
+    if step.fields.get("judge"):
+        given["--name"] = step.name
+    return arguments(step, given)
+
+
+def _choices(node: Node, folder: StudyFolder) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Field and values of every `choose` that a step goes by."""
+    found = []
+    for key, name in inputs_of(node.step):
+        if key == "chosen":
+            other = folder.nodes[name]
+            record = folder.done(other)
+            if record is None or record.chosen is None:
+                raise StoreError(f"{folder.record_path(other)}: damaged; remove it.")
+            found.append((other.step.fields["field"], record.chosen))
+    return found
+
+
+def _one_value(node: Node, folder: StudyFolder) -> Any:
+    """The one value that was chosen for a run that takes one."""
+    values = {text_of(c[field]): c[field] for field, arms in _choices(node, folder) for c in arms}
+    if len(values) != 1:
+        raise ConfigError(
+            f"[finetune.{node.name}]: chosen: {len(values)} values were chosen, by arm, and a run "
+            f"has one. Give `choose` an empty `by`, or runs of one arm."
+        )
+    return next(iter(values.values()))
+
+
+def _sweep(node: Node, folder: StudyFolder) -> str:
+    """The sweep of a step as TOML, with what was chosen for each coder."""
+    from bsc.train.config import TrainConfig
+    from bsc.train.sweep import expand, plan_coder
+
+    store = folder.store(node.step.fields["store"])
+    where = f"[train.{node.name}]"
+    own = {k: v for k, v in node.step.fields.items() if k not in ("store", "chosen")}
+    own = in_numbers(TrainConfig, own, where)
+    tables = list(own.pop("coders", [{"code": ["binary", "continuous"]}]))
+    if choices := _choices(node, folder):
+        hook = ActivationStore(store).hookpoints[0]
+        given = TrainConfig.model_validate({"coders": tables, "preset": own.get("preset")})
+        made: list[dict[str, Any]] = []
+        for point in expand(given.coders, where, given.preset):
+            planned = plan_coder(point, hook)
+            fields = planned.coder.model_dump() | planned.model_dump()
+            table = {n: getattr(point, n) for n in point.model_fields_set}
+            for field, arms in choices:
+                value = chosen_value(arms, field, fields)
+                if value is None and field not in table:
+                    raise ConfigError(
+                        f"{where}: no {field} was chosen for a coder like {planned!r}."
+                    )
+                table.setdefault(field, value)
+            made.append(table)
+        tables = made
+    top = own | {"store": str(store)}
+    lines = [f"{k} = {_toml(v)}" for k, v in top.items()]
+    for table in tables:
+        lines += ["", "[[coders]]"]
+        lines += [f"{k} = {_toml(v)}" for k, v in table.items() if v is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML, which is JSON for text, numbers, truth values and lists of them."""
+    return canonical_json(value, indent=None).strip()
+
+
+def _choose(node: Node, folder: StudyFolder) -> list[dict[str, Any]]:
+    fields = node.step.fields
+    runs = fields["runs"]
+    subjects: list[Subject] = []
+    for name in [runs] if isinstance(runs, str) else runs:
+        subjects += subjects_of(name, folder.run(name))
+    where = f"[choose.{node.name}]"
+    return choose(
+        subjects, fields["field"], fields.get("by", []), fields.get("figure", "fvu"), where
+    )
+
+
+def _time_path(node: Node, folder: StudyFolder) -> Path:
+    return folder.path / "records" / f".{node.label}.seconds"
+
+
+def _before(node: Node, folder: StudyFolder) -> float:
+    """Seconds that went into a step before it was stopped."""
+    try:
+        return float(_time_path(node, folder).read_text())
+    except (OSError, ValueError):
+        return 0.0
+
+
+def _call(
+    node: Node, folder: StudyFolder, line: Iterable[str], lock: FileLock, launch: Sequence[str]
+) -> None:
+    """Run `bsc` and wait for it."""
+    before, started = _before(node, folder), time.perf_counter()
+    whole = [*launch, sys.executable, "-m", "bsc", *line]
+    log = folder.log(node)
+    try:
+        with log.open("ab") as out:
+            out.write(f"$ {' '.join(whole)}\n".encode())
+            out.flush()
+            with (
+                subprocess.Popen(
+                    whole,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(lock.descriptor,),
+                ) as process,
+                _stopped_with(process),
+            ):
+                code = process.wait()
+    except OSError as error:
+        raise FailedStep(f"{whole[0]}: cannot be started ({error.strerror}).") from None
+    finally:
+        spent = before + time.perf_counter() - started
+        write_atomically(_time_path(node, folder), f"{spent:.3f}")
+    if code:
+        raise FailedStep(f"{_last_line(log)} (exit {code}; all of it is in {log})")
+
+
+@contextmanager
+def _stopped_with(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Stop a process, as it wishes to be stopped, where this one is."""
+    try:
+        yield
+    except BaseException:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise
+
+
+def _last_line(log: Path) -> str:
+    """What a command said last, or its error."""
+    lines = [n for n in log.read_text(errors="replace").splitlines() if n.strip()]
+    errors = [n for n in lines if n.startswith("error: ")]
+    said = (errors or lines or ["it said nothing"])[-1]
+    return said.removeprefix("error: ")[:1000]
