@@ -352,4 +352,8 @@ def _write_sums(
             f"{name}/squared_error": own.by_document["coder"],
             f"{name}/squared_deviation": own.by_document["total"],
         }
+        for kind in own.by_document.keys() & {"binarised", "quantised"}:
+            arrays[f"{name}/squared_error_{kind}"] = own.by_document[kind]
+        if (without := losses.get(f"{name}|binarised")) is not None:
+            arrays[f"{name}/nats_binarised"] = without.nats
     write_arrays(EvaluationFolder(setting.run).documents, arrays)

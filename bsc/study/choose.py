@@ -92,8 +92,9 @@ def _best(tried: Mapping[Any, Mapping[str, float]], field: str, where: str) -> d
 
 def _check_once(run: Run, where: str) -> None:
     config = run.config()
-    rows = config.steps * config.batch_rows
-    if config.finetuned is None and rows > config.rows:
+    steps, batch = config.steps, config.batch_rows
+    rows = None if steps is None or batch is None else steps * batch
+    if rows is not None and config.finetuned is None and rows > config.rows:
         raise UserError(
             f"{where}: {run.folder} was trained on {rows:,} rows of {config.rows:,}: rows that "
             f"were seen before say nothing of new ones. Choose by a run of one pass at most."

@@ -45,8 +45,8 @@ Selection = dict[str, Any]
 """Fields of coders and what they are; a list means any of its values. `run` is a step."""
 
 _CONTRAST = (
-    "figure", "coders", "against", "each", "match", "equal", "ratio", "above", "below", "within",
-    "weighted", "ranks", "rates", "unscored", "judge",
+    "figure", "against_figure", "coders", "against", "each", "match", "equal", "ratio", "above",
+    "below", "within", "weighted", "ranks", "rates", "unscored", "judge",
 )  # fmt: skip
 
 
@@ -64,6 +64,9 @@ class Contrast(Config):
 
     figure: str
     """A figure of bsc/study/figures.py, for example ``"fvu"``."""
+    against_figure: str | None = None
+    """The figure of what it is compared with, where that is another one, such as
+    ``"fvu_values_removed"``."""
     coders: Selection
     against: Selection | None = None
     """None: the figure itself, not a difference."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from bsc.errors import ConfigError, nearest
 from bsc.train.run import Run
 
-__all__ = ["Subject", "fields_of", "selected", "subjects_of", "text_of"]
+__all__ = ["Subject", "fields_of", "selected", "subjects_of", "text_of", "words_of"]
 
 
 class Subject(NamedTuple):
@@ -62,7 +62,7 @@ def selected(
             for n in selection
         )
         raise ConfigError(
-            f"{where}: no coder is {_words(selection)}. Of the study's coders {told}."
+            f"{where}: no coder is {words_of(selection)}. Of the study's coders {told}."
         )
     return found
 
@@ -80,7 +80,8 @@ def text_of(value: Any) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _words(selection: Mapping[str, Any]) -> str:
+def words_of(selection: Mapping[str, Any]) -> str:
+    """What a selection says."""
     return ", ".join(
         f"{n} = {' or '.join(map(text_of, v)) if isinstance(v, (list, tuple)) else text_of(v)}"
         for n, v in selection.items()

@@ -1,0 +1,205 @@
+"""Estimates over seeds and documents, and the verdict that an estimate gives.
+
+The sample of a study is twice clustered: coders of several seeds were measured on the same
+documents (or classes). With d_s the figure of seed s over all documents and d = mean_s d_s,
+
+    Var(d) = V_documents + V_seeds
+    V_documents  the jackknife's: what leaving out one document after the other changes in d
+    V_seeds      sum_s (d_s - d)^2 / (S (S - 1))
+
+What differs by seed and document alone is counted in both, so the sum is rather too large than too
+small (Cameron, Gelbach and Miller 2011 take it off; it can then be negative). The interval is
+Student's, with Satterthwaite's degrees of freedom
+
+    (V_documents + V_seeds)^2 / (V_documents^2 / f_documents + V_seeds^2 / (S - 1))
+
+where f_documents is that of bsc/eval/figures/intervals.py. A ratio is taken as the difference of
+logarithms. docs/study.md has how often the verdicts are right on simulated studies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from bsc.eval.figures.intervals import LEVEL, MIN_SAMPLE, degrees_of_freedom
+
+__all__ = ["Bound", "Estimate", "Sums", "Verdict", "decide", "estimate", "resolution"]
+
+Verdict = Literal["holds", "does not hold", "not decided"]
+POWER = 0.8
+"""Share of studies that decide an effect of the size that `resolution` gives."""
+
+
+class Sums(NamedTuple):
+    """A figure of one coder, as a ratio of sums over documents, or classes, or one unit."""
+
+    numerators: NDArray[np.float64]
+    """(units,)"""
+    weights: NDArray[np.float64]
+    """(units,)"""
+
+    @property
+    def value(self) -> float:
+        """The figure."""
+        return float(self.numerators.sum() / self.weights.sum())
+
+
+class Bound(NamedTuple):
+    """What is claimed of an estimate: that it is above, below, or within a value of 0 or 1."""
+
+    kind: Literal["above", "below", "within"]
+    value: float
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds of a figure, a difference or the logarithm of a ratio."""
+
+    mean: float
+    """Of the logarithms, where it is a ratio."""
+    error: float
+    """Standard error; NaN where none is known."""
+    freedom: float
+    """Degrees of freedom of the error."""
+    ratio: bool
+    seeds: int
+    units: int
+    error_seeds: float
+    """Part of the error that comes of the seeds; 0 with one seed."""
+    error_units: float
+    """Part of the error that comes of the documents or classes; 0 where there is one unit."""
+
+    @property
+    def value(self) -> float:
+        """The figure as people read it."""
+        return math.exp(self.mean) if self.ratio else self.mean
+
+    def interval(self, level: float = LEVEL) -> list[float] | None:
+        """Student's interval; None where no error is known."""
+        if not math.isfinite(self.error):
+            return None
+        reach = float(stats.t.ppf((1 + level) / 2, self.freedom)) * self.error
+        ends = [self.mean - reach, self.mean + reach]
+        return [math.exp(e) for e in ends] if self.ratio else ends
+
+
+def estimate(
+    first: Sequence[Sequence[Sums]],
+    against: Sequence[Sequence[Sums]] | None = None,
+    *,
+    ratio: bool = False,
+) -> Estimate:
+    """The mean over seeds, and over pairs of a seed, of a figure, or of its difference from another.
+
+    Args:
+        first: by seed, then by pair; every seed has the same pairs, all figures the same units.
+        against: the same; None: the figure itself.
+        ratio: whether the ratio is meant.
+
+    >>> one = [[Sums(np.array([1.0]), np.ones(1))], [Sums(np.array([3.0]), np.ones(1))]]
+    >>> found = estimate(one)
+    >>> found.mean, round(found.error, 6), found.freedom
+    (2.0, 1.0, 1.0)
+    """
+    whole, without, weights = _figures(first, ratio)
+    if against is not None:
+        other = _figures(against, ratio)
+        whole, without = whole - other[0], without - other[1]
+    by_seed = whole.mean(axis=1)
+    seeds, units = len(by_seed), without.shape[-1]
+    of_seeds = float(by_seed.var(ddof=1) / seeds) if seeds > 1 else 0.0
+    of_units, freedom_units = 0.0, 1.0
+    if units >= MIN_SAMPLE:
+        left_out = without.mean(axis=(0, 1))
+        of_units = float((units - 1) / units * np.square(left_out - left_out.mean()).sum())
+        freedom_units = float(degrees_of_freedom(weights))
+    known = (seeds > 1 or units > 1) and (units == 1 or units >= MIN_SAMPLE)
+    total = of_seeds + of_units
+    parts = of_units**2 / freedom_units + (of_seeds**2 / (seeds - 1) if seeds > 1 else 0.0)
+    return Estimate(
+        mean=float(by_seed.mean()),
+        error=math.sqrt(total) if known else math.nan,
+        freedom=total**2 / parts if parts > 0 else 1.0,
+        ratio=ratio,
+        seeds=seeds,
+        units=units,
+        error_seeds=math.sqrt(of_seeds),
+        error_units=math.sqrt(of_units),
+    )
+
+
+def _figures(
+    sums: Sequence[Sequence[Sums]], ratio: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Figures (seeds, pairs), the same without each unit (seeds, pairs, units), and the mean
+    weights of the units that count."""
+    numerators = np.array([[s.numerators for s in row] for row in sums], np.float64)
+    weights = np.array([[s.weights for s in row] for row in sums], np.float64)
+    used = (weights != 0).any(axis=(0, 1))
+    numerators, weights = numerators[..., used], weights[..., used]
+    a, b = numerators.sum(axis=-1), weights.sum(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        whole = a / b
+        without = (a[..., None] - numerators) / (b[..., None] - weights)
+        if ratio:
+            whole, without = np.log(whole), np.log(without)
+    if without.shape[-1] == 1:
+        without = whole[..., None]
+    return whole, without, weights.mean(axis=(0, 1))
+
+
+def resolution(found: Estimate) -> float | None:
+    """How far from its bound an effect has to be to be decided in four studies of five; of a ratio
+    as a factor. None where no error is known."""
+    if not math.isfinite(found.error):
+        return None
+    t = stats.t.ppf([(1 + LEVEL) / 2, POWER], found.freedom).sum()
+    reach = float(t) * found.error
+    return math.exp(reach) if found.ratio else reach
+
+
+def decide(
+    estimates: Sequence[Estimate], bounds: Sequence[Bound], *, some: bool = False
+) -> Verdict:
+    """The verdict of a claim on one or several estimates.
+
+    A claim on all of them holds if each one's 95 % interval lies where it is claimed to be, and
+    does not hold if the interval of any of m of them at level 1 - 0.05 / m lies elsewhere. For a
+    claim on some of them it is the other way round. So a claim that is true is found not to hold in 2.5 % of
+    studies at most, and one that is false to hold in 2.5 % (for all: Berger 1982; for some:
+    Bonferroni).
+
+    Args:
+        estimates: at least one.
+        bounds: of each.
+        some: whether one estimate is enough.
+    """
+    strict = 1 - (1 - LEVEL) / len(estimates)
+    pairs = list(zip(estimates, bounds, strict=True))
+    holding = [_lies(e.interval(strict if some else LEVEL), b, e.ratio) is True for e, b in pairs]
+    failing = [_lies(e.interval(LEVEL if some else strict), b, e.ratio) is False for e, b in pairs]
+    if any(holding) if some else all(holding):
+        return "holds"
+    return "does not hold" if (all(failing) if some else any(failing)) else "not decided"
+
+
+def _lies(interval: list[float] | None, bound: Bound, ratio: bool) -> bool | None:
+    """Whether an interval lies where it is claimed to be; None: in part."""
+    if interval is None or not all(map(math.isfinite, interval)):
+        return None
+    low, high = interval
+    if bound.kind == "above":
+        return True if low > bound.value else False if high < bound.value else None
+    if bound.kind == "below":
+        return True if high < bound.value else False if low > bound.value else None
+    least, most = -bound.value, bound.value
+    if ratio:
+        least, most = 1 / (1 + bound.value), 1 + bound.value
+    if least < low and high < most:
+        return True
+    return False if low > most or high < least else None

@@ -1,0 +1,277 @@
+"""What came of a study: every claim with its estimates and its verdict, as in study.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bsc.errors import ConfigError
+from bsc.eval.evaluation import Interval
+from bsc.study.config import Claim, Contrast, Part
+from bsc.study.contrasts import Cell, bound_of, cells_of
+from bsc.study.estimates import Bound, Estimate, decide, resolution
+from bsc.study.measures import Measures, units_of
+from bsc.study.subjects import Subject, text_of, words_of
+from bsc.typed import Record
+
+__all__ = ["STUDY_VERSION", "ClaimResult", "Done", "PartResult", "Shown", "StudyResult",
+           "VariantResult", "claim_result", "rule_of", "runs_of"]  # fmt: skip
+
+STUDY_VERSION = 1
+NOT_MEASURED = "not measured"
+
+
+class Shown(Record):
+    """One estimate."""
+
+    where: dict[str, str]
+    """Values of the fields that it is of, such as k."""
+    value: float | None
+    """Difference, ratio or figure; None: no coder has it."""
+    interval: Interval
+    """95 %, over seeds and units."""
+    first: float | None
+    """Mean figure of the coders."""
+    against: float | None
+    """Mean figure of what they stand beside."""
+    decides: float | None
+    """How far from its bound an effect has to be to be decided in four studies of five; of a ratio
+    as a factor."""
+    seeds: int
+    units: int
+    """Documents or classes."""
+    error_seeds: float
+    error_units: float
+    pairs: int
+    left_out: int
+    """Pairs without the figure in some seed."""
+    coders: list[list[str]]
+    """RUN:NAME of each coder and of what it stands beside."""
+
+
+class VariantResult(Record):
+    """The same contrast in another way."""
+
+    words: str
+    verdict: str
+    cells: list[Shown]
+
+
+class PartResult(Record):
+    """A contrast of a claim."""
+
+    words: str
+    figure: str
+    weighted: bool
+    ratio: bool
+    contrast: str
+    """What stands beside what, in words."""
+    bound: str | None
+    """What is claimed of it; None: it is shown only."""
+    units: str
+    """What intervals are over, beside seeds: ``"documents"``, ``"classes"`` or nothing."""
+    verdict: str | None
+    cells: list[Shown]
+    variants: list[VariantResult]
+
+
+class ClaimResult(Record):
+    """A claim with its verdict."""
+
+    id: str
+    words: str
+    note: str
+    rule: str
+    """How the verdict was to be found, as it was written before."""
+    verdict: str
+    """``"holds"``, ``"does not hold"``, ``"not decided"``; ``"shown"`` where nothing is claimed,
+    ``"not measured"`` with `why` where a step is not done."""
+    why: str
+    parts: list[PartResult]
+
+
+class Done(Record):
+    """A step and what it took."""
+
+    step: str
+    command: str
+    """Its command line."""
+    digest: str
+    state: str
+    seconds: float | None
+    chosen: list[dict[str, Any]] | None
+    """Of `choose`: what was chosen for each arm."""
+
+
+class StudyResult(Record):
+    """What study.json holds."""
+
+    version: int
+    name: str
+    title: str
+    question: str
+    scale: str | None
+    file_sha256: str
+    """Hash of the study's file."""
+    claims: list[ClaimResult]
+    steps: list[Done]
+    versions: dict[str, str]
+    at: str
+
+
+def runs_of(claim: Claim) -> set[str]:
+    """Steps whose runs a claim names."""
+    found: set[str] = set()
+    contrasts: list[Contrast] = [
+        c for p in claim.parts for c in (p, *(p.changed(v) for v in p.variants))
+    ]
+    for contrast in contrasts:
+        for side in (contrast.coders, contrast.against or {}):
+            runs = side.get("run", ())
+            found.update([runs] if isinstance(runs, str) else runs)
+    return found
+
+
+def claim_result(
+    claim: Claim, subjects: Sequence[Subject], measures: Measures, missing: Mapping[str, str]
+) -> ClaimResult:
+    """The verdict of a claim.
+
+    Args:
+        claim: of the study.
+        subjects: coders that were measured.
+        measures: their figures.
+        missing: runs that are not measured yet, and why.
+
+    Raises:
+        ConfigError: what it says of coders does not fit the study.
+    """
+    wait = {run: missing[run] for run in runs_of(claim) if run in missing}
+    parts: list[PartResult] = []
+    verdict, why = "", ""
+    if not wait:
+        try:
+            parts, verdict = _parts(claim, subjects, measures)
+        except ConfigError:
+            if not missing:
+                raise
+            wait = dict(missing)
+    if wait:
+        parts, verdict = [], NOT_MEASURED
+        why = "; ".join(f"{run}: {words}" for run, words in wait.items())
+    return ClaimResult(
+        id=claim.id,
+        words=claim.words,
+        note=claim.note,
+        rule=rule_of(claim),
+        verdict=verdict,
+        why=why,
+        parts=parts,
+    )
+
+
+def _parts(
+    claim: Claim, subjects: Sequence[Subject], measures: Measures
+) -> tuple[list[PartResult], str]:
+    """Every contrast, and the verdict of all of them."""
+    found: list[PartResult] = []
+    estimates: list[Estimate] = []
+    bounds: list[Bound] = []
+    undecided = False
+    for number, part in enumerate(claim.parts, 1):
+        where = f"claim {claim.id}" + (f", part {number}" if len(claim.parts) > 1 else "")
+        cells = cells_of(part, subjects, measures, where)
+        bound = bound_of(part)
+        if bound is not None:
+            estimates += [c.estimate for c in cells if c.estimate]
+            bounds += [bound for c in cells if c.estimate]
+            undecided |= any(c.estimate is None for c in cells)
+        variants = []
+        for variant in part.variants:
+            other = part.changed(variant)
+            own = cells_of(other, subjects, measures, f"{where}, variant {variant.words!r}")
+            variants.append(
+                VariantResult(
+                    words=variant.words,
+                    verdict=_verdict(own, bound_of(other), claim.some) or "shown",
+                    cells=[_shown(c) for c in own],
+                )
+            )
+        found.append(
+            PartResult(
+                words=part.words,
+                figure=part.figure,
+                weighted=part.weighted,
+                ratio=part.ratio,
+                contrast=_words(part),
+                bound=part.bound,
+                units=units_of(part.figure),
+                verdict=_verdict(cells, bound, claim.some),
+                cells=[_shown(c) for c in cells],
+                variants=variants,
+            )
+        )
+    if not estimates:
+        return found, "not decided" if undecided else "shown"
+    verdict = decide(estimates, bounds, some=claim.some)
+    if undecided and verdict == "holds" and not claim.some:
+        return found, "not decided"  # of a cell nothing is known
+    return found, verdict
+
+
+def _verdict(cells: Sequence[Cell], bound: Bound | None, some: bool) -> str | None:
+    """The verdict of one contrast by itself."""
+    if bound is None:
+        return None
+    known = [c.estimate for c in cells if c.estimate]
+    if not known or len(known) < len(cells):
+        return "not decided"
+    return decide(known, [bound] * len(known), some=some)
+
+
+def _shown(cell: Cell) -> Shown:
+    made = cell.estimate
+    return Shown(
+        where={n: text_of(v) for n, v in cell.where.items()},
+        value=made.value if made else None,
+        interval=made.interval() if made else None,
+        first=cell.first,
+        against=cell.against,
+        decides=resolution(made) if made else None,
+        seeds=made.seeds if made else 0,
+        units=made.units if made else 0,
+        error_seeds=made.error_seeds if made else 0.0,
+        error_units=made.error_units if made else 0.0,
+        pairs=cell.pairs,
+        left_out=cell.left_out,
+        coders=[list(pair) for pair in cell.names],
+    )
+
+
+def _words(part: Part) -> str:
+    """What stands beside what."""
+    figure = part.figure + (", weighted by firings" if part.weighted else "")
+    if part.against is None:
+        return f"{figure} of coders with {words_of(part.coders)}"
+    other = "" if part.against_figure is None else f"{part.against_figure} of "
+    joined = "over" if part.ratio else "less"
+    at = f", at equal {part.equal}" if part.equal else ""
+    return f"{figure}: {words_of(part.coders)} {joined} {other}{words_of(part.against)}{at}"
+
+
+def rule_of(claim: Claim) -> str:
+    """How a verdict is found, in a sentence; it depends on nothing that was measured."""
+    said = []
+    for part in claim.parts:
+        if bound_of(part) is not None:
+            each = f" for each {' and '.join(part.each)}" if part.each else ""
+            said.append(f"{_words(part)} is {part.bound}{each}")
+    if not said:
+        return "Nothing is claimed; the figures are shown."
+    which = "one of the intervals" if claim.some else "every interval"
+    return (
+        f"Holds if {which} of 95 % over seeds and documents lies where the claim says: "
+        f"{'; '.join(said)}. Does not hold if "
+        + ("every interval lies elsewhere" if claim.some else "one lies elsewhere")
+        + " (at a level that allows for how many there are). Else it is not decided."
+    )
