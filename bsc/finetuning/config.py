@@ -26,6 +26,12 @@ class FinetuneConfig(Config):
     coders: tuple[str, ...] = option(
         (), "Pattern of coders' names, such as '*binary*'; several times.", _WHAT, shown="all"
     )
+    values: Literal["kept", "removed"] = option(
+        "kept",
+        "removed: of continuous coders, finetuned as binary ones; 1 where a latent fires, with its "
+        "mean value in the decoder row. A control.",
+        _WHAT,
+    )
     together: bool = option(
         False,
         "Whether coders that are alike but for the hookpoint are spliced in at once, and learn to "

@@ -23,8 +23,10 @@ from bsc.finetuning.config import FinetuneConfig
 from bsc.finetuning.memory import MemoryPlan, ModelSize, plan_memory
 from bsc.finetuning.schedule import schedule_of
 from bsc.finetuning.text import StoreText
+from bsc.finetuning.values import config_without_values, without_values
 from bsc.progress import console
 from bsc.train.coders.coder import SparseCoder
+from bsc.train.coders.config import CoderConfig
 from bsc.train.memory import available_bytes
 from bsc.train.metrics import check_targets
 from bsc.train.run import Run
@@ -75,7 +77,8 @@ class FinetuneJob:
                 f"{self.parent.folder}: {planned.parent} is not the coder that this run began "
                 f"with: it was trained on, or exchanged. Finetune it under another --name."
             )
-        return coder
+        removed = self.config.values == "removed"
+        return without_values(coder, self.store, planned.hookpoint) if removed else coder
 
     def record(self) -> RunConfig:
         """What config.json holds until the run is complete."""
@@ -214,18 +217,23 @@ def _planned(
 ) -> list[FinetunedCoder]:
     """What becomes of the coders that are finite."""
     planned = []
+    removed = config.values == "removed"
     for before in chosen:
+        if removed and before.coder.code != "continuous":
+            console.print(f"{before.name}: left out, its latents have no values to remove")
+            continue
         coder = parent.coder(before.name)
         if coder.about.get("frozen_at_step") is not None:
             console.print(f"{before.name}: left out, it turned non-finite in training")
             continue
-        schedule = schedule_of(config, before.coder.code, steps)
+        own = config_without_values(before.coder) if removed else before.coder
+        schedule = schedule_of(config, own.code, steps)
         planned.append(
             FinetunedCoder(
-                name=before.name,
+                name=f"{before.name}-values_removed" if removed else before.name,
                 hookpoint=before.hookpoint,
                 group=before.group,
-                coder=before.coder,
+                coder=own,
                 seed=before.seed,
                 parent=before.name,
                 parent_xxh3_128=coder.xxh3_128(),
@@ -235,11 +243,12 @@ def _planned(
                 warmup=schedule.warmup,
                 decay=schedule.decay,
                 clip_norm=config.clip_norm,
-                surrogate=_surrogate(before),
+                surrogate=_surrogate(own),
             )
         )
     if not planned:
-        raise UserError(f"{parent.folder}: every coder that was named turned non-finite.")
+        none = "has values to remove" if removed else "stayed finite"
+        raise UserError(f"{parent.folder}: none of the coders that were named {none}.")
     return planned
 
 
@@ -253,12 +262,12 @@ def _absolute(store: str) -> str:
     return store if "://" in store else str(Path(store).resolve())
 
 
-def _surrogate(coder: RunCoder) -> str | None:
+def _surrogate(coder: CoderConfig) -> str | None:
     """That of training; Gumbel-softmax is about which latent of a group is selected, which here is
     the one that will be selected afterwards, so the sigmoid takes its place."""
-    if coder.coder.code == "continuous":
+    if coder.code == "continuous":
         return None
-    return "sigmoid" if coder.coder.surrogate == "gumbel" else coder.coder.surrogate
+    return "sigmoid" if coder.surrogate == "gumbel" else coder.surrogate
 
 
 def _sets(planned: Sequence[FinetunedCoder], *, together: bool) -> list[list[str]]:

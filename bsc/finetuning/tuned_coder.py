@@ -63,11 +63,12 @@ class TunedCoder:
             device: where.
         """
         self.planned, self.scale = planned, scale
+        rounded = product_dtype(config.precision, device)
         self.about = dict(coder.about)
         self.module = CoderModule(
             coder.in_units(x=1 / scale.x, y=1 / scale.y).to(device),
             planned.surrogate,
-            compute_dtype=product_dtype(config.precision, device),
+            compute_dtype=None if rounded == torch.float32 else rounded,
         )
         self.module.hold_row_lengths()
         fixed = planned.coder.threshold == "fixed"

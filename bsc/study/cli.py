@@ -46,16 +46,34 @@ def study(
     """
     import shlex
 
-    from bsc.study.study import open_study, run_study
+    from rich.console import Console
+
+    from bsc.files import canonical_json
+    from bsc.study.plan import plan_study
+    from bsc.study.study import decided, open_study, write_result
+    from bsc.study.table import steps_table, verdicts_table, watched
+    from bsc.study.work import work
 
     opened = open_study(file, scale, out, only or ())
+    planned = plan_study(opened)
     if plan:
-        from bsc.study.plan import plan_study
-
-        made = plan_study(opened)
-        made.show(as_json=as_json)
+        planned.show(as_json=as_json)
         return
-    run_study(opened, shlex.split(launch or ""), as_json=as_json)
+    with watched(opened.wanted, planned.seconds) as watch:
+        states = work(opened.folder, opened.wanted, shlex.split(launch or ""), watch)
+    result = decided(opened, states)
+    written = write_result(opened, result)
+    if as_json:
+        typer.echo(canonical_json(result.to_json()), nl=False)
+    else:
+        console = Console(highlight=False, width=160)
+        console.print(steps_table(opened.wanted, states, planned.seconds))
+        if result.claims:
+            console.print()
+            console.print(verdicts_table(result))
+        typer.echo(str(written[-1]))
+    if any(state.kind in ("failed", "blocked") for state in states.values()):
+        raise typer.Exit(1)
 
 
 def add_commands(app: typer.Typer) -> None:

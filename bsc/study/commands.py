@@ -44,7 +44,9 @@ _KINDS: dict[Command, _Kind] = {
         ("store",),
         ("name", "runs"),
     ),
-    "choose": _Kind((), {"runs": _RUNS}, ("runs", "field"), (), ("field", "by", "figure")),
+    "choose": _Kind(
+        (), {"runs": _RUNS}, ("runs", "field"), (), ("field", "by", "figure", "coders")
+    ),
     "finetune": _Kind(
         ("bsc.finetuning.config:FinetuneConfig",),
         {"run": _RUNS, "chosen": ("choose",)},
@@ -139,6 +141,10 @@ def _check_choose(own: dict[str, Any], kind: _Kind, where: str) -> None:
     by = own.get("by", [])
     if not isinstance(by, list) or not all(isinstance(b, str) for b in by):
         raise ConfigError(f"{where}: by: should be a list of fields of coders, got {by!r:.100}")
+    if not isinstance(own.get("coders", {}), dict):
+        raise ConfigError(
+            f"{where}: coders: should be a table of fields, got {own['coders']!r:.80}"
+        )
     for key in ("field", "figure"):
         if not isinstance(own.get(key, ""), str):
             raise ConfigError(f"{where}: {key}: should be text, got {own[key]!r:.100}")

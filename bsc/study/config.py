@@ -206,7 +206,12 @@ class Hardware(Config):
     """Of a judge: price of a million tokens of prompts."""
     price_out: float = Field(default=0.0, ge=0)
     judge_seconds: float = Field(default=1.0, gt=0)
-    """For an answer, over what is asked at the same time."""
+    """For an answer of a judge, while as many others are under way as `concurrency` says."""
+    disk_rate: float = Field(default=1e9, gt=0)
+    """Bytes per second that the disk takes from captures, and gives to trainings."""
+    architectures: dict[str, str] = Field(default={})
+    """By a model's name a folder with its config.json, for a plan where the hub cannot be reached.
+    """
 
 
 class Study(Config):

@@ -21,11 +21,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+from scipy.optimize import brentq
 
 from bsc.eval.figures.intervals import LEVEL, MIN_SAMPLE, degrees_of_freedom
 
@@ -94,7 +96,7 @@ def estimate(
     *,
     ratio: bool = False,
 ) -> Estimate:
-    """The mean over seeds, and over pairs of a seed, of a figure, or of its difference from another.
+    """Mean over seeds, and over pairs of a seed, of a figure or of its difference from another.
 
     Args:
         first: by seed, then by pair; every seed has the same pairs, all figures the same units.
@@ -158,9 +160,16 @@ def resolution(found: Estimate) -> float | None:
     as a factor. None where no error is known."""
     if not math.isfinite(found.error):
         return None
-    t = stats.t.ppf([(1 + LEVEL) / 2, POWER], found.freedom).sum()
-    reach = float(t) * found.error
+    reach = _noncentrality(found.freedom) * found.error
     return math.exp(reach) if found.ratio else reach
+
+
+@cache
+def _noncentrality(freedom: float) -> float:
+    """Effect in standard errors with which Student's t is beyond its quantile in POWER of studies,
+    by the noncentral distribution: the error is itself an estimate, and a poor one of few seeds."""
+    beyond = stats.t.ppf((1 + LEVEL) / 2, freedom)
+    return float(brentq(lambda e: stats.nct.sf(beyond, freedom, e) - POWER, 0.0, 20 * beyond))
 
 
 def decide(
@@ -170,9 +179,9 @@ def decide(
 
     A claim on all of them holds if each one's 95 % interval lies where it is claimed to be, and
     does not hold if the interval of any of m of them at level 1 - 0.05 / m lies elsewhere. For a
-    claim on some of them it is the other way round. So a claim that is true is found not to hold in 2.5 % of
-    studies at most, and one that is false to hold in 2.5 % (for all: Berger 1982; for some:
-    Bonferroni).
+    claim on some of them it is the other way round. So a claim that is true is found not to hold in
+    2.5 % of studies at most, and one that is false to hold in 2.5 % (for all: Berger 1982; for
+    some: Bonferroni).
 
     Args:
         estimates: at least one.

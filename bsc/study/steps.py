@@ -21,7 +21,7 @@ from bsc.study.choose import choose, chosen_value
 from bsc.study.commands import arguments, in_numbers, inputs_of, shown
 from bsc.study.folder import RECORD_VERSION, StepRecord, StudyFolder
 from bsc.study.graph import Node
-from bsc.study.subjects import Subject, subjects_of, text_of
+from bsc.study.subjects import Subject, selected, subjects_of, text_of
 from bsc.versions import versions
 
 __all__ = ["FailedStep", "do_step"]
@@ -178,6 +178,7 @@ def _choose(node: Node, folder: StudyFolder) -> list[dict[str, Any]]:
     for name in [runs] if isinstance(runs, str) else runs:
         subjects += subjects_of(name, folder.run(name))
     where = f"[choose.{node.name}]"
+    subjects = selected(subjects, fields.get("coders", {}), f"{where}: coders")
     return choose(
         subjects, fields["field"], fields.get("by", []), fields.get("figure", "fvu"), where
     )

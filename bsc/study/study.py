@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,10 +12,14 @@ from bsc.errors import UserError
 from bsc.study.config import Study, read_study
 from bsc.study.folder import StudyFolder
 from bsc.study.graph import Node, chosen_nodes, graph_of
-from bsc.study.table import watched
-from bsc.study.work import State, work
+from bsc.study.measures import Measures, check_figure
+from bsc.study.results import STUDY_VERSION, Done, StudyResult, claim_result, runs_of
+from bsc.study.subjects import Subject, subjects_of
+from bsc.study.work import State, states_of
+from bsc.typed import write_typed
+from bsc.versions import versions
 
-__all__ = ["OpenedStudy", "open_study", "run_study"]
+__all__ = ["OpenedStudy", "decided", "open_study", "write_result"]
 
 
 class OpenedStudy(NamedTuple):
@@ -46,6 +52,17 @@ def open_study(
     nodes = graph_of(study, str(file))
     if not nodes:
         raise UserError(f"{file}: no steps. A study has at least [cache.NAME] and [train.NAME].")
+    trained = [n for n, node in nodes.items() if node.step.command in ("train", "finetune")]
+    for claim in study.claims:
+        where = f"{file}: claim {claim.id}"
+        for number, part in enumerate(claim.parts, 1):
+            for one in (part, *(part.changed(v) for v in part.variants)):
+                check_figure(one, f"{where}, part {number}")
+        if odd := sorted(runs_of(claim) - set(trained)):
+            raise UserError(
+                f"{where}: run = {odd[0]!r}: no step of train or finetune is called so; there are "
+                f"{', '.join(trained) or 'none'}."
+            )
     name = study.name if study.scale is None else f"{study.name}-{study.scale}"
     path = Path(name) if out is None else out
     if path.exists() and not path.is_dir():
@@ -53,9 +70,72 @@ def open_study(
     return OpenedStudy(file, study, nodes, chosen_nodes(nodes, only), StudyFolder(path, nodes))
 
 
-def run_study(
-    opened: OpenedStudy, launch: Sequence[str] = (), *, as_json: bool = False
-) -> dict[str, State]:
-    """Do the steps that are to be done."""
-    with watched(opened.wanted, {}) as watch:
-        return work(opened.folder, opened.wanted, launch, watch)
+def decided(opened: OpenedStudy, states: Mapping[str, State] | None = None) -> StudyResult:
+    """Every claim with its verdict, as far as what it needs is measured.
+
+    Args:
+        opened: the study.
+        states: of its steps, where they are known; None: from what is on disk.
+
+    Raises:
+        UserError: a claim does not fit the coders that there are, or a file is damaged.
+    """
+    known = states_of(opened.folder, opened.nodes) | dict(states or {})
+    subjects, missing = _subjects(opened, known)
+    measures = Measures()
+    study = opened.study
+    return StudyResult(
+        version=STUDY_VERSION,
+        name=study.name,
+        title=study.title,
+        question=study.question,
+        scale=study.scale,
+        file_sha256=hashlib.sha256(opened.file.read_bytes()).hexdigest(),
+        claims=[claim_result(c, subjects, measures, missing) for c in study.claims],
+        steps=[_done(node, known[name]) for name, node in opened.nodes.items()],
+        versions=versions(),
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _subjects(
+    opened: OpenedStudy, states: Mapping[str, State]
+) -> tuple[list[Subject], dict[str, str]]:
+    """Coders that were measured, and runs that some claims may wait for, with what is missing."""
+    measuring: dict[str, list[str]] = {}
+    for name, node in opened.nodes.items():
+        if node.step.command in ("eval", "interp"):
+            run = node.step.fields["run"]
+            run = opened.nodes[run].step.fields["run"] if node.step.command == "interp" else run
+            measuring.setdefault(run, []).append(name)
+    subjects: list[Subject] = []
+    missing: dict[str, str] = {}
+    for run, names in measuring.items():
+        open_ = [name for name in names if states[name].kind != "done"]
+        if open_:
+            missing[run] = f"{', '.join(open_)} {'is' if len(open_) == 1 else 'are'} not done"
+        else:
+            subjects += subjects_of(run, opened.folder.run(run))
+    return subjects, missing
+
+
+def _done(node: Node, state: State) -> Done:
+    record = state.record
+    return Done(
+        step=node.name,
+        command=record.command if record else node.step.command,
+        digest=node.digest,
+        state=state.kind,
+        seconds=record.seconds if record else None,
+        chosen=record.chosen if record and "chosen" in record else None,
+    )
+
+
+def write_result(opened: OpenedStudy, result: StudyResult) -> Sequence[Path]:
+    """Write study.json and study.html into the folder of the study."""
+    from bsc.study.page import write_study_page
+
+    folder = opened.folder.path
+    write_typed(folder / "study.json", result)
+    write_study_page(result, folder / "study.html")
+    return [folder / "study.json", folder / "study.html"]

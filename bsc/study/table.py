@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from rich.live import Live
 from rich.table import Table
 
-from bsc.formats import printable
+from bsc.formats import interval, printable
 from bsc.progress import console
 from bsc.study.graph import Node
+from bsc.study.results import StudyResult
 from bsc.study.work import State, States, Watch
 
-__all__ = ["said_of", "span", "steps_table", "watched"]
+__all__ = ["said_of", "span", "steps_table", "verdicts_table", "watched"]
 
 
 def span(seconds: float) -> str:
@@ -127,3 +128,27 @@ def watched(nodes: Mapping[str, Node], expected: Mapping[str, float]) -> Iterato
             yield watch
     else:
         yield watch
+
+
+def verdicts_table(result: StudyResult) -> Table:
+    """Claims with their verdicts."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("claim", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("estimate", justify="right", no_wrap=True)
+    table.add_column("95 % interval", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for claim in result.claims:
+        cells = [c for p in claim.parts if p.bound for c in p.cells if c.value is not None]
+        cells = cells or [c for p in claim.parts for c in p.cells if c.value is not None]
+        values = [f"{c.value:.4g}" for c in cells]
+        one = len(cells) == 1
+        shown = values[0] if one else f"{min(values, key=float)} to {max(values, key=float)}"
+        table.add_row(
+            printable(claim.id),
+            claim.verdict,
+            shown if cells else "",
+            interval(cells[0].interval) if one else f"{len(cells)} of them" if cells else "",
+            printable(claim.words),
+        )
+    return table

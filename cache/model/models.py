@@ -197,7 +197,7 @@ def load_model(
             if random_weights is None:
                 model = kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
             else:
-                model = _untrained(source, dtype, random_weights, options)
+                model = _untrained(source, dtype, random_weights, options, device)
     except GatedRepoError:
         raise UserError(
             f"--model {name}: {source} is gated on the hub. Accept its terms there and log in "
@@ -220,9 +220,8 @@ def load_model(
         raise UserError(
             f"--model {name}: {source} cannot be loaded: {first_line} {hint}"
         ) from error
-    slow = model.dtype == torch.bfloat16 and not multiplies_bfloat16(torch.device(device))
-    wanted = torch.float32 if dtype == "auto" and slow else model.dtype
-    torch.nn.Module.to(model, device, wanted).eval().requires_grad_(False)
+    kind_of = _automatic(model.dtype, device) if dtype == "auto" else model.dtype
+    torch.nn.Module.to(model, device, kind_of).eval().requires_grad_(False)
     sha256 = _weights_hash(local) if local else None
     return LanguageModel(
         name=name if name == EMBEDDED else source,
@@ -234,7 +233,15 @@ def load_model(
     )
 
 
-def _untrained(source: str, dtype: str, seed: int, options: dict[str, Any]) -> Any:
+def _automatic(dtype: torch.dtype, device: str | torch.device) -> torch.dtype:
+    """The type that arithmetic is done in where the user leaves it open."""
+    slow = dtype == torch.bfloat16 and not multiplies_bfloat16(torch.device(device))
+    return torch.float32 if slow else dtype
+
+
+def _untrained(
+    source: str, dtype: str, seed: int, options: dict[str, Any], device: str | torch.device
+) -> Any:
     """A model of the same config with weights as they are before training.
 
     Always with its head, so that the same seed gives the same weights with and without it.
@@ -242,7 +249,9 @@ def _untrained(source: str, dtype: str, seed: int, options: dict[str, Any]) -> A
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(source, **options)
-    chosen = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
+    chosen = _automatic(config.dtype or torch.float32, device)
+    if dtype != "auto":
+        chosen = getattr(torch, dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return transformers.AutoModelForCausalLM.from_config(

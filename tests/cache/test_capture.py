@@ -24,6 +24,7 @@ from bsc.cache.model.text_source import TextSource
 from bsc.cache.model.tokens import context_batches
 from bsc.cache.store.store import ActivationStore
 from bsc.cache.store.verify import verify
+from bsc.devices import multiplies_bfloat16
 from bsc.errors import UserError
 from tests.conftest import EMBEDDED, make_model
 
@@ -45,7 +46,15 @@ def independent_rows(
     with torch.no_grad():
         model(input_ids=ids)
     handle.remove()
-    return {side: rows.flatten(0, 1) for side, rows in seen.items()}
+    return {side: rows.flatten(0, 1).bfloat16() for side, rows in seen.items()}
+
+
+def arithmetic(store: ActivationStore) -> torch.dtype:
+    """What the model computed in: bfloat16, or float32 on a CPU without instructions for it."""
+    wanted = torch.bfloat16 if multiplies_bfloat16(torch.device("cpu")) else torch.float32
+    found: torch.dtype = getattr(torch, store.attributes["model"]["dtype"])
+    assert found == wanted
+    return found
 
 
 def held_out_contexts(store: ActivationStore) -> np.ndarray:
@@ -58,7 +67,7 @@ def held_out_contexts(store: ActivationStore) -> np.ndarray:
 def test_stored_rows_are_those_of_an_independent_forward_pass_bit_for_bit(
     store: ActivationStore, tiny_model: Path
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=arithmetic(store)).eval()
     ids = held_out_contexts(store)
     for hook in ("layers.0.mlp", "layers.2.mlp"):
         for side in ("input", "output"):
@@ -163,7 +172,7 @@ def test_the_true_smollm2_135m_shape_is_captured_at_the_layers_of_the_paper(tmp_
     assert [(h.name, h.d_in, h.d_out) for h in store.hookpoints] == [
         (f"layers.{i}.mlp", 576, 576) for i in (0, 9, 18, 27)
     ]
-    model = AutoModel.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
+    model = AutoModel.from_pretrained(tmp_path / "model", dtype=arithmetic(store)).eval()
     ids = torch.from_numpy(held_out_contexts(store))
     assert ids.shape == (2, 128)
     for hook in store.hookpoints:

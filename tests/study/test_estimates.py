@@ -1,0 +1,166 @@
+"""Verdicts on simulated studies whose answer is known, and estimates by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from bsc.study.estimates import Bound, Estimate, Sums, Verdict, decide, estimate, resolution
+
+STUDIES = 400
+SEEDS, PAIRS, DOCUMENTS = 3, 4, 28
+
+
+def simulated(
+    rng: np.random.Generator, effect: float, *, of_document: float, of_seed: float, noise: float
+) -> Estimate:
+    """One contrast of a study: coders of three seeds on documents of unequal length.
+
+    Documents differ, in what they are and in what they make of the effect, for all coders alike;
+    so do seeds, and every coder on every document.
+    """
+    weights = np.exp(rng.normal(0, 1, DOCUMENTS)) * 1000
+    hard, change = rng.normal(0, 0.3, DOCUMENTS), rng.normal(0, of_document, DOCUMENTS)
+    first: list[list[Sums]] = []
+    against: list[list[Sums]] = []
+    for _ in range(SEEDS):
+        shift = rng.normal(0, of_seed)
+        draws = rng.normal(0, noise, (2, PAIRS, DOCUMENTS))
+        first.append([Sums(weights * (1 + hard + effect + change + shift + d), weights)
+                      for d in draws[0]])  # fmt: skip
+        against.append([Sums(weights * (1 + hard + d), weights) for d in draws[1]])
+    return estimate(first, against)
+
+
+SPREADS = {
+    "documents": {"of_document": 0.2, "of_seed": 0.0, "noise": 0.05},
+    "seeds": {"of_document": 0.0, "of_seed": 0.05, "noise": 0.001},
+    "both": {"of_document": 0.05, "of_seed": 0.05, "noise": 0.05},
+}
+
+
+def share(verdicts: list[Verdict], verdict: Verdict) -> float:
+    return verdicts.count(verdict) / len(verdicts)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_arms_of_one_distribution_are_rarely_told_apart(spread: str) -> None:
+    rng = np.random.default_rng(1)
+    made = [simulated(rng, 0.0, **SPREADS[spread]) for _ in range(STUDIES)]
+    inside = [e for e in made if (i := e.interval()) and i[0] < 0 < i[1]]
+    # 2.5 % on either side, and three standard errors of so many studies.
+    assert len(inside) / STUDIES > 0.95 - 3 * math.sqrt(0.05 * 0.95 / STUDIES)
+    verdicts = [decide([e], [Bound("above", 0)]) for e in made]
+    most = 0.025 + 3 * math.sqrt(0.025 * 0.975 / STUDIES)
+    assert share(verdicts, "holds") < most
+    assert share(verdicts, "does not hold") < most
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_an_effect_of_the_size_that_is_said_is_decided_in_four_studies_of_five(spread: str) -> None:
+    rng = np.random.default_rng(2)
+    pilot = [resolution(simulated(rng, 0.0, **SPREADS[spread])) or math.nan for _ in range(STUDIES)]
+    effect = float(np.sqrt(np.mean(np.square(pilot))))  # of the true error, which none knows
+    made = [simulated(rng, effect, **SPREADS[spread]) for _ in range(STUDIES)]
+    for sign, bound in ((1, Bound("above", 0)), (-1, Bound("below", 0))):
+        turned = [e._replace(mean=sign * e.mean) for e in made]
+        right = share([decide([e], [bound]) for e in turned], "holds")
+        wrong = share([decide([e], [bound]) for e in turned], "does not hold")
+        assert 0.7 < right < 0.95
+        assert wrong < 0.01
+    away = [decide([e], [Bound("below", 0)]) for e in made]
+    assert share(away, "does not hold") > 0.7
+    assert share(away, "holds") < 0.01
+
+
+def test_a_claim_on_every_cell_that_one_cell_breaks_is_rarely_said_to_hold() -> None:
+    rng = np.random.default_rng(3)
+    verdicts = []
+    for _ in range(STUDIES):
+        cells = [simulated(rng, e, **SPREADS["both"]) for e in (0.5, 0.5, 0.5, 0.0)]
+        verdicts.append(decide(cells, [Bound("above", 0)] * 4))
+    most = 0.025 + 3 * math.sqrt(0.025 * 0.975 / STUDIES)
+    assert share(verdicts, "holds") < most
+
+
+def test_a_claim_on_every_cell_that_is_true_is_rarely_said_not_to_hold() -> None:
+    rng = np.random.default_rng(4)
+    verdicts = []
+    for _ in range(STUDIES):
+        cells = [simulated(rng, 0.0, **SPREADS["seeds"]) for _ in range(8)]
+        verdicts.append(decide(cells, [Bound("above", 0)] * 8))
+    # At the bound itself; of eight cells at 2.5 % each, 18 % would be below it.
+    assert share(verdicts, "does not hold") < 0.025 + 3 * math.sqrt(0.025 * 0.975 / STUDIES)
+
+
+def test_a_claim_on_some_cells_allows_for_how_many_there_are() -> None:
+    rng = np.random.default_rng(5)
+    verdicts = []
+    for _ in range(STUDIES):
+        cells = [simulated(rng, 0.0, **SPREADS["seeds"]) for _ in range(8)]
+        verdicts.append(decide(cells, [Bound("above", 0)] * 8, some=True))
+    assert share(verdicts, "holds") < 0.025 + 3 * math.sqrt(0.025 * 0.975 / STUDIES)
+
+
+def test_the_seeds_part_by_hand() -> None:
+    one = np.ones(1)
+    found = estimate([[Sums(np.array([v]), one)] for v in (1.0, 2.0, 6.0)])
+    assert found.mean == 3
+    assert found.error == pytest.approx(np.std([1, 2, 6], ddof=1) / math.sqrt(3))
+    assert (found.freedom, found.seeds, found.units) == (2, 3, 1)
+    low, high = found.interval() or (0, 0)
+    assert high - 3 == pytest.approx(4.302653 * found.error, rel=1e-6)
+    assert low == pytest.approx(6 - high)
+
+
+def test_the_documents_part_is_that_of_a_mean_where_documents_weigh_the_same() -> None:
+    values = np.random.default_rng(6).normal(0, 1, 20)
+    found = estimate([[Sums(values, np.ones(20))]])
+    assert found.mean == pytest.approx(values.mean())
+    assert found.error == pytest.approx(values.std(ddof=1) / math.sqrt(20))
+    assert found.freedom == pytest.approx(19)
+
+
+def test_a_ratio_is_of_the_figures_and_above_0() -> None:
+    weights = np.ones(10)
+    first = [[Sums(np.full(10, v), weights)] for v in (3.0, 3.3, 2.7)]
+    against = [[Sums(np.full(10, v), weights)] for v in (2.0, 2.0, 2.0)]
+    found = estimate(first, against, ratio=True)
+    assert found.value == pytest.approx((3.0 * 3.3 * 2.7) ** (1 / 3) / 2)
+    low, high = found.interval() or (0, 0)
+    assert 0 < low < found.value < high
+    assert found.value / low == pytest.approx(high / found.value)
+
+
+def test_few_documents_give_no_interval_and_no_verdict() -> None:
+    found = estimate([[Sums(np.arange(5.0), np.ones(5))], [Sums(np.arange(5.0), np.ones(5))]])
+    assert found.interval() is None
+    assert resolution(found) is None
+    assert decide([found], [Bound("above", -100)]) == "not decided"
+
+
+def test_one_seed_and_one_unit_give_no_interval() -> None:
+    assert estimate([[Sums(np.ones(1), np.ones(1))]]).interval() is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "bound", "ratio", "verdict"),
+    [
+        (1.0, Bound("above", 0.5), False, "holds"),
+        (1.0, Bound("above", 1.5), False, "does not hold"),
+        (1.0, Bound("above", 0.99), False, "not decided"),
+        (1.0, Bound("below", 1.5), False, "holds"),
+        (1.0, Bound("below", 0.5), False, "does not hold"),
+        (0.1, Bound("within", 0.5), False, "holds"),
+        (1.0, Bound("within", 0.5), False, "does not hold"),
+        (0.5, Bound("within", 0.5), False, "not decided"),
+        (math.log(1.1), Bound("within", 0.5), True, "holds"),
+        (math.log(1 / 2), Bound("within", 0.5), True, "does not hold"),
+        (math.log(2.0), Bound("above", 1.5), True, "holds"),
+    ],
+)
+def test_bounds(mean: float, bound: Bound, ratio: bool, verdict: Verdict) -> None:
+    made = Estimate(mean, 0.05, 50, ratio, 3, 20, 0.0, 0.05)
+    assert decide([made], [bound]) == verdict
