@@ -9,10 +9,10 @@ matching of latents, the regressions of sparse probing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -22,15 +22,14 @@ from bsc.cache.capture.source import context_length
 from bsc.cache.model.hookpoints import modules_of
 from bsc.cache.model.models import load_architecture
 from bsc.cache.store.layout import Hookpoint
-from bsc.config import Config, parse_config
+from bsc.config import parse_config
 from bsc.errors import ConfigError, UserError, nearest
 from bsc.eval.config import EvalConfig
 from bsc.eval.figures.probing import LENGTH
 from bsc.eval.passes.controls import CALIBRATION_ROWS
 from bsc.finetuning.config import FinetuneConfig
 from bsc.finetuning.values import config_without_values
-from bsc.options import options_in
-from bsc.study.commands import in_numbers
+from bsc.study.commands import config_of, in_numbers
 from bsc.study.config import Hardware, StudyStep
 from bsc.study.judging import JudgeWork, judge_work
 from bsc.study.study import OpenedStudy
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Amount", "ModelCost", "amounts_of", "encode_flop"]
 
-C = TypeVar("C", bound=Config)
 FINETUNE_TOKENS = 2048
 """Tokens in a step of finetuning where none are given and a context is not longer."""
 PROBE_TEXTS_IN_ALL = 6_000
@@ -181,7 +179,7 @@ class _Reckoning:
 
     def cache(self, step: StudyStep, where: str) -> Amount:
         """A capture: the model up to the deepest hookpoint, and writing its rows."""
-        config = _config(CaptureConfig, step.fields, where)
+        config = config_of(CaptureConfig, step.fields, where)
         folder = self.hardware.architectures.get(config.model)
         store = self.opened.folder.store(step.name)
         # The GPU that it asks for need not be here.
@@ -248,7 +246,7 @@ class _Reckoning:
     def finetune(self, step: StudyStep, where: str) -> Amount:
         """One pass of the model as it is, and for each set of coders one forward and one backward
         pass from its first layer on. Nothing of the model has a gradient."""
-        config = _config(FinetuneConfig, step.fields, where)
+        config = config_of(FinetuneConfig, step.fields, where)
         run = self.runs[step.fields["run"]]
         coders = _named(run.coders, config.coders, where)
         if config.values == "removed":
@@ -284,7 +282,7 @@ class _Reckoning:
     def eval(self, step: StudyStep, where: str) -> Amount:
         """Passes of the model with every coder, ablation and edit, and all rows through every
         coder. Frequent latents that are turned off one by one are taken to be there."""
-        config = _config(EvalConfig, step.fields, where)
+        config = config_of(EvalConfig, step.fields, where)
         run = self.runs[step.fields["run"]]
         store, coders = run.store, run.coders
         model = store.model
@@ -331,7 +329,7 @@ class _Reckoning:
         run, rows = self.measured[step.fields["run"]]
         work, coders = judge_work(
             step.fields,
-            lambda config: _config(config, step.fields, where),
+            lambda config: config_of(config, step.fields, where),
             lambda names: _named(run.coders, names, where),
             self.hardware,
         )
@@ -344,27 +342,6 @@ class _Reckoning:
             core_seconds=SECONDS_A_FIRING * firings,
             judge=work,
         )
-
-
-def _config(kind: type[C], fields: Mapping[str, Any], where: str) -> C:
-    """The config that some keys of a step are the flags of; those of others are passed over. Where
-    text comes from is left out, for it is not read."""
-    values: dict[str, Any] = {}
-    for place, _, option in options_in(kind):
-        key = option.name(place[-1]).removeprefix("--").replace("-", "_")
-        if key in fields:
-            value, into = fields[key], values
-            if isinstance(value, str) and option.parser:
-                value = option.parser(value)
-            for part in place[:-1]:
-                into = into.setdefault(part, {})
-            many = isinstance(value, list)
-            into[place[-1]] = tuple(value) if many else value
-    if "text" in kind.model_fields:
-        sources = ("files", "dataset", "config_name", "revision")
-        given = {k: v for k, v in values.get("text", {}).items() if k not in sources}
-        values["text"] = {"corpus": "stdlib", **given}
-    return parse_config(kind, values, where)
 
 
 def _named(coders: list[PlannedCoder], wanted: tuple[str, ...], where: str) -> list[PlannedCoder]:

@@ -45,9 +45,11 @@ def study(
     machines that share the folder, divide the steps.
     """
     import shlex
+    from contextlib import suppress
 
     from rich.console import Console
 
+    from bsc.errors import UserError
     from bsc.files import canonical_json
     from bsc.study.plan import plan_study
     from bsc.study.study import decided, open_study, write_result
@@ -55,11 +57,13 @@ def study(
     from bsc.study.work import work
 
     opened = open_study(file, scale, out, only or ())
-    planned = plan_study(opened)
     if plan:
-        planned.show(as_json=as_json)
+        plan_study(opened).show(as_json=as_json)
         return
-    with watched(opened.wanted, planned.seconds) as watch:
+    expected: dict[str, float] = {}
+    with suppress(UserError):  # what cannot be planned, such as without a network, may still run
+        expected = plan_study(opened).seconds
+    with watched(opened.wanted, expected) as watch:
         states = work(opened.folder, opened.wanted, shlex.split(launch or ""), watch)
     result = decided(opened, states)
     written = write_result(opened, result)
@@ -67,7 +71,7 @@ def study(
         typer.echo(canonical_json(result.to_json()), nl=False)
     else:
         console = Console(highlight=False, width=160)
-        console.print(steps_table(opened.wanted, states, planned.seconds))
+        console.print(steps_table(opened.wanted, states, expected))
         if result.claims:
             console.print()
             console.print(verdicts_table(result))

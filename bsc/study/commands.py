@@ -9,14 +9,17 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from bsc.config import Config, parse_config
 from bsc.errors import ConfigError, nearest
 from bsc.options import options_in
 from bsc.study.config import Command, StudyStep
 
-__all__ = ["arguments", "check_step", "in_numbers", "inputs_of", "shown"]
+__all__ = ["arguments", "check_step", "config_of", "in_numbers", "inputs_of", "shown"]
+
+
+C = TypeVar("C", bound=Config)
 
 
 class _Kind(NamedTuple):
@@ -152,28 +155,41 @@ def _check_choose(own: dict[str, Any], kind: _Kind, where: str) -> None:
 
 def _check_flags(own: dict[str, Any], kind: _Kind, where: str) -> None:
     """Check values by the configs that they are options of."""
-    known = dict.fromkeys(kind.more, 0)
-    for number, config in enumerate(map(_config, kind.configs)):
-        flags = _flags(config)
-        known |= dict.fromkeys(flags, number)
-        values: dict[str, Any] = {}
-        for key in own.keys() & flags.keys():
-            place, value = flags[key], _read(config, flags[key], own[key], f"{where}: {key}")
-            into = values
-            for part in place[:-1]:
-                into = into.setdefault(part, {})
-            into[place[-1]] = tuple(value) if isinstance(value, list) else value
-        if "text" in config.model_fields:  # which of them is meant is seen by the command
-            text = dict(values.pop("text", {}))
-            for name in ("files", "dataset", "config_name", "revision"):
-                text.pop(name, None)
-            values["text"] = {"corpus": "stdlib", **text}
-        parse_config(config, values, where)
+    known = list(kind.more)
+    for config in map(_config, kind.configs):
+        known += _flags(config)
+        config_of(config, own, where)
     if odd := next((k for k in own if k not in known), None):
         shown_ = [k for k in (*kind.inputs, *known) if k not in kind.taken]
         raise ConfigError(
             f"{where}: unknown key {odd!r}{nearest(odd, shown_)}; known are {', '.join(shown_)}"
         )
+
+
+def config_of(config: type[C], fields: Mapping[str, Any], where: str) -> C:
+    """The config that some keys of a step are the flags of.
+
+    Args:
+        config: its class.
+        fields: of the step; keys that are no flags of the config are passed over.
+        where: the step, for messages.
+
+    Raises:
+        ConfigError: a value is not as it should be. Where text comes from is left to the command.
+    """
+    values: dict[str, Any] = {}
+    flags = _flags(config)
+    for key in fields.keys() & flags.keys():
+        place, value = flags[key], _read(config, flags[key], fields[key], f"{where}: {key}")
+        into = values
+        for part in place[:-1]:
+            into = into.setdefault(part, {})
+        into[place[-1]] = tuple(value) if isinstance(value, list) else value
+    if "text" in config.model_fields:
+        sources = ("files", "dataset", "config_name", "revision")
+        given = {k: v for k, v in values.get("text", {}).items() if k not in sources}
+        values["text"] = {"corpus": "stdlib", **given}
+    return parse_config(config, values, where)
 
 
 def _flags(config: type[Config]) -> dict[str, tuple[str, ...]]:

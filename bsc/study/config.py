@@ -184,7 +184,7 @@ class Claim(Config):
     def _one_part(cls, values: Any) -> Any:
         """A claim of one part may have its fields."""
         if isinstance(values, dict) and "parts" not in values:
-            own = {k: v for k, v in values.items() if k in {*_CONTRAST, "variants"}}
+            own = {k: v for k, v in values.items() if k not in ("id", "words", "note", "some")}
             values = {k: v for k, v in values.items() if k not in own} | {"parts": [own]}
         if isinstance(values, dict) and isinstance(values.get("parts"), list):
             where = f"claim {values.get('id', '?')}"

@@ -8,6 +8,7 @@ page is shown (bsc/formats.py).
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -60,14 +61,14 @@ def decimals(cells: Iterable[Shown]) -> int:
 
 
 def written(value: float | None, digits: int) -> str:
-    """A number with so many digits behind the point; of very small ones three in all.
+    """A number with so many digits behind the point; very small and very large ones have three.
 
     >>> written(-1234.5, 1), written(0.0000001234, 9), written(None, 3)
     ('-1,234.5', '1.23e-07', '-')
     """
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{value:,.{digits}f}" if digits <= 6 else f"{value:.3g}"
+    return f"{value:,.{digits}f}" if digits <= 6 and abs(value) < 1e9 else f"{value:.3g}"
 
 
 def drawable(part: PartResult) -> bool:
@@ -119,6 +120,20 @@ def _rows(part: PartResult) -> list[_Row]:
     return rows
 
 
+def _lines(label: str) -> list[str]:
+    """A label in lines; a field stays beside its value where a line has room for both.
+
+    >>> _lines("k = 8, site = mlp, n_latents = 16384")
+    ['k = 8, site = mlp,', 'n_latents = 16384']
+    """
+
+    def kept(found: re.Match[str]) -> str:
+        return found[0].replace(" ", "\u00a0") if len(found[0]) <= _LABEL else found[0]
+
+    text = re.sub(r"\S+ = \S+", kept, printable(label))
+    return [n.replace("\u00a0", " ") for n in textwrap.wrap(text, _LABEL)] or ["-"]
+
+
 def forest(name: str, part: PartResult, words: str) -> Drawing:
     """Estimates with their intervals, one row a cell, and other ways of measuring below them.
 
@@ -128,7 +143,7 @@ def forest(name: str, part: PartResult, words: str) -> Drawing:
         words: what it is of, for those who cannot see it.
     """
     rows = _rows(part)
-    labels = [textwrap.wrap(printable(r.label), _LABEL) or ["-"] for r in rows]
+    labels = [_lines(r.label) for r in rows]
     middles: list[float] = []
     ticks: list[tuple[float, str]] = []
     y = 0.3
@@ -230,7 +245,7 @@ def _scale(axis: Axes, ratio: bool, low: float, high: float) -> None:
 
 def _ratio_ticks(low: float, high: float) -> list[float]:
     """A few numbers that are easily read, within a span of ratios."""
-    decades = math.log10(high / low)
+    decades = math.log10(high) - math.log10(low)
     if decades < 0.6:
         found = [float(t) for t in MaxNLocator(4).tick_values(low, high)]
     else:

@@ -22,7 +22,7 @@ from bsc.study.results import (
     VariantResult,
 )
 
-HOSTILE = "</p><script>alert(1)</script><img src=x onerror=alert(2)>&\"'$x^\u202e\u2028\x00\u6f22"
+HOSTILE = "</p><script>alert(1)</script><img src=x onerror=alert(2)>&\"'$x^$\u202e\u2028\x00\u6f22"
 VERDICTS = ("holds", "does not hold", "not decided", "shown", "not measured")
 
 
@@ -242,10 +242,8 @@ def test_other_ways_of_measuring_are_compared_with_the_verdict() -> None:
 
 def test_ways_of_measuring_what_nothing_is_claimed_of_are_the_same_as_nothing() -> None:
     way = VariantResult(words="by the loss", verdict="shown", cells=[cell()])
-    text = section(
-        render_study(result(claim("a", "shown", part(bound=None, verdict=None, variants=[way])))),
-        "a",
-    )
+    one = claim("a", "shown", part(bound=None, verdict=None, variants=[way]))
+    text = section(render_study(result(one)), "a")
     assert "by the loss • shown -0.0120" in text and "same verdict" not in text
 
 
@@ -343,6 +341,20 @@ def test_an_interval_far_wider_than_the_others_does_not_squeeze_them() -> None:
     assert marks.count("<") == marks.count(">") == 1
     (axis,) = forest("a", part(*cells), "a").figure.axes
     assert not {"<", ">"} & {line.get_marker() for line in axis.lines}
+
+
+def test_numbers_of_any_size_are_drawn() -> None:
+    kinds: list[tuple[float, list[float] | None, bool, str]] = [
+        (2e-9, [1.9e-9, 2.1e-9], False, "below 0"), (0.0, [0.0, 0.0], False, "above 0"),
+        (0.0, None, False, "below 0"), (1.0, [0.0, 1e300], True, "above 1"),
+        (1.0, [1e-200, 1e200], True, "within 0.1"), (2.0, None, True, "above 0"),
+    ]  # fmt: skip
+    for value, interval, ratio, bound in kinds:
+        drawn = forest("a", part(cell(value, interval=interval), ratio=ratio, bound=bound), "a")
+        low, high = drawn.figure.axes[0].get_xlim()
+        assert low < value < high and len(drawn.alt) < 150
+        assert 2 <= sum(low <= t <= high for t in drawn.figure.axes[0].get_xticks()) <= 12
+        assert "<svg" in drawn.svg()
 
 
 def test_arrows_are_explained_where_there_are_some() -> None:
