@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MKL_NUM_THREADS", "1")
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from bsc.cache.capture.capture import capture
 from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.model.text_source import TextSource
 from bsc.cache.store.store import ActivationStore
+from bsc.embedded.corpus import documents
 from bsc.train.config import TrainConfig
 from bsc.train.run import Run
 from bsc.train.trainer import train_sweep
@@ -74,6 +76,21 @@ def store_path(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         )
     )
     return path
+
+
+def capture_short(tiny_model: Path, folder: Path) -> Path:
+    """A store of many short documents, for figures that are sums over documents."""
+    texts = [d.text[i : i + 150] for d in documents("stdlib") if d.name.startswith("stdlib/email")
+             for i in range(0, len(d.text), 300)]  # fmt: skip
+    (folder / "short.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    capture(
+        CaptureConfig(
+            model=str(tiny_model), store=folder / "acts", hookpoints=("layers.{0,2}.mlp",),
+            text=TextSource(files=(str(folder / "short.jsonl"),), held_out=0.2), tokens=6_000,
+            held_out_tokens=2_000, context=32, batch_tokens=512,
+        )
+    )  # fmt: skip
+    return folder / "acts"
 
 
 @pytest.fixture(scope="session")

@@ -111,7 +111,8 @@ def estimate(
     whole, without, weights = _figures(first, ratio)
     if against is not None:
         other = _figures(against, ratio)
-        whole, without = whole - other[0], without - other[1]
+        with np.errstate(invalid="ignore"):  # infinite less infinite, of the logarithms of 0
+            whole, without = whole - other[0], without - other[1]
     by_seed = whole.mean(axis=1)
     seeds, units = len(by_seed), without.shape[-1]
     of_seeds = float(by_seed.var(ddof=1) / seeds) if seeds > 1 else 0.0

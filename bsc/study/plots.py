@@ -113,7 +113,7 @@ class _Row(NamedTuple):
 def _rows(part: PartResult) -> list[_Row]:
     rows = [_Row(place(cell), cell, False) for cell in part.cells]
     if variants_drawn(part):
-        for variant in part.variants:
+        for variant in (v for v in part.variants if v.comparable):
             for cell in variant.cells:
                 of = f", {place(cell)}" if len(variant.cells) > 1 else ""
                 rows.append(_Row(f"{variant.words}{of}", cell, True))

@@ -55,6 +55,9 @@ class VariantResult(Record):
     words: str
     verdict: str
     cells: list[Shown]
+    comparable: bool = True
+    """Whether it has the bound of its part, and is a ratio where that is one, so that both can be
+    drawn on one axis."""
 
 
 class PartResult(Record):
@@ -195,6 +198,7 @@ def _parts(
                     words=variant.words,
                     verdict=_verdict(own, bound_of(other), claim.some) or "shown",
                     cells=[_shown(c) for c in own],
+                    comparable=(other.ratio, other.bound) == (part.ratio, part.bound),
                 )
             )
         found.append(

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from bsc.cache.capture.capture import capture
-from bsc.cache.capture.config import CaptureConfig
-from bsc.cache.model.text_source import TextSource
 from bsc.cache.store.store import ActivationStore
-from bsc.embedded.corpus import documents
 from bsc.eval.config import EvalConfig
 from bsc.eval.evaluate import evaluate
 from bsc.train.run import Run
-from tests.conftest import train_small
+from tests.conftest import capture_short, train_small
 
 SMALL = EvalConfig(
     ce_tokens=512, ablation_bins=3, ablation_tokens=320, ultra_ablations=1, probe_texts=12
@@ -27,18 +22,7 @@ SMALL = EvalConfig(
 @pytest.fixture(scope="session")
 def store_path(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As that of the other tests, of many short documents."""
-    folder = tmp_path_factory.mktemp("eval-store")
-    texts = [d.text[i : i + 150] for d in documents("stdlib") if d.name.startswith("stdlib/email")
-             for i in range(0, len(d.text), 300)]  # fmt: skip
-    (folder / "short.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
-    capture(
-        CaptureConfig(
-            model=str(tiny_model), store=folder / "acts", hookpoints=("layers.{0,2}.mlp",),
-            text=TextSource(files=(str(folder / "short.jsonl"),), held_out=0.2), tokens=6_000,
-            held_out_tokens=2_000, context=32, batch_tokens=512,
-        )
-    )  # fmt: skip
-    return folder / "acts"
+    return capture_short(tiny_model, tmp_path_factory.mktemp("eval-store"))
 
 
 # Not those of the other tests, which would be of the other store.
