@@ -142,13 +142,11 @@ def verdicts_table(result: StudyResult) -> Table:
         cells = [c for p in claim.parts if p.bound for c in p.cells if c.value is not None]
         cells = cells or [c for p in claim.parts for c in p.cells if c.value is not None]
         values = [f"{c.value:.4g}" for c in cells]
-        one = len(cells) == 1
-        shown = values[0] if one else f"{min(values, key=float)} to {max(values, key=float)}"
-        table.add_row(
-            printable(claim.id),
-            claim.verdict,
-            shown if cells else "",
-            interval(cells[0].interval) if one else f"{len(cells)} of them" if cells else "",
-            printable(claim.words),
-        )
+        shown, of = "", ""
+        if len(cells) == 1:
+            shown, of = values[0], interval(cells[0].interval)
+        elif cells:
+            shown = f"{min(values, key=float)} to {max(values, key=float)}"
+            of = f"{len(cells)} of them"
+        table.add_row(printable(claim.id), claim.verdict, shown, of, printable(claim.words))
     return table

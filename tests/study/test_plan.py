@@ -81,17 +81,11 @@ CODER_STEP = 2 * 512 * 192 + 2 * 16 * (3 * 192 + 192) + 6 * 192 * 192
 """FLOP of a row in training: encoder, decoder with its gradients and the encoder's, skip path."""
 CODER_FORWARD = 2 * 512 * 192 + 2 * 16 * 192 + 2 * 192 * 192
 SMOL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576,
+    "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
-}
+}  # fmt: skip
 
 
 def opened(folder: Path, **changes: Any) -> OpenedStudy:
