@@ -46,7 +46,7 @@ Selection = dict[str, Any]
 
 _CONTRAST = (
     "figure", "against_figure", "coders", "against", "each", "match", "equal", "ratio", "above",
-    "below", "within", "weighted", "ranks", "rates", "unscored", "judge",
+    "below", "within", "weighted", "ranks", "rates", "unscored", "judge", "against_judge",
 )  # fmt: skip
 
 
@@ -96,7 +96,9 @@ class Contrast(Config):
     unscored: float | None = None
     """Scores of latents: what a latent that fires and has no score counts as. None: left out."""
     judge: str | None = None
-    """Scores of latents by a judge: the folder of its results, or None for the only one."""
+    """Scores of latents by a judge: the step that asked it, or None for the only one."""
+    against_judge: str | None = None
+    """The same of what it is compared with, where that is another one."""
 
     @model_validator(mode="after")
     def _bounds(self) -> Contrast:
@@ -267,7 +269,8 @@ def read_study(path: Path, scale: str | None = None) -> Study:
             f"it has {known}."
         )
     scale = scale or next(iter(file.scales), None)
-    values = file.scales[scale] if scale else {}
+    values = dict(file.scales[scale]) if scale else {}
+    hardware = file.hardware | values.pop("hardware", {})
     steps: list[StudyStep] = []
     for command in COMMANDS:
         for name, table in getattr(file, command).items():
@@ -306,7 +309,7 @@ def read_study(path: Path, scale: str | None = None) -> Study:
         steps=tuple(steps),
         claims=tuple(claims),
         hardware=parse_config(
-            Hardware, _filled(file.hardware, values, f"{path}: [hardware]"), f"{path}: [hardware]"
+            Hardware, _filled(hardware, values, f"{path}: [hardware]"), f"{path}: [hardware]"
         ),
     )
 

@@ -224,8 +224,9 @@ def _both(contrast: Contrast, pair: _Pair, measures: Measures) -> tuple[Sums, Su
 
 
 def _of_other(contrast: Contrast) -> Mapping[str, Any]:
-    """What differs in the contrast of the other side: its own figure, where it has another one."""
-    return {} if contrast.against_figure is None else {"figure": contrast.against_figure}
+    """What differs in the contrast of the other side: its figure and its judge, where given."""
+    own = {"figure": contrast.against_figure, "judge": contrast.against_judge}
+    return {name: value for name, value in own.items() if value is not None}
 
 
 def _between(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import xxhash
 
 from bsc.errors import ConfigError, UserError, nearest
+from bsc.eval.interp.config import DECIDING
 from bsc.files import canonical_json
 from bsc.study.commands import check_step, inputs_of
 from bsc.study.config import Study, StudyStep
@@ -69,6 +70,7 @@ def graph_of(study: Study, where: str) -> dict[str, Node]:
                         f"measure {run}, and a run has one folder for it. Leave one out."
                     )
                 seen[run] = step.name
+    _check_scores(study, where)
     try:
         order = list(TopologicalSorter(needs).static_order())
     except CycleError as error:
@@ -85,6 +87,25 @@ def graph_of(study: Study, where: str) -> dict[str, Node]:
         digest = xxhash.xxh3_64_hexdigest(canonical_json(said).encode())[:8]
         nodes[name] = Node(step, needs[name], digest)
     return nodes
+
+
+def _check_scores(study: Study, where: str) -> None:
+    """See that steps that score the coders of one run draw the same latents: the scores without a
+    judge come with each of them, and the last one's would be those of all.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    seen: dict[str, StudyStep] = {}
+    for step in study.steps:
+        if step.command == "interp":
+            other = seen.setdefault(step.fields["run"], step)
+            for key in DECIDING:
+                if step.fields.get(key) != other.fields.get(key):
+                    raise ConfigError(
+                        f"{where}: [interp.{step.name}] and [interp.{other.name}] score one run, "
+                        f"but with another {key}. Give both the same."
+                    )
 
 
 def chosen_nodes(nodes: dict[str, Node], only: Collection[str]) -> dict[str, Node]:

@@ -83,7 +83,7 @@ def _check_one(figure: str, contrast: Contrast, where: str) -> None:
         )
     if name in ("judge", "latents_above", "share_of_firings_above", "ultra") and not word:
         raise ConfigError(f"{where}: figure: {name} needs a word, such as {_EXAMPLES[name]!r}.")
-    for option in ("weighted", "ranks", "rates", "unscored", "judge"):
+    for option in ("weighted", "ranks", "rates", "unscored", "judge", "against_judge"):
         given = getattr(contrast, option)
         if given not in (None, False) and name not in _LATENTS:
             raise ConfigError(f"{where}: {option}: is for scores of latents, not for {name}.")

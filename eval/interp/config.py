@@ -18,6 +18,11 @@ Marking = Literal["all", "strong"]
 _JUDGE, _WHICH, _TESTS, _COST = "The judge", "Which latents", "Explanations and tests", "Cost"
 
 
+DECIDING = ("latents", "census_rate", "min_firings", "test_excerpts", "excerpt_tokens", "seed")
+"""What of an `InterpConfig` changes a score without a judge. Marks are part of the overlap, so they
+are always those of all firing tokens."""
+
+
 class JudgeConfig(Config):
     """Who is asked."""
 

@@ -22,6 +22,7 @@ from bsc.errors import UserError
 from bsc.eval.evaluation import Interval
 from bsc.eval.figures.intervals import ratio_intervals
 from bsc.eval.interp.aggregate import summary
+from bsc.eval.interp.config import DECIDING
 from bsc.eval.interp.material import Material, Materials
 from bsc.eval.interp.overlap import overlap_answers, token_weights
 from bsc.eval.interp.predictability import (
@@ -52,9 +53,6 @@ from bsc.typed import combined, write_typed
 
 __all__ = ["LatentNumber", "offline_scores", "scores_csv"]
 
-_DECIDING = ("latents", "census_rate", "min_firings", "test_excerpts", "excerpt_tokens", "seed")
-"""What of the config changes an offline score. Marks are part of the overlap, so they are always
-those of all firing tokens."""
 
 
 class LatentNumber(NamedTuple):
@@ -83,7 +81,7 @@ def offline_scores(materials: Materials) -> Offline:
             overlaps = _overlap(material)
             means = summary(overlaps, material.chosen, material.counts, material.rows, "score")
             coders[name] = OfflineCoder(
-                settings={n: getattr(materials.config, n) for n in _DECIDING},
+                settings={n: getattr(materials.config, n) for n in DECIDING},
                 predictability=_figures(scores, material.counts),
                 overlap=combined(OverlapScores, means, chance=CHANCE["intruder"]),
             )

@@ -89,6 +89,17 @@ def test_scales_fill_in_values_and_leave_out_steps(tmp_path: Path) -> None:
         read_study(path, "lage")
 
 
+def test_a_scale_has_its_own_hardware(tmp_path: Path) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text(
+        'title = "t"\n[hardware]\ndevices = 2\nprice_in = 1\n[scales.a]\n[scales.b]\n'
+        '[scales.b.hardware]\ndevices = 8\n[cache.a]\nmodel = "demo"\n'
+    )
+    assert read_study(path, "a").hardware.devices == 2
+    both = read_study(path, "b").hardware
+    assert (both.devices, both.price_in) == (8, 1)
+
+
 def test_flags_of_every_form() -> None:
     step = StudyStep(
         name="x",

@@ -208,6 +208,13 @@ def test_two_evaluations_of_one_run_are_refused(tmp_path: Path) -> None:
         nodes_of(STUDY + '[eval.ez]\nrun = "x"\n', tmp_path)
 
 
+def test_steps_that_score_one_run_draw_the_same_latents(tmp_path: Path) -> None:
+    text = STUDY + '[interp.s]\nrun = "ex"\n[interp.j]\nrun = "ex"\njudge = "vllm"\n'
+    assert "j" in nodes_of(text, tmp_path)
+    with pytest.raises(UserError, match=r"interp.j\] and \[interp.s\] score one run.* latents"):
+        nodes_of(text + "latents = 7\n", tmp_path)
+
+
 def test_steps_that_need_each_other_are_refused(tmp_path: Path) -> None:
     text = STUDY + '[choose.c]\nruns = "z"\nfield = "lr"\n[train.z]\nstore = "a"\nchosen = "c"\n'
     with pytest.raises(UserError, match="steps need each other: "):
