@@ -34,6 +34,8 @@ from bsc.eval.figures.intervals import LEVEL, MIN_SAMPLE, degrees_of_freedom
 __all__ = ["Bound", "Estimate", "Sums", "Verdict", "decide", "estimate", "resolution"]
 
 Verdict = Literal["holds", "does not hold", "not decided"]
+_LARGEST = 700.0
+"""Logarithm of what a float can still hold."""
 POWER = 0.8
 """Share of studies that decide an effect of the size that `resolution` gives."""
 
@@ -79,7 +81,7 @@ class Estimate(NamedTuple):
     @property
     def value(self) -> float:
         """The figure as people read it."""
-        return math.exp(self.mean) if self.ratio else self.mean
+        return _factor(self.mean) if self.ratio else self.mean
 
     def interval(self, level: float = LEVEL) -> list[float] | None:
         """Student's interval; None where no error is known."""
@@ -87,7 +89,12 @@ class Estimate(NamedTuple):
             return None
         reach = float(stats.t.ppf((1 + level) / 2, self.freedom)) * self.error
         ends = [self.mean - reach, self.mean + reach]
-        return [math.exp(e) for e in ends] if self.ratio else ends
+        return [_factor(end) for end in ends] if self.ratio else ends
+
+
+def _factor(logarithm: float) -> float:
+    """What a logarithm stands for, where little is known rather too near to 1 than infinite."""
+    return math.exp(max(-_LARGEST, min(_LARGEST, logarithm)))
 
 
 def estimate(
@@ -162,7 +169,7 @@ def resolution(found: Estimate) -> float | None:
     if not math.isfinite(found.error):
         return None
     reach = _noncentrality(found.freedom) * found.error
-    return math.exp(reach) if found.ratio else reach
+    return _factor(reach) if found.ratio else reach
 
 
 @cache

@@ -134,6 +134,13 @@ def test_a_ratio_is_of_the_figures_and_above_0() -> None:
     assert found.value / low == pytest.approx(high / found.value)
 
 
+def test_a_ratio_of_which_little_is_known_has_finite_ends() -> None:
+    wild = Estimate(1.0, 100.0, 1, True, 2, 1, 100.0, 0.0)
+    low, high = wild.interval() or (1, 1)
+    assert 0 < low < wild.value < high < math.inf
+    assert math.isfinite(resolution(wild) or math.nan)
+
+
 def test_few_documents_give_no_interval_and_no_verdict() -> None:
     found = estimate([[Sums(np.arange(5.0), np.ones(5))], [Sums(np.arange(5.0), np.ones(5))]])
     assert found.interval() is None
