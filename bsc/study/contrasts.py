@@ -220,7 +220,7 @@ def _both(contrast: Contrast, pair: _Pair, measures: Measures) -> tuple[Sums, Su
         return None
     numerators = (1 - share) * low.numerators + share * high.numerators
     weights = (1 - share) * low.weights + share * high.weights
-    return first, Sums(numerators, weights)
+    return first, Sums(numerators, weights, low.units)
 
 
 def _of_other(contrast: Contrast) -> Mapping[str, Any]:

@@ -47,6 +47,8 @@ class Sums(NamedTuple):
     """(units,)"""
     weights: NDArray[np.float64]
     """(units,)"""
+    units: str = ""
+    """What tells these documents or classes from others; sums of the same ones are paired."""
 
     @property
     def value(self) -> float:
@@ -106,8 +108,9 @@ def estimate(
     """Mean over seeds, and over pairs of a seed, of a figure or of its difference from another.
 
     Args:
-        first: by seed, then by pair; every seed has the same pairs, all figures the same units.
-        against: the same; None: the figure itself.
+        first: by seed, then by pair; every seed has the same pairs.
+        against: the same; None: the figure itself. Of other documents than `first`, such as those
+            of another store, the variances of both sides are added.
         ratio: whether the ratio is meant.
 
     >>> one = [[Sums(np.array([1.0]), np.ones(1))], [Sums(np.array([3.0]), np.ones(1))]]
@@ -115,26 +118,34 @@ def estimate(
     >>> found.mean, round(found.error, 6), found.freedom
     (2.0, 1.0, 1.0)
     """
-    whole, without, weights = _figures(first, ratio)
-    if against is not None:
-        other = _figures(against, ratio)
+    first_side, other_side = _aligned(first), None if against is None else _aligned(against)
+    paired = other_side is None or first_side[0][0].units == other_side[0][0].units
+    used = _used(first_side)
+    if other_side is not None and paired:
+        used |= _used(other_side)
+    one = _side(first_side, used if paired else _used(first_side), ratio)
+    sides = [one]
+    whole = one.whole
+    if other_side is not None:
+        other = _side(other_side, used if paired else _used(other_side), ratio)
         with np.errstate(invalid="ignore"):  # infinite less infinite, of the logarithms of 0
-            whole, without = whole - other[0], without - other[1]
+            whole = whole - other.whole
+            sides = [one._replace(without=one.without - other.without)] if paired else [one, other]
     by_seed = whole.mean(axis=1)
-    seeds, units = len(by_seed), without.shape[-1]
+    seeds = len(by_seed)
     of_seeds = float(by_seed.var(ddof=1) / seeds) if seeds > 1 else 0.0
-    of_units, freedom_units = 0.0, 1.0
-    if units >= MIN_SAMPLE:
-        left_out = without.mean(axis=(0, 1))
-        of_units = float((units - 1) / units * np.square(left_out - left_out.mean()).sum())
-        freedom_units = float(degrees_of_freedom(weights))
-    known = (seeds > 1 or units > 1) and (units == 1 or units >= MIN_SAMPLE)
+    parts = [_jackknife(side) for side in sides]
+    units = min(side.without.shape[-1] for side in sides)
+    of_units = sum(part.variance for part in parts)
     total = of_seeds + of_units
-    parts = of_units**2 / freedom_units + (of_seeds**2 / (seeds - 1) if seeds > 1 else 0.0)
+    square = sum(part.variance**2 / part.freedom for part in parts)
+    square += of_seeds**2 / (seeds - 1) if seeds > 1 else 0.0
+    known = (seeds > 1 or units > 1) and all(part.known for part in parts)
     return Estimate(
         mean=float(by_seed.mean()),
-        error=math.sqrt(total) if known else math.nan,
-        freedom=total**2 / parts if parts > 0 else 1.0,
+        # Seeds that all give the same number, as counts may, say nothing of how they differ.
+        error=math.sqrt(total) if known and total > 0 else math.nan,
+        freedom=total**2 / square if square > 0 else 1.0,
         ratio=ratio,
         seeds=seeds,
         units=units,
@@ -143,15 +154,34 @@ def estimate(
     )
 
 
-def _figures(
-    sums: Sequence[Sequence[Sums]], ratio: bool
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Figures (seeds, pairs), the same without each unit (seeds, pairs, units), and the mean
-    weights of the units that count."""
-    numerators = np.array([[s.numerators for s in row] for row in sums], np.float64)
-    weights = np.array([[s.weights for s in row] for row in sums], np.float64)
-    used = (weights != 0).any(axis=(0, 1))
-    numerators, weights = numerators[..., used], weights[..., used]
+def _aligned(rows: Sequence[Sequence[Sums]]) -> Sequence[Sequence[Sums]]:
+    """The sums as they are if all are of the same units, else of one unit each: documents of two
+    stores cannot be left out together."""
+    if len({(s.units, len(s.weights)) for row in rows for s in row}) == 1:
+        return rows
+    whole = [[(s.numerators.sum(), s.weights.sum()) for s in row] for row in rows]
+    return [[Sums(np.array([a]), np.array([b])) for a, b in row] for row in whole]
+
+
+def _used(rows: Sequence[Sequence[Sums]]) -> NDArray[np.bool_]:
+    """Which units weigh anything in any of the sums."""
+    return np.asarray(np.any([s.weights != 0 for row in rows for s in row], axis=0))
+
+
+class _Side(NamedTuple):
+    """Figures of one side."""
+
+    whole: NDArray[np.float64]
+    """(seeds, pairs)"""
+    without: NDArray[np.float64]
+    """(seeds, pairs, units): the same without each unit."""
+    weights: NDArray[np.float64]
+    """(units,): mean weights."""
+
+
+def _side(rows: Sequence[Sequence[Sums]], used: NDArray[np.bool_], ratio: bool) -> _Side:
+    numerators = np.array([[s.numerators[used] for s in row] for row in rows], np.float64)
+    weights = np.array([[s.weights[used] for s in row] for row in rows], np.float64)
     a, b = numerators.sum(axis=-1), weights.sum(axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
         whole = a / b
@@ -160,7 +190,25 @@ def _figures(
             whole, without = np.log(whole), np.log(without)
     if without.shape[-1] == 1:
         without = whole[..., None]
-    return whole, without, weights.mean(axis=(0, 1))
+    return _Side(whole, without, weights.mean(axis=(0, 1)))
+
+
+class _Part(NamedTuple):
+    """What the units of a side contribute to the variance."""
+
+    variance: float
+    freedom: float
+    known: bool
+    """Whether there are enough of them, or one, which contributes nothing."""
+
+
+def _jackknife(side: _Side) -> _Part:
+    units = side.without.shape[-1]
+    if units < MIN_SAMPLE:
+        return _Part(0.0, 1.0, units == 1)
+    left_out = side.without.mean(axis=(0, 1))
+    variance = float((units - 1) / units * np.square(left_out - left_out.mean()).sum())
+    return _Part(variance, float(degrees_of_freedom(side.weights)), math.isfinite(variance))
 
 
 def resolution(found: Estimate) -> float | None:

@@ -199,16 +199,16 @@ def _over_documents(measured: _Measured, coder: str, name: str) -> Sums:
     if above.startswith("nats"):
         values = values - arrays["clean/nats"]
     weights = arrays["predicted" if below is None else f"{coder}/{below}"].astype(np.float64)
-    return Sums(values, weights)
+    return Sums(values, weights, f"documents of {measured.evaluation.store_id}")
 
 
 def _probe(measured: _Measured, coder: str, word: str) -> Sums:
     arm, _, columns = word.partition(":") if word else (PROBE[0], "", PROBE[1])
-    for probed in measured.evaluation.probing.values():
+    for name, probed in measured.evaluation.probing.items():
         found = probed.coders.get(coder, {}).get(arm, {}).get(columns or PROBE[1])
         if found is not None:
             classes = np.array([found.classes[c] for c in sorted(found.classes)])
-            return Sums(classes, np.ones(len(classes)))
+            return Sums(classes, np.ones(len(classes)), f"classes of {name}")
     raise ConfigError(f"probe:{word}: {coder} was not probed so. {measured.folder.remedy}")
 
 

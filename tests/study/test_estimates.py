@@ -141,6 +141,28 @@ def test_a_ratio_of_which_little_is_known_has_finite_ends() -> None:
     assert math.isfinite(resolution(wild) or math.nan)
 
 
+def test_documents_of_two_stores_are_not_paired() -> None:
+    rng = np.random.default_rng(8)
+    a, b = rng.normal(0, 1, 20), rng.normal(0, 2, 30)
+    one = [[Sums(a, np.ones(20), "a")]]
+    found = estimate(one, [[Sums(b, np.ones(30), "b")]])
+    assert found.mean == pytest.approx(a.mean() - b.mean())
+    variances = [a.var(ddof=1) / 20, b.var(ddof=1) / 30]
+    assert found.error == pytest.approx(math.sqrt(sum(variances)))
+    # Welch's degrees of freedom.
+    assert found.freedom == pytest.approx(
+        sum(variances) ** 2 / (variances[0] ** 2 / 19 + variances[1] ** 2 / 29)
+    )
+    same = estimate(one, [[Sums(a + 1, np.ones(20), "a")]])
+    assert same.error == pytest.approx(0, abs=1e-12) or math.isnan(same.error)
+
+
+def test_seeds_that_give_one_number_say_nothing_of_their_spread() -> None:
+    found = estimate([[Sums(np.array([3.0]), np.ones(1))]] * 3)
+    assert found.interval() is None
+    assert decide([found], [Bound("above", 0)]) == "not decided"
+
+
 def test_few_documents_give_no_interval_and_no_verdict() -> None:
     found = estimate([[Sums(np.arange(5.0), np.ones(5))], [Sums(np.arange(5.0), np.ones(5))]])
     assert found.interval() is None
