@@ -45,7 +45,7 @@ from bsc.train.sweep import expand, plan_coders
 if TYPE_CHECKING:
     from bsc.train.config import Optimiser
 
-__all__ = ["Amount", "ModelCost", "amounts_of", "encode_flop"]
+__all__ = ["Amount", "ModelCost", "Reckoned", "encode_flop", "reckon"]
 
 FINETUNE_TOKENS = 2048
 """Tokens in a step of finetuning where none are given and a context is not longer."""
@@ -152,18 +152,27 @@ class _Measured(NamedTuple):
     rows: int
 
 
-def amounts_of(opened: OpenedStudy) -> dict[str, Amount]:
-    """What every wanted step comes to, in their order.
+class Reckoned(NamedTuple):
+    """What is known of a study before it runs."""
+
+    amounts: dict[str, Amount]
+    """What every step comes to, by name, in their order."""
+    coders: dict[str, list[PlannedCoder]]
+    """Coders of every run, by its step; of finetuning as they begin, without what is chosen."""
+
+
+def reckon(opened: OpenedStudy) -> Reckoned:
+    """What every step of a study comes to, and its coders.
 
     Raises:
         UserError: the config of a model cannot be had, or a step does not fit the model.
     """
     reckoning = _Reckoning(opened)
     found = {}
-    for name, node in opened.wanted.items():
-        reckon = getattr(reckoning, node.step.command)
-        found[name] = reckon(node.step, f"{opened.file}: [{node.step.command}.{name}]")
-    return found
+    for name, node in opened.nodes.items():
+        of_command = getattr(reckoning, node.step.command)
+        found[name] = of_command(node.step, f"{opened.file}: [{node.step.command}.{name}]")
+    return Reckoned(found, {name: run.coders for name, run in reckoning.runs.items()})
 
 
 class _Reckoning:

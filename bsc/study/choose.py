@@ -73,7 +73,7 @@ def choose(
 
 
 def _best(tried: Mapping[Any, Mapping[str, float]], field: str, where: str) -> dict[str, Any]:
-    values = sorted(tried)
+    values = sorted(tried, key=lambda v: (v is None, isinstance(v, str), v or 0))
     same = [set(tried[v]) for v in values]
     if any(s != same[0] for s in same):
         raise ConfigError(f"{where}: the values of {field} were not tried on the same coders.")

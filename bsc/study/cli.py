@@ -45,24 +45,35 @@ def study(
     machines that share the folder, divide the steps.
     """
     import shlex
-    from contextlib import suppress
 
     from rich.console import Console
 
-    from bsc.errors import UserError
+    from bsc.errors import ConfigError, UserError
     from bsc.files import canonical_json
+    from bsc.study.amounts import reckon
+    from bsc.study.check import check_claims
     from bsc.study.plan import plan_study
     from bsc.study.study import decided, open_study, write_result
     from bsc.study.table import steps_table, verdicts_table, watched
     from bsc.study.work import work
 
     opened = open_study(file, scale, out, only or ())
-    if plan:
-        plan_study(opened).show(as_json=as_json)
-        return
+    reckoned = None
+    try:
+        reckoned = reckon(opened)
+    except ConfigError:
+        raise
+    except UserError:  # without a network the config of a model on the hub; what is there may run
+        if plan:
+            raise
     expected: dict[str, float] = {}
-    with suppress(UserError):  # what cannot be planned, such as without a network, may still run
-        expected = plan_study(opened).seconds
+    if reckoned is not None:
+        check_claims(opened, reckoned.coders)
+        planned = plan_study(opened, reckoned)
+        if plan:
+            planned.show(as_json=as_json)
+            return
+        expected = planned.seconds
     with watched(opened.wanted, expected) as watch:
         states = work(opened.folder, opened.wanted, shlex.split(launch or ""), watch)
     result = decided(opened, states)

@@ -68,7 +68,6 @@ _KINDS: dict[Command, _Kind] = {
          "bsc.eval.interp.config:Prices"),
         {"run": ("eval",)},
         ("run",),
-        (),
         ("name",),
     ),
 }  # fmt: skip
@@ -122,6 +121,8 @@ def _named(step: StudyStep, where: str) -> Iterator[tuple[str, str]]:
     """As `inputs_of`, of what may be of another type."""
     for key in _KINDS[step.command].inputs:
         value = step.fields.get(key)
+        if isinstance(value, list) and key not in ("runs", "chosen"):
+            raise ConfigError(f"{where}: {key}: is the name of one step, got {value!r:.80}")
         many = value if isinstance(value, list) else [] if value is None else [value]
         for name in many:
             if not isinstance(name, str):
@@ -159,6 +160,10 @@ def _check_flags(own: dict[str, Any], kind: _Kind, where: str) -> None:
     for config in map(_config, kind.configs):
         known += _flags(config)
         config_of(config, own, where)
+    for key in kind.more:
+        if key in own and not isinstance(own[key], bool if key == "no_probe" else str):
+            what = "true or false" if key == "no_probe" else "text"
+            raise ConfigError(f"{where}: {key}: should be {what}, got {own[key]!r:.80}")
     if odd := next((k for k in own if k not in known), None):
         shown_ = [k for k in (*kind.inputs, *known) if k not in kind.taken]
         raise ConfigError(

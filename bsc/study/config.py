@@ -80,11 +80,11 @@ class Contrast(Config):
     over the logarithm, instead of against the coder of the same k."""
     ratio: bool = False
     """Whether it is the ratio of the two that is meant, not their difference."""
-    above: float | None = None
+    above: float | None = Field(default=None, allow_inf_nan=False)
     """The claim: it is above this."""
-    below: float | None = None
+    below: float | None = Field(default=None, allow_inf_nan=False)
     """The claim: it is below this."""
-    within: float | None = Field(default=None, gt=0)
+    within: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """The claim: it is at most this far from 0, or, of a ratio, from 1 in either direction."""
     weighted: bool = False
     """Scores of latents: whether each counts by its firings."""
@@ -111,6 +111,11 @@ class Contrast(Config):
             raise ValueError("`equal` needs `against`")
         if self.within is not None and self.against is None:
             raise ValueError("`within` needs `against`")
+        for side in (self.coders, self.against or {}):
+            runs = side.get("run", "")
+            many = runs if isinstance(runs, list) else [runs]
+            if not all(isinstance(run, str) for run in many):
+                raise ValueError(f"run: the name of a step, or a list of them, got {runs!r:.80}")
         for name in ("ranks", "rates"):
             ends = getattr(self, name)
             if ends is not None and not 0 <= ends[0] < ends[1] <= 1:
@@ -262,6 +267,12 @@ def read_study(path: Path, scale: str | None = None) -> Study:
         ConfigError: it cannot be read, or a key, a scale or the name of a step is wrong.
     """
     file = parse_config(_File, read_toml(path), str(path))
+    for name in (path.stem, *file.scales):
+        try:
+            plain_name(name)
+        except ValueError as error:
+            what = "its name is that of its folder" if name == path.stem else f"[scales.{name!r}]"
+            raise ConfigError(f"{path}: {what}: {error}") from None
     if scale is not None and scale not in file.scales:
         known = ", ".join(file.scales) or "none; leave --scale out"
         raise ConfigError(
@@ -270,7 +281,10 @@ def read_study(path: Path, scale: str | None = None) -> Study:
         )
     scale = scale or next(iter(file.scales), None)
     values = dict(file.scales[scale]) if scale else {}
-    hardware = file.hardware | values.pop("hardware", {})
+    own = values.pop("hardware", {})
+    if not isinstance(own, dict):
+        raise ConfigError(f"{path}: [scales.{scale}.hardware]: should be a table, got {own!r:.80}")
+    hardware = file.hardware | own
     steps: list[StudyStep] = []
     for command in COMMANDS:
         for name, table in getattr(file, command).items():
@@ -302,7 +316,7 @@ def read_study(path: Path, scale: str | None = None) -> Study:
     if twice := next((i for i in ids if ids.count(i) > 1), None):
         raise ConfigError(f"{path}: two claims have the id {twice}.")
     return Study(
-        name=plain_name(path.stem) or path.stem,
+        name=path.stem,
         title=file.title,
         question=file.question,
         scale=scale,
@@ -327,10 +341,12 @@ def _here(table: dict[str, Any], scale: str | None, known: Any, where: str) -> b
     wanted = table.get("scales")
     if wanted is None:
         return True
-    if not isinstance(wanted, list) or (odd := [s for s in wanted if s not in known]):
+    names = wanted if isinstance(wanted, list) else [wanted]
+    odd = [str(name) for name in names if str(name) not in known]
+    if odd or not isinstance(wanted, list):
         raise ConfigError(
-            f"{where}: scales: should be a list of {', '.join(known) or 'none'}, got {wanted!r}"
-            + (nearest(str(odd[0]), known) if isinstance(wanted, list) else "")
+            f"{where}: scales: should be a list of {', '.join(known) or 'none'}, got "
+            f"{wanted!r:.80}{nearest(odd[0], known) if odd else ''}"
         )
     return scale in wanted
 

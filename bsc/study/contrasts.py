@@ -34,7 +34,11 @@ class Cell(NamedTuple):
     pairs: int
     """Pairs of one seed."""
     left_out: int
-    """Pairs that had no figure in some seed, such as of coders that turned non-finite."""
+    """Pairs that are not there in every seed: a coder has no figure, such as one that turned
+    non-finite, or nothing to stand beside. What is left says nothing of them, so the cell is not
+    decided."""
+    outside: int
+    """Pairs of an interpolation that are outside of what it is between."""
     names: list[tuple[str, str]]
     """Coders of each pair, of every seed; of an interpolation both of them, with `+`."""
 
@@ -94,7 +98,8 @@ class _Pair(NamedTuple):
 
     first: Subject
     against: list[Subject]
-    """None: its own figure is meant. One; or of several k, to interpolate between."""
+    """Empty: its own figure is meant, or there is none. One; or of several k, to interpolate
+    between."""
 
 
 def _sides(contrast: Contrast, subjects: Sequence[Subject], where: str) -> list[_Pair]:
@@ -125,9 +130,11 @@ def _sides(contrast: Contrast, subjects: Sequence[Subject], where: str) -> list[
         there = others.get(key, [])
         if len(there) > 1 and not contrast.equal:
             _many(where, "against", there)
-        if there:
-            pairs.append(_Pair(one, sorted(there, key=lambda s: int(s.fields["k"]))))
-    if not pairs:
+        ks = [s.fields["k"] for s in there]
+        if twice := next((k for k in ks if ks.count(k) > 1), None):
+            _many(where, "against", [s for s in there if s.fields["k"] == twice])
+        pairs.append(_Pair(one, sorted(there, key=lambda s: int(s.fields["k"]))))
+    if not any(pair.against for pair in pairs):
         raise ConfigError(
             f"{where}: no coder has one to stand beside: none of them share {', '.join(match)}."
         )
@@ -160,7 +167,7 @@ def _cell(
     where: str,
 ) -> Cell:
     # By what the pairs of different seeds share, then by seed.
-    rows: dict[tuple[str, ...], dict[Any, tuple[Sums, Sums | None] | None]] = {}
+    rows: dict[tuple[str, ...], dict[Any, _Both | None]] = {}
     seeds = list(dict.fromkeys(p.first.fields["seed"] for p in pairs))
     alike = [n for n in fields_of([p.first for p in pairs]) if n not in ("name", "seed", *_OF_SEED)]
     names: dict[tuple[str, ...], list[tuple[str, str]]] = {}
@@ -175,12 +182,23 @@ def _cell(
         for key, row in rows.items()
         if all(row.get(s) is not None for s in seeds)
     }
-    left_out = len(rows) - len(whole)
+    outside = sum(
+        any(one is _OUTSIDE for one in row.values()) and all(row.get(s) for s in seeds)
+        for row in rows.values()
+    )
+    whole = {key: row for key, row in whole.items() if not any(row[s] is _OUTSIDE for s in seeds)}
+    left_out = len(rows) - len(whole) - outside
     if not whole:
-        return Cell(labels, None, None, None, 0, left_out, [])
+        return Cell(labels, None, None, None, 0, left_out, outside, [])
     found = [[of[i] for of in whole.values()] for i in range(len(seeds))]
-    first = [[pair[0] for pair in row if pair] for row in found]
-    against = [[pair[1] for pair in row if pair and pair[1]] for row in found]
+    first = [[pair.first for pair in row if pair] for row in found]
+    against = [[pair.against for pair in row if pair and pair.against] for row in found]
+    for side in (first, against):
+        if len({s.units for row in side for s in row}) > 1:
+            raise ConfigError(
+                f"{where}: coders that were measured on documents of several stores are one mean. "
+                f"Name the run, or add it to `each`."
+            )
     single = contrast.against is None
     made = estimate(first, None if single else against, ratio=contrast.ratio)
     if not math.isfinite(made.mean):
@@ -192,35 +210,47 @@ def _cell(
         None if single else float(np.mean([s.value for row in against for s in row])),
         len(whole),
         left_out,
+        outside,
         [name for key in whole for name in names[key]],
     )
 
 
+class _Both(NamedTuple):
+    """Figures of a pair."""
+
+    first: Sums
+    against: Sums | None
+
+
+_OUTSIDE = _Both(Sums(np.zeros(1), np.ones(1)), None)
+"""Of a pair outside of what an interpolation is between."""
 _OF_SEED = ("parent", "parent_xxh3_128", "parent_kind")
 """Fields of a finetuned coder that belong to its seed."""
 
 
-def _both(contrast: Contrast, pair: _Pair, measures: Measures) -> tuple[Sums, Sums | None] | None:
+def _both(contrast: Contrast, pair: _Pair, measures: Measures) -> _Both | None:
     """Figures of a pair; None where one has none."""
     first = measures.sums(pair.first, contrast)
     if first is None:
         return None
     if contrast.against is None:
-        return first, None
+        return _Both(first, None)
+    if not pair.against:
+        return None
     other = contrast.model_copy(update=_of_other(contrast))
     if contrast.equal is None:
         against = measures.sums(pair.against[0], other)
-        return None if against is None else (first, against)
+        return None if against is None else _Both(first, against)
     between = _between(contrast.equal, pair, measures)
     if between is None:
-        return None
+        return _OUTSIDE
     (a, b), share = between
     low, high = measures.sums(a, other), measures.sums(b, other)
     if low is None or high is None:
         return None
     numerators = (1 - share) * low.numerators + share * high.numerators
     weights = (1 - share) * low.weights + share * high.weights
-    return first, Sums(numerators, weights, low.units)
+    return _Both(first, Sums(numerators, weights, low.units))
 
 
 def _of_other(contrast: Contrast) -> Mapping[str, Any]:

@@ -34,6 +34,8 @@ from bsc.eval.figures.intervals import LEVEL, MIN_SAMPLE, degrees_of_freedom
 __all__ = ["Bound", "Estimate", "Sums", "Verdict", "decide", "estimate", "resolution"]
 
 Verdict = Literal["holds", "does not hold", "not decided"]
+_SAME = 1e-9
+"""Differences of so small a share of the figures are rounding."""
 _LARGEST = 700.0
 """Logarithm of what a float can still hold."""
 POWER = 0.8
@@ -54,6 +56,14 @@ class Sums(NamedTuple):
     def value(self) -> float:
         """The figure."""
         return float(self.numerators.sum() / self.weights.sum())
+
+    def padded(self, units: int) -> Sums:
+        """With further units that weigh nothing."""
+        more = (0, units - len(self.weights))
+        return Sums(np.pad(self.numerators, more), np.pad(self.weights, more), self.units)
+
+
+_Rows = Sequence[Sequence[Sums]]
 
 
 class Bound(NamedTuple):
@@ -100,8 +110,8 @@ def _factor(logarithm: float) -> float:
 
 
 def estimate(
-    first: Sequence[Sequence[Sums]],
-    against: Sequence[Sequence[Sums]] | None = None,
+    first: _Rows,
+    against: _Rows | None = None,
     *,
     ratio: bool = False,
 ) -> Estimate:
@@ -120,6 +130,8 @@ def estimate(
     """
     first_side, other_side = _aligned(first), None if against is None else _aligned(against)
     paired = other_side is None or first_side[0][0].units == other_side[0][0].units
+    if other_side is not None and paired:
+        first_side, other_side = _as_long(first_side, other_side)
     used = _used(first_side)
     if other_side is not None and paired:
         used |= _used(other_side)
@@ -138,13 +150,14 @@ def estimate(
     units = min(side.without.shape[-1] for side in sides)
     of_units = sum(part.variance for part in parts)
     total = of_seeds + of_units
+    scale = float(np.abs(one.whole).max())
     square = sum(part.variance**2 / part.freedom for part in parts)
     square += of_seeds**2 / (seeds - 1) if seeds > 1 else 0.0
     known = (seeds > 1 or units > 1) and all(part.known for part in parts)
     return Estimate(
         mean=float(by_seed.mean()),
         # Seeds that all give the same number, as counts may, say nothing of how they differ.
-        error=math.sqrt(total) if known and total > 0 else math.nan,
+        error=math.sqrt(total) if known and total > (_SAME * scale) ** 2 else math.nan,
         freedom=total**2 / square if square > 0 else 1.0,
         ratio=ratio,
         seeds=seeds,
@@ -154,7 +167,7 @@ def estimate(
     )
 
 
-def _aligned(rows: Sequence[Sequence[Sums]]) -> Sequence[Sequence[Sums]]:
+def _aligned(rows: _Rows) -> _Rows:
     """The sums as they are if all are of the same units, else of one unit each: documents of two
     stores cannot be left out together."""
     if len({(s.units, len(s.weights)) for row in rows for s in row}) == 1:
@@ -163,7 +176,14 @@ def _aligned(rows: Sequence[Sequence[Sums]]) -> Sequence[Sequence[Sums]]:
     return [[Sums(np.array([a]), np.array([b])) for a, b in row] for row in whole]
 
 
-def _used(rows: Sequence[Sequence[Sums]]) -> NDArray[np.bool_]:
+def _as_long(*sides: _Rows) -> tuple[_Rows, ...]:
+    """Both sides with as many documents, where one was measured on fewer of them: those that it
+    lacks weigh nothing."""
+    units = max(len(side[0][0].weights) for side in sides)
+    return tuple([[s.padded(units) for s in row] for row in side] for side in sides)
+
+
+def _used(rows: _Rows) -> NDArray[np.bool_]:
     """Which units weigh anything in any of the sums."""
     return np.asarray(np.any([s.weights != 0 for row in rows for s in row], axis=0))
 
@@ -179,7 +199,7 @@ class _Side(NamedTuple):
     """(units,): mean weights."""
 
 
-def _side(rows: Sequence[Sequence[Sums]], used: NDArray[np.bool_], ratio: bool) -> _Side:
+def _side(rows: _Rows, used: NDArray[np.bool_], ratio: bool) -> _Side:
     numerators = np.array([[s.numerators[used] for s in row] for row in rows], np.float64)
     weights = np.array([[s.weights[used] for s in row] for row in rows], np.float64)
     a, b = numerators.sum(axis=-1), weights.sum(axis=-1)
@@ -208,7 +228,9 @@ def _jackknife(side: _Side) -> _Part:
         return _Part(0.0, 1.0, units == 1)
     left_out = side.without.mean(axis=(0, 1))
     variance = float((units - 1) / units * np.square(left_out - left_out.mean()).sum())
-    return _Part(variance, float(degrees_of_freedom(side.weights)), math.isfinite(variance))
+    if not math.isfinite(variance):  # one unit holds all that there is to divide
+        return _Part(0.0, 1.0, False)
+    return _Part(variance, float(degrees_of_freedom(side.weights)), True)
 
 
 def resolution(found: Estimate) -> float | None:
@@ -229,7 +251,7 @@ def _noncentrality(freedom: float) -> float:
 
 
 def decide(
-    estimates: Sequence[Estimate], bounds: Sequence[Bound], *, some: bool = False
+    estimates: Sequence[Estimate | None], bounds: Sequence[Bound], *, some: bool = False
 ) -> Verdict:
     """The verdict of a claim on one or several estimates.
 
@@ -240,21 +262,25 @@ def decide(
     some: Bonferroni).
 
     Args:
-        estimates: at least one.
+        estimates: at least one; None: of it nothing is known, so it lies nowhere.
         bounds: of each.
         some: whether one estimate is enough.
     """
     strict = 1 - (1 - LEVEL) / len(estimates)
     pairs = list(zip(estimates, bounds, strict=True))
-    holding = [_lies(e.interval(strict if some else LEVEL), b, e.ratio) is True for e, b in pairs]
-    failing = [_lies(e.interval(LEVEL if some else strict), b, e.ratio) is False for e, b in pairs]
+    holding = [_lies(e, b, strict if some else LEVEL) is True for e, b in pairs]
+    failing = [_lies(e, b, LEVEL if some else strict) is False for e, b in pairs]
     if any(holding) if some else all(holding):
         return "holds"
     return "does not hold" if (all(failing) if some else any(failing)) else "not decided"
 
 
-def _lies(interval: list[float] | None, bound: Bound, ratio: bool) -> bool | None:
-    """Whether an interval lies where it is claimed to be; None: in part."""
+def _lies(found: Estimate | None, bound: Bound, level: float) -> bool | None:
+    """Whether an interval lies where it is claimed to be; None: in part, or not known. Of one seed
+    nothing is known of others."""
+    if found is None or found.seeds < 2:
+        return None
+    interval, ratio = found.interval(level), found.ratio
     if interval is None or not all(map(math.isfinite, interval)):
         return None
     low, high = interval

@@ -61,8 +61,11 @@ class StudyFolder:
         return self.path / "logs" / f"{node.label}.log"
 
     def lock(self, node: Node) -> Path:
-        """Held by whoever works on a step."""
-        return self.path / "records" / f".{node.label}.lock"
+        """Held by whoever works on a step, or on another that measures the same run."""
+        label = node.label
+        if node.step.command in ("eval", "interp"):
+            label = f"{self.run(node.name).folder.name}-measured"
+        return self.path / "records" / f".{label}.lock"
 
     def store(self, name: str) -> Path:
         """Store that a step captured."""

@@ -84,7 +84,12 @@ def graph_of(study: Study, where: str) -> dict[str, Node]:
     for name in sorted(order, key=lambda n: (level[n], rank[n])):
         step = steps[name]
         said = [_VERSION, step.command, step.fields, [nodes[n].digest for n in needs[name]]]
-        digest = xxhash.xxh3_64_hexdigest(canonical_json(said).encode())[:8]
+        try:
+            digest = xxhash.xxh3_64_hexdigest(canonical_json(said).encode())[:8]
+        except (TypeError, ValueError) as error:  # a date, a time, not a number
+            raise ConfigError(
+                f"{where}: [{step.command}.{name}]: a value of a kind that no flag has ({error})."
+            ) from None
         nodes[name] = Node(step, needs[name], digest)
     return nodes
 

@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bsc.devices import pick_device, product_dtype
 from bsc.files import canonical_json
 from bsc.formats import printable
 from bsc.progress import format_bytes
-from bsc.study.amounts import Amount, amounts_of
+from bsc.study.amounts import Amount, Reckoned
 from bsc.study.config import Hardware
 from bsc.study.folder import StepRecord
 from bsc.study.study import OpenedStudy
@@ -140,7 +141,7 @@ class StudyPlan:
                     f"{step.flop:.2g}" if step.flop else "",
                     step.rate,
                 ]
-            table.add_row(printable(step.name), step.command, printable(step.what), *cells)
+            table.add_row(step.name, step.command, escape(printable(step.what)), *cells)
         # Wide enough for every name, also where stdout is no terminal.
         console = Console(highlight=False, width=200)
         console.print(table)
@@ -148,14 +149,10 @@ class StudyPlan:
         console.print("\n".join(self.lines()), markup=False, soft_wrap=True)
 
 
-def plan_study(opened: OpenedStudy) -> StudyPlan:
-    """Say what the wanted steps of a study come to.
-
-    Raises:
-        UserError: the config of a model cannot be had, or a step does not fit the model.
-    """
+def plan_study(opened: OpenedStudy, reckoned: Reckoned) -> StudyPlan:
+    """Say what the wanted steps of a study come to."""
     hardware = opened.study.hardware
-    amounts = amounts_of(opened)
+    amounts = {name: reckoned.amounts[name] for name in opened.wanted}
     commands = {name: node.step.command for name, node in opened.wanted.items()}
     states = states_of(opened.folder, opened.wanted)
     records = {name: state.record for name, state in states.items() if state.record}

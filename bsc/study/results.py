@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bsc.errors import ConfigError
+from bsc.errors import UserError
 from bsc.eval.evaluation import Interval
-from bsc.study.config import Claim, Contrast, Part
+from bsc.study.config import Claim, Part
 from bsc.study.contrasts import Cell, bound_of, cells_of
 from bsc.study.estimates import Bound, Estimate, decide, resolution
 from bsc.study.measures import Measures, units_of
@@ -44,7 +44,9 @@ class Shown(Record):
     error_units: float
     pairs: int
     left_out: int
-    """Pairs without the figure in some seed."""
+    """Pairs without the figure, or without a partner, in some seed: the cell is not decided."""
+    outside: int = 0
+    """Pairs of an interpolation that are outside of what it is between."""
     coders: list[list[str]]
     """RUN:NAME of each coder and of what it stands beside."""
 
@@ -88,7 +90,8 @@ class ClaimResult(Record):
     """How the verdict was to be found, as it was written before."""
     verdict: str
     """``"holds"``, ``"does not hold"``, ``"not decided"``; ``"shown"`` where nothing is claimed,
-    ``"not measured"`` with `why` where a step is not done."""
+    ``"not measured"`` with `why` where a step is not done. Also where it cannot be decided, `why`
+    says it."""
     why: str
     parts: list[PartResult]
 
@@ -122,16 +125,21 @@ class StudyResult(Record):
     at: str
 
 
+def _sides(claim: Claim) -> Iterator[dict[str, Any]]:
+    """What the contrasts of a claim and their variants say of coders."""
+    for part in claim.parts:
+        for contrast in (part, *(part.changed(v) for v in part.variants)):
+            yield contrast.coders
+            if contrast.against is not None:
+                yield contrast.against
+
+
 def runs_of(claim: Claim) -> set[str]:
     """Steps whose runs a claim names."""
     found: set[str] = set()
-    contrasts: list[Contrast] = [
-        c for p in claim.parts for c in (p, *(p.changed(v) for v in p.variants))
-    ]
-    for contrast in contrasts:
-        for side in (contrast.coders, contrast.against or {}):
-            runs = side.get("run", ())
-            found.update([runs] if isinstance(runs, str) else runs)
+    for side in _sides(claim):
+        runs = side.get("run", ())
+        found.update([runs] if isinstance(runs, str) else runs)
     return found
 
 
@@ -144,24 +152,18 @@ def claim_result(
         claim: of the study.
         subjects: coders that were measured.
         measures: their figures.
-        missing: runs that are not measured yet, and why.
-
-    Raises:
-        ConfigError: what it says of coders does not fit the study.
+        missing: runs that are not measured yet, and why. A claim that leaves the run open is of
+            all of them, so it waits for all.
     """
-    wait = {run: missing[run] for run in runs_of(claim) if run in missing}
+    named, every = runs_of(claim), any("run" not in side for side in _sides(claim))
+    wait = {run: missing[run] for run in missing if every or run in named}
     parts: list[PartResult] = []
-    verdict, why = "", ""
+    verdict, why = NOT_MEASURED, "; ".join(f"{run}: {words}" for run, words in wait.items())
     if not wait:
         try:
-            parts, verdict = _parts(claim, subjects, measures)
-        except ConfigError:
-            if not missing:
-                raise
-            wait = dict(missing)
-    if wait:
-        parts, verdict = [], NOT_MEASURED
-        why = "; ".join(f"{run}: {words}" for run, words in wait.items())
+            (parts, verdict), why = _parts(claim, subjects, measures), ""
+        except UserError as error:  # of this claim; the others stand
+            parts, verdict, why = [], "not decided", str(error)
     return ClaimResult(
         id=claim.id,
         words=claim.words,
@@ -178,17 +180,15 @@ def _parts(
 ) -> tuple[list[PartResult], str]:
     """Every contrast, and the verdict of all of them."""
     found: list[PartResult] = []
-    estimates: list[Estimate] = []
+    estimates: list[Estimate | None] = []
     bounds: list[Bound] = []
-    undecided = False
     for number, part in enumerate(claim.parts, 1):
         where = f"claim {claim.id}" + (f", part {number}" if len(claim.parts) > 1 else "")
         cells = cells_of(part, subjects, measures, where)
         bound = bound_of(part)
         if bound is not None:
-            estimates += [c.estimate for c in cells if c.estimate]
-            bounds += [bound for c in cells if c.estimate]
-            undecided |= any(c.estimate is None for c in cells)
+            estimates += _known(cells)
+            bounds += [bound] * len(cells)
         variants = []
         for variant in part.variants:
             other = part.changed(variant)
@@ -215,22 +215,19 @@ def _parts(
                 variants=variants,
             )
         )
-    if not estimates:
-        return found, "not decided" if undecided else "shown"
-    verdict = decide(estimates, bounds, some=claim.some)
-    if undecided and verdict == "holds" and not claim.some:
-        return found, "not decided"  # of a cell nothing is known
-    return found, verdict
+    return found, decide(estimates, bounds, some=claim.some) if estimates else "shown"
+
+
+def _known(cells: Sequence[Cell]) -> list[Estimate | None]:
+    """Estimates of the cells that are whole."""
+    return [None if cell.left_out else cell.estimate for cell in cells]
 
 
 def _verdict(cells: Sequence[Cell], bound: Bound | None, some: bool) -> str | None:
     """The verdict of one contrast by itself."""
     if bound is None:
         return None
-    known = [c.estimate for c in cells if c.estimate]
-    if not known or len(known) < len(cells):
-        return "not decided"
-    return decide(known, [bound] * len(known), some=some)
+    return decide(_known(cells), [bound] * len(cells), some=some)
 
 
 def _shown(cell: Cell) -> Shown:
@@ -248,6 +245,7 @@ def _shown(cell: Cell) -> Shown:
         error_units=made.error_units if made else 0.0,
         pairs=cell.pairs,
         left_out=cell.left_out,
+        outside=cell.outside,
         coders=[list(pair) for pair in cell.names],
     )
 

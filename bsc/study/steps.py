@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import ConfigError, StoreError, UserError
-from bsc.files import canonical_json, write_atomically
+from bsc.files import write_atomically
 from bsc.locks import FileLock
 from bsc.study.choose import choose, chosen_value
 from bsc.study.commands import arguments, in_numbers, inputs_of, shown
@@ -56,7 +57,9 @@ def do_step(node: Node, folder: StudyFolder, lock: FileLock, launch: Sequence[st
             line = _line(node, folder)
     except UserError as error:
         raise FailedStep(str(error)) from error
-    if chosen is None:
+    # A run may be whole without a record: whoever wrote it was killed before it could say so.
+    whole = node.step.command in ("train", "finetune") and folder.made(node) is not None
+    if chosen is None and not whole:
         _call(node, folder, line, lock, launch if node.step.command in _SHARED else ())
     made = folder.made(node)
     if made is None:
@@ -168,7 +171,7 @@ def _sweep(node: Node, folder: StudyFolder) -> str:
 
 def _toml(value: Any) -> str:
     """A value as TOML, which is JSON for text, numbers, truth values and lists of them."""
-    return canonical_json(value, indent=None).strip()
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _choose(node: Node, folder: StudyFolder) -> list[dict[str, Any]]:
@@ -201,7 +204,8 @@ def _call(
 ) -> None:
     """Run `bsc` and wait for it."""
     before, started = _before(node, folder), time.perf_counter()
-    whole = [*launch, sys.executable, "-m", "bsc", *line]
+    # -P: nothing of the folder that the user is in is imported.
+    whole = [*launch, sys.executable, "-P", "-m", "bsc", *line]
     log = folder.log(node)
     try:
         with log.open("ab") as out:
@@ -214,6 +218,7 @@ def _call(
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     pass_fds=(lock.descriptor,),
+                    process_group=0,  # Ctrl-C comes to this process alone, which ends the other
                 ) as process,
                 _stopped_with(process),
             ):
@@ -223,7 +228,7 @@ def _call(
     finally:
         spent = before + time.perf_counter() - started
         write_atomically(_time_path(node, folder), f"{spent:.3f}")
-    if code:
+    if code and not (node.step.command in ("train", "finetune") and folder.made(node)):
         raise FailedStep(f"{_last_line(log)} (exit {code}; all of it is in {log})")
 
 

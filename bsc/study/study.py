@@ -26,6 +26,8 @@ class OpenedStudy(NamedTuple):
     """A study that was read and checked, and where it is."""
 
     file: Path
+    sha256: str
+    """Of the file, as it was read."""
     study: Study
     nodes: dict[str, Node]
     """Every step."""
@@ -67,7 +69,10 @@ def open_study(
     path = Path(name) if out is None else out
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: the folder of a study, but a file is there. Name another --out.")
-    return OpenedStudy(file, study, nodes, chosen_nodes(nodes, only), StudyFolder(path, nodes))
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    return OpenedStudy(
+        file, sha256, study, nodes, chosen_nodes(nodes, only), StudyFolder(path, nodes)
+    )
 
 
 def decided(opened: OpenedStudy, states: Mapping[str, State] | None = None) -> StudyResult:
@@ -90,7 +95,7 @@ def decided(opened: OpenedStudy, states: Mapping[str, State] | None = None) -> S
         title=study.title,
         question=study.question,
         scale=study.scale,
-        file_sha256=hashlib.sha256(opened.file.read_bytes()).hexdigest(),
+        file_sha256=opened.sha256,
         claims=[claim_result(c, subjects, measures, missing) for c in study.claims],
         steps=[_done(node, known[name]) for name, node in opened.nodes.items()],
         versions=versions(),

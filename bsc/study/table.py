@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from bsc.formats import interval, printable
@@ -59,7 +60,7 @@ def steps_table(
             took = span(state.record.seconds)
         elif began is not None and state.kind == "runs":
             took = span(time.monotonic() - began)
-        words = printable(state.words) if state.kind != "done" else ""
+        words = escape(printable(state.words)) if state.kind != "done" else ""
         style = {"failed": "red", "blocked": "yellow", "runs": "bold"}.get(state.kind)
         plan = span(expected[name]) if name in expected and not state.record else ""
         table.add_row(name, node.step.command, state.kind, took, plan, words, style=style)
@@ -148,5 +149,7 @@ def verdicts_table(result: StudyResult) -> Table:
         elif cells:
             shown = f"{min(values, key=float)} to {max(values, key=float)}"
             of = f"{len(cells)} of them"
-        table.add_row(printable(claim.id), claim.verdict, shown, of, printable(claim.words))
+        table.add_row(
+            escape(printable(claim.id)), claim.verdict, shown, of, escape(printable(claim.words))
+        )
     return table

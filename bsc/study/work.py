@@ -41,7 +41,7 @@ def states_of(folder: StudyFolder, nodes: Mapping[str, Node]) -> dict[str, State
         record = folder.done(node) if all(states[n].record for n in node.needs) else None
         if record is not None:
             states[name] = State("done", record=record)
-        elif who := holder(folder.lock(node)):
+        elif all(states[n].record for n in node.needs) and (who := holder(folder.lock(node))):
             states[name] = State("runs", who)
         else:
             states[name] = State("waits")
@@ -67,6 +67,7 @@ def work(
     """
     folder.make()
     failed: dict[str, str] = {}
+    did: set[str] = set()
     while True:
         states = states_of(folder, nodes)
         for name, words in failed.items():
@@ -81,10 +82,11 @@ def work(
             for name, n in nodes.items()
             if states[name].kind == "waits" and all(states[x].kind == "done" for x in n.needs)
         ]
-        if not any(_take(node, folder, launch, states, watch, failed) for node in ready):
-            if not any(s.kind == "runs" for s in states.values()):
-                return states
-            time.sleep(_LOOK_EVERY_SECONDS)
+        if any(_take(node, folder, launch, states, watch, failed, did) for node in ready):
+            continue
+        if not ready and not any(s.kind == "runs" for s in states.values()):
+            return states
+        time.sleep(_LOOK_EVERY_SECONDS)
 
 
 def _take(
@@ -94,6 +96,7 @@ def _take(
     states: dict[str, State],
     watch: Watch,
     failed: dict[str, str],
+    did: set[str],
 ) -> bool:
     """Do a step unless somebody else does; whether anything came of it."""
     try:
@@ -102,6 +105,12 @@ def _take(
         return False
     try:
         if folder.done(node) is None:  # by somebody else, since this one looked
+            if node.name in did:
+                raise FailedStep(
+                    "done, and then changed by something else, such as the same study with other "
+                    "settings at the same time"
+                )
+            did.add(node.name)
             states[node.name] = State("runs", "here")
             watch(states)
             do_step(node, folder, lock, launch)

@@ -35,7 +35,7 @@ MISTAKES = [
     ('tokens = "20k"', 'tokens = "20q"', r"\[cache.acts\]: tokens: "),
     ('store = "acts"', 'store = "act"', r"no step of cache is called so \(did you mean 'acts'"),
     ('store = "acts"', 'store = "figures"', r"no step of cache is called so"),
-    ('store = "acts"', "store = [1]", r"store: the name of a step is text, got 1"),
+    ('store = "acts"', "store = [1]", r"store: is the name of one step, got \[1\]"),
     ('store = "acts"', 'store = "acts"\nname = "x"', r"name: the study gives it"),
     ("k = 4", "k = 0", r"\[train.sweep\].*k: should be at least 1, got 0"),
     ("k = 4", 'codes = "binary"', r"\[train.sweep\].*unknown key 'codes'"),

@@ -211,7 +211,7 @@ def test_the_table_of_verdicts_has_the_estimate_that_decides() -> None:
 
 def test_a_claim_has_its_rule_its_note_and_why_it_is_not_measured() -> None:
     text = section(render_study(every_kind()), "later")
-    assert "Why it is not measured: tuned: judged is not done." in text
+    assert "Why: tuned: judged is not done." in text
     assert "A note of it." in text and "Rule. Holds if every interval lies" in text
 
 

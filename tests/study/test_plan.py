@@ -19,10 +19,11 @@ from bsc.eval.interp.cost import Estimate, estimate_requests
 from bsc.eval.interp.interp import cost_of
 from bsc.eval.interp.judges.judge import NamedJudge
 from bsc.study import plan as plan_module
+from bsc.study.amounts import reckon
 from bsc.study.config import Hardware
 from bsc.study.folder import RECORD_VERSION, StepRecord
 from bsc.study.judging import requests_of_a_latent
-from bsc.study.plan import EFFICIENCY, START_SECONDS, PlannedStep, StudyPlan, plan_study
+from bsc.study.plan import EFFICIENCY, START_SECONDS, PlannedStep, StudyPlan
 from bsc.study.study import OpenedStudy, open_study
 from tests.eval.interp import planted
 from tests.hub import hub_environment, serve_hub
@@ -65,6 +66,7 @@ no_probe = true
 
 [interp.scores]
 run = "figures"
+latents = 10
 
 [interp.judged]
 run = "figures"
@@ -88,6 +90,10 @@ SMOL = {
 }  # fmt: skip
 
 
+def plan_of(study: OpenedStudy) -> StudyPlan:
+    return plan_module.plan_study(study, reckon(study))
+
+
 def opened(folder: Path, **changes: Any) -> OpenedStudy:
     fields: dict[str, Any] = {"hardware": "", "layer": 3, "code": '"continuous"', "bins": 0}
     fields |= {"seeds": [0, 1], **changes}
@@ -97,7 +103,7 @@ def opened(folder: Path, **changes: Any) -> OpenedStudy:
 
 
 def planned(folder: Path, **changes: Any) -> dict[str, PlannedStep]:
-    return {step.name: step for step in plan_study(opened(folder, **changes)).steps}
+    return {step.name: step for step in plan_of(opened(folder, **changes)).steps}
 
 
 def test_a_training_and_a_capture_are_the_products_that_they_take(tmp_path: Path) -> None:
@@ -175,7 +181,7 @@ def test_without_devices_a_product_is_timed_here(
     monkeypatch.setattr(plan_module, "_measure_product", lambda: 5e9)
     study = opened(tmp_path)
     bare = study.study.model_copy(update={"hardware": Hardware()})
-    plan = plan_study(study._replace(study=bare))
+    plan = plan_of(study._replace(study=bare))
     step = next(s for s in plan.steps if s.name == "sweep")
     assert step.seconds == pytest.approx(START_SECONDS + step.flop / (5e9 * EFFICIENCY["train"]))
     assert step.rate == "a product measured here"
@@ -199,7 +205,7 @@ def test_what_is_done_costs_nothing_and_says_how_fast_the_next_is(
         f'[cache.second]\n{table}tokens = 60_000\n[train.run]\nstore = "first"\n'
     )  # fmt: skip
     study = open_study(path, out=tmp_path / "out")
-    before = {s.name: s for s in plan_study(study).steps}
+    before = {s.name: s for s in plan_of(study).steps}
     node = study.nodes["first"]
     study.folder.make()
     capture(
@@ -230,7 +236,7 @@ def test_what_is_done_costs_nothing_and_says_how_fast_the_next_is(
             versions={},
         ),
     )
-    plan = plan_study(study)
+    plan = plan_of(study)
     after = {s.name: s for s in plan.steps}
     assert after["first"].done and after["first"].took == START_SECONDS + 40.0
     costs = ("seconds", "flop", "bytes")
@@ -287,18 +293,18 @@ def test_a_price_of_the_step_counts_before_that_of_the_study(tmp_path: Path) -> 
     path = tmp_path / "study.toml"
     text = STUDY.format(hardware="price_in = 2", layer=3, code='"binary"', bins=0, seeds=[0])
     path.write_text(text + "price_in = 1\nprice_cached = 0\n")
-    step = plan_study(open_study(path, out=tmp_path / "out")).steps[-1]
+    step = plan_of(open_study(path, out=tmp_path / "out")).steps[-1]
     assert 0 < step.price < step.prompt_tokens / 1e6  # some of it is of a prefix that was kept
 
 
-def plan_of(folder: Path, **changes: Any) -> StudyPlan:
-    return plan_study(opened(folder, **changes))
+def plan_in(folder: Path, **changes: Any) -> StudyPlan:
+    return plan_of(opened(folder, **changes))
 
 
 def test_totals_are_sums_and_json_has_all_of_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = plan_of(tmp_path, hardware="devices = 3\nprice_in = 1")
+    plan = plan_in(tmp_path, hardware="devices = 3\nprice_in = 1")
     plan.show(as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert found["devices"] == 3 and found["free_bytes"] > 0
@@ -317,12 +323,12 @@ def test_coders_are_found_by_name_as_in_the_commands(tmp_path: Path) -> None:
     study.file.write_text(
         text.replace("[finetune.tuned]", '[finetune.tuned]\ncoders = ["*binary*"]')
     )
-    again = plan_study(open_study(study.file, out=tmp_path / "out"))
-    both, one = (next(s for s in p.steps if s.name == "tuned") for p in (plan_study(study), again))
+    again = plan_of(open_study(study.file, out=tmp_path / "out"))
+    both, one = (next(s for s in p.steps if s.name == "tuned") for p in (plan_of(study), again))
     assert (both.what[0], one.what[0]) == ("2", "1")
     study.file.write_text(text.replace("k = 16,", 'k = 16, hookpoint = "layers.1.mlp",'))
     with pytest.raises(ConfigError, match=r"\[train.sweep\].*layers.1.mlp.*it has layers.3.mlp"):
-        plan_study(open_study(study.file, out=tmp_path / "out"))
+        plan_of(open_study(study.file, out=tmp_path / "out"))
 
 
 @pytest.fixture
@@ -387,7 +393,7 @@ def test_the_whole_campaign_is_planned_from_the_config_that_the_hub_has(
 
     # The same from a folder with the config, where there is no hub.
     path.write_text(SMOL_STUDY.format(more=f'architectures = {{ "SmolLM2-135M" = "{smol}" }}'))
-    here = plan_study(open_study(path, "paper", tmp_path / "out")).to_json()
+    here = plan_of(open_study(path, "paper", tmp_path / "out")).to_json()
     assert [s["flop"] for s in here["steps"]] == [s["flop"] for s in found["steps"]]
     assert here["total"]["bytes"] == found["total"]["bytes"]
 
@@ -401,4 +407,4 @@ def test_a_model_that_is_out_of_reach_is_named_with_what_would_do(
     path = tmp_path / "campaign.toml"
     path.write_text(SMOL_STUDY.format(more="").replace("SmolLM2-135M", "nobody/nothing"))
     with pytest.raises(UserError, match=r"nobody/nothing.*architectures = "):
-        plan_study(open_study(path, "paper", tmp_path / "out"))
+        plan_of(open_study(path, "paper", tmp_path / "out"))
