@@ -227,9 +227,9 @@ def _jackknife(side: _Side) -> _Part:
     if units < MIN_SAMPLE:
         return _Part(0.0, 1.0, units == 1)
     left_out = side.without.mean(axis=(0, 1))
-    variance = float((units - 1) / units * np.square(left_out - left_out.mean()).sum())
-    if not math.isfinite(variance):  # one unit holds all that there is to divide
+    if not np.isfinite(left_out).all():  # one unit holds all that there is to divide
         return _Part(0.0, 1.0, False)
+    variance = float((units - 1) / units * np.square(left_out - left_out.mean()).sum())
     return _Part(variance, float(degrees_of_freedom(side.weights)), True)
 
 

@@ -110,6 +110,50 @@ def test_a_pair_without_a_figure_in_one_seed_is_left_out_in_all() -> None:
     assert not any("sae-binary-k8" in first for first, _ in cell.names)
 
 
+def test_a_coder_without_a_partner_is_counted_and_decides_nothing() -> None:
+    claim = a_claim(against={"code": "continuous", "k": [8, 16]}, match=["site", "k", "seed"],
+                    each=["k"], above=0)  # fmt: skip
+    result = claim_result(claim, subjects(), Given(), {})
+    by_k = {c.where["k"]: c for c in result.parts[0].cells}
+    assert by_k["32"].value is None and by_k["32"].left_out == 2
+    assert by_k["8"].value is not None
+    assert result.verdict == "not decided"
+    # One cell elsewhere is enough to say that a claim on all of them does not hold.
+    assert claim_result(a_claim(below=0, each=["k"]), subjects(), Given(), {}).verdict == (
+        "does not hold"
+    )
+
+
+def test_a_mean_that_lacks_a_coder_of_one_seed_decides_nothing() -> None:
+    without = Given(without=("sae-binary-k8-s1",))
+    assert claim_result(a_claim(above=0.5), subjects(), without, {}).verdict == "not decided"
+    some = a_claim(above=0.5, some=True)
+    assert claim_result(some, subjects(), without, {}).verdict == "holds"
+    assert claim_result(a_claim(below=0.5, some=True), subjects(), without, {}).verdict == (
+        "not decided"
+    )
+
+
+def test_several_coders_of_one_k_are_no_line_to_interpolate_on() -> None:
+    two = [*subjects(), *(s._replace(fields={**s.fields, "lr": 0.1}) for s in subjects())]
+    with pytest.raises(ConfigError, match="against: 2 coders could stand in one place"):
+        cells_of(contrast(coders={"code": "binary", "lr": 0.1}, equal="l0"), two, Given(), "c")
+
+
+def test_a_claim_that_leaves_the_run_open_waits_for_all_runs() -> None:
+    result = claim_result(a_claim(above=0), subjects(), Given(), {"late": "figures is not done"})
+    assert (result.verdict, result.why) == ("not measured", "late: figures is not done")
+    named = a_claim(coders={"code": "binary", "run": "main"},
+                    against={"code": "continuous", "run": "main"}, above=0)  # fmt: skip
+    assert claim_result(named, subjects(), Given(), {"late": "x"}).verdict == "holds"
+
+
+def test_what_cannot_be_decided_says_why_and_leaves_the_others_alone() -> None:
+    result = claim_result(a_claim(figure="dead", ratio=True, above=1), subjects(), Given(), {})
+    assert result.verdict == "not decided"
+    assert "numbers that can be 0" in result.why
+
+
 def test_nothing_left_is_not_decided() -> None:
     every = tuple(s.name for s in subjects() if s.fields["code"] == "binary")
     claim = Claim.model_validate(

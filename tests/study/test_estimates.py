@@ -157,6 +157,45 @@ def test_documents_of_two_stores_are_not_paired() -> None:
     assert same.error == pytest.approx(0, abs=1e-12) or math.isnan(same.error)
 
 
+def test_one_seed_decides_nothing() -> None:
+    values = 10 + np.random.default_rng(9).normal(0, 1, 20)
+    found = estimate([[Sums(values, np.ones(20), "a")]])
+    low, _ = found.interval() or (0, 0)
+    assert low > 5
+    assert decide([found], [Bound("above", 5)]) == "not decided"
+
+
+def test_what_nothing_is_known_of_decides_nothing_and_counts() -> None:
+    made = Estimate(-1.0, 0.36, 5, False, 3, 20, 0.0, 0.36)
+    assert decide([made], [Bound("above", 0)]) == "does not hold"
+    two = [Bound("above", 0)] * 2
+    assert decide([made, None], two) == "not decided"  # at the level of two
+    assert decide([made._replace(mean=1.0), None], two) == "not decided"
+    assert decide([made, None], two, some=True) == "not decided"
+
+
+def test_documents_that_one_side_lacks_weigh_nothing() -> None:
+    rng = np.random.default_rng(10)
+    a, b = rng.normal(0, 1, 20), rng.normal(0, 1, 14)
+    found = estimate([[Sums(a, np.ones(20), "s")]] * 2, [[Sums(b, np.ones(14), "s")]] * 2)
+    assert found.mean == pytest.approx(a.mean() - b.mean())
+    assert found.units == 20 and math.isfinite(found.error)
+
+
+def test_one_document_that_holds_everything_gives_no_interval() -> None:
+    first = [[Sums(np.array([1.0] + [0.0] * 9), np.ones(10), "s")]] * 2
+    against = [[Sums(np.ones(10), np.ones(10), "s")]] * 2
+    found = estimate(first, against, ratio=True)
+    assert found.interval() is None and math.isfinite(found.error_units)
+
+
+def test_equal_differences_but_for_rounding_are_equal() -> None:
+    one = np.ones(1)
+    first = [[Sums(np.array([n / 768]), one)] for n in (5, 7, 11)]
+    against = [[Sums(np.array([n / 768]), one)] for n in (2, 4, 8)]
+    assert estimate(first, against).interval() is None
+
+
 def test_seeds_that_give_one_number_say_nothing_of_their_spread() -> None:
     found = estimate([[Sums(np.array([3.0]), np.ones(1))]] * 3)
     assert found.interval() is None

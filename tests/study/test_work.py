@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from bsc.errors import UserError
-from bsc.locks import FileLock
+from bsc.locks import FileLock, HeldError
 from bsc.study import folder as folder_module
+from bsc.study import steps as steps_module
 from bsc.study import work as work_module
 from bsc.study.config import read_study
 from bsc.study.folder import RECORD_VERSION, StepRecord, StudyFolder
@@ -193,6 +194,65 @@ def test_a_step_that_somebody_holds_is_waited_for(
     worker.join(20)
     assert not worker.is_alive()
     assert sorted(commands.done) == sorted(nodes)
+
+
+def test_who_loses_a_race_for_a_step_goes_on(
+    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work_module, "_LOOK_EVERY_SECONDS", 0.01)
+    lost: list[Path] = []
+
+    def lock(path: Path) -> FileLock:
+        if len(lost) < 2:  # another process took it since this one looked, and let it go
+            lost.append(path)
+            raise HeldError("another process")
+        return FileLock(path)
+
+    monkeypatch.setattr(work_module, "FileLock", lock)
+    nodes = nodes_of(STUDY, tmp_path)
+    states = work(StudyFolder(tmp_path / "out", nodes), nodes)
+    assert len(lost) == 2
+    assert set(kinds(states).values()) == {"done"}
+
+
+def test_steps_that_measure_one_run_hold_one_lock(tmp_path: Path) -> None:
+    nodes = nodes_of(STUDY + '[interp.s]\nrun = "ex"\n', tmp_path)
+    folder = StudyFolder(tmp_path / "out", nodes)
+    assert folder.lock(nodes["s"]) == folder.lock(nodes["ex"]) != folder.lock(nodes["ey"])
+
+
+def test_what_changes_while_it_is_worked_on_fails_and_does_not_go_round(
+    commands: Commands, tmp_path: Path
+) -> None:
+    nodes = nodes_of(STUDY, tmp_path)
+    folder = StudyFolder(tmp_path / "out", nodes)
+
+    def change(name: str) -> None:
+        if name == "ey":  # somebody else measures x again
+            (folder.path / "made" / nodes["ex"].label).write_text("other")
+
+    commands.during = change
+    states = work(folder, nodes)
+    assert states["ex"].kind == "failed" and "changed by something else" in states["ex"].words
+    assert commands.done.count("ex") == 1
+
+
+def test_a_run_that_is_whole_gets_its_record_and_is_not_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill of the study alone: its command went on and ended."""
+    nodes = nodes_of(STUDY + '[finetune.t]\nrun = "x"\n', tmp_path)
+    folder = StudyFolder(tmp_path / "out", nodes)
+    folder.make()
+    called: list[str] = []
+    monkeypatch.setattr(StudyFolder, "made", lambda self, node: f"made {node.name}")
+    monkeypatch.setattr(steps_module, "_call", lambda node, *rest: called.append(node.name))
+    for name in ("t", "x", "ex"):
+        lock = FileLock(folder.lock(nodes[name]))
+        steps_module.do_step(nodes[name], folder, lock)
+        lock.release()
+        assert folder.done(nodes[name]) is not None
+    assert called == ["ex"]  # what measures may always be asked again
 
 
 def test_only_some_steps_with_what_they_need(tmp_path: Path) -> None:
