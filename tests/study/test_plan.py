@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,7 @@ concurrency = 8
 """
 LAYER = 2 * 192 * 192 + 2 * 192 * 64 + 3 * 192 * 512 + 2 * 192
 """Parameters of a layer of the embedded model: attention, MLP, two norms."""
-LAYER_FLOP = 2 * LAYER + 4 * 128 * 192
-"""Of a token in a context of 128."""
+LAYER_FLOP = 2 * LAYER + 4 * 128 * 192  # of a token in a context of 128
 HEAD_FLOP = 2 * 192 * 4096
 CODER_STEP = 2 * 512 * 192 + 2 * 16 * (3 * 192 + 192) + 6 * 192 * 192
 """FLOP of a row in training: encoder, decoder with its gradients and the encoder's, skip path."""
@@ -86,7 +86,6 @@ SMOL = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576,
     "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
 }  # fmt: skip
 
 
@@ -249,17 +248,8 @@ def test_what_is_done_costs_nothing_and_says_how_fast_the_next_is(
     assert after["second"].rate == "measured in this study"
     assert after["run"].rate == "tflops"
     # What was planned is what was captured.
-    assert before["first"].bytes == pytest.approx(
-        sum(p.stat().st_size for p in study.folder.store("first").rglob("*") if p.is_file()),
-        rel=0.2,
-    )
-
-
-def total(estimates: dict[str, Estimate]) -> Estimate:
-    found = Estimate()
-    for one in estimates.values():
-        found = found.plus(one)
-    return found
+    files = [p for p in study.folder.store("first").rglob("*") if p.is_file()]
+    assert before["first"].bytes == pytest.approx(sum(p.stat().st_size for p in files), rel=0.2)
 
 
 def test_a_judge_is_asked_what_interp_would_ask(tmp_path: Path) -> None:
@@ -268,7 +258,8 @@ def test_a_judge_is_asked_what_interp_would_ask(tmp_path: Path) -> None:
     words = [*range(10, 40, 2)]
     config = InterpConfig(excerpt_tokens=16, latents=len(words), items=4)
     material = planted.material(where, planted.word_masks(where, words), config)
-    real = total(cost_of(planted.materials(tmp_path, material), NamedJudge("judge")))
+    asked = cost_of(planted.materials(tmp_path, material), NamedJudge("judge"))
+    real = reduce(Estimate.plus, asked.values())
     latents = len(material.chosen.latents())
     ours = estimate_requests(requests_of_a_latent(config))
     assert latents > 10
@@ -320,9 +311,8 @@ def test_totals_are_sums_and_json_has_all_of_it(
 def test_coders_are_found_by_name_as_in_the_commands(tmp_path: Path) -> None:
     study = opened(tmp_path, code='["binary", "continuous"]', seeds=[0])
     text = study.file.read_text()
-    study.file.write_text(
-        text.replace("[finetune.tuned]", '[finetune.tuned]\ncoders = ["*binary*"]')
-    )
+    some = '[finetune.tuned]\ncoders = ["*binary*"]'
+    study.file.write_text(text.replace("[finetune.tuned]", some))
     again = plan_of(open_study(study.file, out=tmp_path / "out"))
     both, one = (next(s for s in p.steps if s.name == "tuned") for p in (plan_of(study), again))
     assert (both.what[0], one.what[0]) == ("2", "1")
