@@ -76,7 +76,8 @@ def _cpu_multiplies_bfloat16() -> bool:
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether products of bfloat16 are worth taking on a device.
 
-    On a CPU without AVX-512 they take 7 to 150 times as long as those of float32.
+    On a CPU without AVX-512 they take 9 to 53 times as long as those of float32:
+    benchmarks/records/bfloat16_2core-epyc-avx2_2026-11-22.md.
     """
     return device.type != "cpu" or _cpu_multiplies_bfloat16()
 
