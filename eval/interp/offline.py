@@ -54,7 +54,6 @@ from bsc.typed import combined, write_typed
 __all__ = ["LatentNumber", "offline_scores", "scores_csv"]
 
 
-
 class LatentNumber(NamedTuple):
     """A line of a table of scores."""
 
