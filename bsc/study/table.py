@@ -90,8 +90,9 @@ class _Shown:
 
     def __init__(self, nodes: Mapping[str, Node], expected: Mapping[str, float]) -> None:
         self.nodes, self.expected = nodes, expected
-        self.states: dict[str, State] = {}
+        self.states = dict.fromkeys(nodes, State("waits"))  # until somebody has looked
         self.since: dict[str, float] = {}
+        self.looked = False
 
     def __rich__(self) -> Table:
         table = steps_table(self.nodes, self.states, self.expected, self.since)
@@ -108,7 +109,8 @@ def watched(nodes: Mapping[str, Node], expected: Mapping[str, float]) -> Iterato
 
     def watch(states: States) -> None:
         for name, state in states.items():
-            before = shown.states.get(name)
+            # What was done before this process began is no news.
+            before = shown.states[name] if shown.looked else None
             if state.kind == "runs" and state.words == "here":
                 shown.since.setdefault(name, time.monotonic())
             if console.is_terminal or (before and before.kind == state.kind):
@@ -122,7 +124,7 @@ def watched(nodes: Mapping[str, Node], expected: Mapping[str, float]) -> Iterato
                 console.print(f"{name}: done in {took}; {rest}", markup=False)
             elif state.kind in ("failed", "blocked"):
                 console.print(f"{name}: {state.kind}: {printable(state.words)}", markup=False)
-        shown.states = dict(states)
+        shown.states, shown.looked = dict(states), True
 
     if console.is_terminal:
         with live:
