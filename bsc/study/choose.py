@@ -13,6 +13,7 @@ from typing import Any
 
 from bsc.errors import ConfigError, StoreError, UserError
 from bsc.study.subjects import Subject, fields_of, text_of
+from bsc.train.coders.coder import SparseCoder
 from bsc.train.run import Run
 
 __all__ = ["chosen_value", "choose"]
@@ -112,7 +113,7 @@ def _last(run: Run, figure: str, where: str) -> dict[str, float]:
     means = {}
     for coder, values in lines.items():
         last = values[-max(1, len(values) // _LAST) :]
-        if run.coder(coder).about.get("frozen_at_step") is None:
+        if SparseCoder.about_of(run.coder_folder(coder)).get("frozen_at_step") is None:
             means[coder] = sum(last) / len(last)
     if all(math.isinf(m) for m in means.values()):
         raise ConfigError(f"{where}: metrics.jsonl has no figure {figure!r}.")

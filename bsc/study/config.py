@@ -29,7 +29,7 @@ What differs by scale stands in `[scales.NAME]` under a name of its own, and `"$
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -37,7 +37,17 @@ from bsc.config import Config, parse_config, read_toml
 from bsc.errors import ConfigError, nearest
 from bsc.train.config import plain_name
 
-__all__ = ["COMMANDS", "Claim", "Command", "Part", "Study", "StudyStep", "Variant", "read_study"]
+__all__ = [
+    "COMMANDS",
+    "Bound",
+    "Claim",
+    "Command",
+    "Part",
+    "Study",
+    "StudyStep",
+    "Variant",
+    "read_study",
+]
 
 Command = Literal["cache", "train", "choose", "finetune", "eval", "interp"]
 COMMANDS: tuple[Command, ...] = ("cache", "train", "choose", "finetune", "eval", "interp")
@@ -48,6 +58,17 @@ _CONTRAST = (
     "figure", "against_figure", "coders", "against", "each", "match", "equal", "ratio", "above",
     "below", "within", "weighted", "ranks", "rates", "unscored", "judge", "against_judge",
 )  # fmt: skip
+
+
+class Bound(NamedTuple):
+    """What is claimed of an estimate: that it is above, below, or within a value of 0; of a ratio,
+    that neither side is more than 1 + the value times the other."""
+
+    kind: Literal["above", "below", "within"]
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.value:g}"
 
 
 class StudyStep(Config):
@@ -63,7 +84,7 @@ class Contrast(Config):
     """A figure of some coders, less that of others that are like them."""
 
     figure: str
-    """A figure of bsc/study/figures.py, for example ``"fvu"``."""
+    """A figure of bsc/study/measures.py, for example ``"fvu"``."""
     against_figure: str | None = None
     """The figure of what it is compared with, where that is another one, such as
     ``"fvu_values_removed"``."""
@@ -123,13 +144,11 @@ class Contrast(Config):
         return self
 
     @property
-    def bound(self) -> str | None:
-        """The claim in symbols; None: there is none, the figure is only shown."""
-        if self.within is not None:
-            return f"within {self.within:g}"
-        if self.above is not None:
-            return f"above {self.above:g}"
-        return None if self.below is None else f"below {self.below:g}"
+    def bound(self) -> Bound | None:
+        """What is claimed; None: nothing, the figure is only shown."""
+        kinds: tuple[Literal["above", "below", "within"], ...] = ("above", "below", "within")
+        given = [Bound(k, v) for k in kinds if (v := getattr(self, k)) is not None]
+        return given[0] if given else None
 
 
 class Variant(Config):
@@ -231,10 +250,6 @@ class Study(Config):
     steps: tuple[StudyStep, ...]
     claims: tuple[Claim, ...]
     hardware: Hardware
-
-    def step(self, name: str) -> StudyStep:
-        """The step called `name`."""
-        return next(s for s in self.steps if s.name == name)
 
 
 _Tables = dict[str, dict[str, Any]]

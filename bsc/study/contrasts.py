@@ -11,11 +11,11 @@ import numpy as np
 
 from bsc.errors import ConfigError
 from bsc.study.config import Contrast
-from bsc.study.estimates import Bound, Estimate, Sums, estimate
-from bsc.study.measures import Measures, check_figure
+from bsc.study.estimates import Estimate, Sums, estimate
+from bsc.study.measures import Measures
 from bsc.study.subjects import Subject, fields_of, selected, text_of
 
-__all__ = ["Cell", "bound_of", "cells_of", "check_contrast"]
+__all__ = ["Cell", "cells_of", "check_contrast"]
 
 _MATCH = ("hookpoint", "site", "k", "n_latents", "seed")
 
@@ -43,22 +43,12 @@ class Cell(NamedTuple):
     """Coders of each pair, of every seed; of an interpolation both of them, with `+`."""
 
 
-def bound_of(contrast: Contrast) -> Bound | None:
-    """What is claimed; None: nothing, the figure is shown."""
-    if contrast.within is not None:
-        return Bound("within", contrast.within)
-    if contrast.above is not None:
-        return Bound("above", contrast.above)
-    return None if contrast.below is None else Bound("below", contrast.below)
-
-
 def check_contrast(contrast: Contrast, subjects: Sequence[Subject], where: str) -> None:
-    """See that a contrast speaks of figures and coders that there are, before they are measured.
+    """See that a contrast speaks of coders that there are, before they are measured.
 
     Raises:
         ConfigError: it does not.
     """
-    check_figure(contrast, where)
     _sides(contrast, subjects, where)
 
 
@@ -177,22 +167,20 @@ def _cell(
         other = " + ".join(f"{s.fields['run']}:{s.name}" for s in pair.against)
         own = f"{pair.first.fields['run']}:{pair.first.name}"
         names.setdefault(key, []).append((own, other))
-    whole = {
-        key: [row[s] for s in seeds]
-        for key, row in rows.items()
-        if all(row.get(s) is not None for s in seeds)
-    }
-    outside = sum(
-        any(one is _OUTSIDE for one in row.values()) and all(row.get(s) for s in seeds)
-        for row in rows.values()
-    )
-    whole = {key: row for key, row in whole.items() if not any(row[s] is _OUTSIDE for s in seeds)}
+    whole: dict[tuple[str, ...], list[_Both]] = {}
+    outside = 0
+    for key, row in rows.items():
+        pairs_of_seeds = [row.get(seed) for seed in seeds]
+        if any(pair is _OUTSIDE for pair in pairs_of_seeds) and None not in pairs_of_seeds:
+            outside += 1
+        elif None not in pairs_of_seeds:
+            whole[key] = [pair for pair in pairs_of_seeds if pair]
     left_out = len(rows) - len(whole) - outside
     if not whole:
         return Cell(labels, None, None, None, 0, left_out, outside, [])
     found = [[of[i] for of in whole.values()] for i in range(len(seeds))]
-    first = [[pair.first for pair in row if pair] for row in found]
-    against = [[pair.against for pair in row if pair and pair.against] for row in found]
+    first = [[pair.first for pair in row] for row in found]
+    against = [[pair.against for pair in row if pair.against] for row in found]
     for side in (first, against):
         if len({s.units for row in side for s in row}) > 1:
             raise ConfigError(

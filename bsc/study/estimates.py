@@ -30,8 +30,9 @@ from scipy import stats
 from scipy.optimize import brentq
 
 from bsc.eval.figures.intervals import LEVEL, MIN_SAMPLE, degrees_of_freedom
+from bsc.study.config import Bound
 
-__all__ = ["Bound", "Estimate", "Sums", "Verdict", "decide", "estimate", "resolution"]
+__all__ = ["Estimate", "Sums", "Verdict", "decide", "estimate", "resolution"]
 
 Verdict = Literal["holds", "does not hold", "not decided"]
 _SAME = 1e-9
@@ -64,13 +65,6 @@ class Sums(NamedTuple):
 
 
 _Rows = Sequence[Sequence[Sums]]
-
-
-class Bound(NamedTuple):
-    """What is claimed of an estimate: that it is above, below, or within a value of 0 or 1."""
-
-    kind: Literal["above", "below", "within"]
-    value: float
 
 
 class Estimate(NamedTuple):
@@ -109,16 +103,11 @@ def _factor(logarithm: float) -> float:
     return math.exp(max(-_LARGEST, min(_LARGEST, logarithm)))
 
 
-def estimate(
-    first: _Rows,
-    against: _Rows | None = None,
-    *,
-    ratio: bool = False,
-) -> Estimate:
+def estimate(first: _Rows, against: _Rows | None = None, *, ratio: bool = False) -> Estimate:
     """Mean over seeds, and over pairs of a seed, of a figure or of its difference from another.
 
     Args:
-        first: by seed, then by pair; every seed has the same pairs.
+        first: by seed, then by pair; every seed has the same pairs, of the same documents.
         against: the same; None: the figure itself. Of other documents than `first`, such as those
             of another store, the variances of both sides are added.
         ratio: whether the ratio is meant.
@@ -128,21 +117,14 @@ def estimate(
     >>> found.mean, round(found.error, 6), found.freedom
     (2.0, 1.0, 1.0)
     """
-    first_side, other_side = _aligned(first), None if against is None else _aligned(against)
-    paired = other_side is None or first_side[0][0].units == other_side[0][0].units
-    if other_side is not None and paired:
-        first_side, other_side = _as_long(first_side, other_side)
-    used = _used(first_side)
-    if other_side is not None and paired:
-        used |= _used(other_side)
-    one = _side(first_side, used if paired else _used(first_side), ratio)
-    sides = [one]
-    whole = one.whole
-    if other_side is not None:
-        other = _side(other_side, used if paired else _used(other_side), ratio)
-        with np.errstate(invalid="ignore"):  # infinite less infinite, of the logarithms of 0
-            whole = whole - other.whole
-            sides = [one._replace(without=one.without - other.without)] if paired else [one, other]
+    paired = against is None or first[0][0].units == against[0][0].units
+    rows = [first] if against is None else [first, against]
+    rows = _lined_up(*rows) if paired else [_lined_up(side)[0] for side in rows]
+    sides = [_side(side, ratio) for side in rows]
+    with np.errstate(invalid="ignore"):  # infinite less infinite, of the logarithms of 0
+        whole = sides[0].whole if against is None else sides[0].whole - sides[1].whole
+        if against is not None and paired:
+            sides = [sides[0]._replace(without=sides[0].without - sides[1].without)]
     by_seed = whole.mean(axis=1)
     seeds = len(by_seed)
     of_seeds = float(by_seed.var(ddof=1) / seeds) if seeds > 1 else 0.0
@@ -150,7 +132,7 @@ def estimate(
     units = min(side.without.shape[-1] for side in sides)
     of_units = sum(part.variance for part in parts)
     total = of_seeds + of_units
-    scale = float(np.abs(one.whole).max())
+    scale = float(np.abs(sides[0].whole).max())
     square = sum(part.variance**2 / part.freedom for part in parts)
     square += of_seeds**2 / (seeds - 1) if seeds > 1 else 0.0
     known = (seeds > 1 or units > 1) and all(part.known for part in parts)
@@ -167,25 +149,14 @@ def estimate(
     )
 
 
-def _aligned(rows: _Rows) -> _Rows:
-    """The sums as they are if all are of the same units, else of one unit each: documents of two
-    stores cannot be left out together."""
-    if len({(s.units, len(s.weights)) for row in rows for s in row}) == 1:
-        return rows
-    whole = [[(s.numerators.sum(), s.weights.sum()) for s in row] for row in rows]
-    return [[Sums(np.array([a]), np.array([b])) for a, b in row] for row in whole]
-
-
-def _as_long(*sides: _Rows) -> tuple[_Rows, ...]:
-    """Both sides with as many documents, where one was measured on fewer of them: those that it
-    lacks weigh nothing."""
-    units = max(len(side[0][0].weights) for side in sides)
-    return tuple([[s.padded(units) for s in row] for row in side] for side in sides)
-
-
-def _used(rows: _Rows) -> NDArray[np.bool_]:
-    """Which units weigh anything in any of the sums."""
-    return np.asarray(np.any([s.weights != 0 for row in rows for s in row], axis=0))
+def _lined_up(*sides: _Rows) -> list[_Rows]:
+    """The sums over the same units: those that some lack weigh nothing there, and those that weigh
+    nothing in any are none."""
+    units = max(len(s.weights) for side in sides for row in side for s in row)
+    long = [[[s.padded(units) for s in row] for row in side] for side in sides]
+    used = np.any([s.weights != 0 for side in long for row in side for s in row], axis=0)
+    return [[[Sums(s.numerators[used], s.weights[used], s.units) for s in row] for row in side]
+            for side in long]  # fmt: skip
 
 
 class _Side(NamedTuple):
@@ -199,9 +170,9 @@ class _Side(NamedTuple):
     """(units,): mean weights."""
 
 
-def _side(rows: _Rows, used: NDArray[np.bool_], ratio: bool) -> _Side:
-    numerators = np.array([[s.numerators[used] for s in row] for row in rows], np.float64)
-    weights = np.array([[s.weights[used] for s in row] for row in rows], np.float64)
+def _side(rows: _Rows, ratio: bool) -> _Side:
+    numerators = np.array([[s.numerators for s in row] for row in rows], np.float64)
+    weights = np.array([[s.weights for s in row] for row in rows], np.float64)
     a, b = numerators.sum(axis=-1), weights.sum(axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
         whole = a / b

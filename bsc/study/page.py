@@ -262,7 +262,7 @@ def _caption(part: PartResult) -> str:
     if variants_drawn(part):
         said.append("Open circles are other ways of measuring.")
     elif part.variants:
-        said.append("Other ways of measuring are too many to be drawn; their table has them.")
+        said.append("Other ways of measuring are in their table alone.")
     return " ".join(said)
 
 

@@ -40,9 +40,9 @@ __all__ = ["EFFICIENCY", "START_SECONDS", "PlannedStep", "StudyPlan", "plan_stud
 START_SECONDS = 10.0
 """Of a process, to load its libraries, the model and the store; measured on two cores."""
 EFFICIENCY = {"cache": 0.4, "train": 0.35, "finetune": 0.35, "eval": 0.4}
-"""Share of the rate of a large product that a command reaches, over all that it does: measured with
-the embedded model on two cores, where a product of 2,048 x 2,048 float32 matrices gives 0.13
-TFLOP/s. Only within a factor of two or three on other machines, and for other models."""
+"""Share of the rate of a large product that a command is taken to reach, over all that it does: as
+was seen with the embedded model on two cores, but for finetuning, which is taken to be like
+training. Only within a factor of two or three on other machines, and for other models."""
 _PRODUCT_WIDTH = {"cpu": 2048, "cuda": 8192}
 _PRODUCT_SECONDS = 1.0
 _ON_ONE_DEVICE = ("finetune", "eval")

@@ -97,9 +97,9 @@ def cut_off(part: PartResult) -> bool:
 
 
 def variants_drawn(part: PartResult) -> bool:
-    """Whether there are other ways of measuring, and few enough to be drawn."""
-    rows = len(part.cells) + sum(len(v.cells) for v in part.variants)
-    return bool(part.variants) and rows <= MOST_ROWS
+    """Whether there are other ways of measuring that belong on the axis, and few enough of them."""
+    drawn = [v for v in part.variants if v.comparable]
+    return bool(drawn) and len(part.cells) + sum(len(v.cells) for v in drawn) <= MOST_ROWS
 
 
 class _Row(NamedTuple):

@@ -7,9 +7,9 @@ from typing import Any
 
 from bsc.errors import UserError
 from bsc.eval.evaluation import Interval
-from bsc.study.config import Claim, Part
-from bsc.study.contrasts import Cell, bound_of, cells_of
-from bsc.study.estimates import Bound, Estimate, decide, resolution
+from bsc.study.config import Bound, Claim, Part
+from bsc.study.contrasts import Cell, cells_of
+from bsc.study.estimates import Estimate, decide, resolution
 from bsc.study.measures import Measures, units_of
 from bsc.study.subjects import Subject, text_of, words_of
 from bsc.typed import Record
@@ -185,7 +185,7 @@ def _parts(
     for number, part in enumerate(claim.parts, 1):
         where = f"claim {claim.id}" + (f", part {number}" if len(claim.parts) > 1 else "")
         cells = cells_of(part, subjects, measures, where)
-        bound = bound_of(part)
+        bound = part.bound
         if bound is not None:
             estimates += _known(cells)
             bounds += [bound] * len(cells)
@@ -196,7 +196,7 @@ def _parts(
             variants.append(
                 VariantResult(
                     words=variant.words,
-                    verdict=_verdict(own, bound_of(other), claim.some) or "shown",
+                    verdict=_verdict(own, other.bound, claim.some) or "shown",
                     cells=[_shown(c) for c in own],
                     comparable=(other.ratio, other.bound) == (part.ratio, part.bound),
                 )
@@ -208,7 +208,7 @@ def _parts(
                 weighted=part.weighted,
                 ratio=part.ratio,
                 contrast=_words(part),
-                bound=part.bound,
+                bound=None if bound is None else str(bound),
                 units=units_of(part.figure),
                 verdict=_verdict(cells, bound, claim.some),
                 cells=[_shown(c) for c in cells],
@@ -265,14 +265,15 @@ def rule_of(claim: Claim) -> str:
     """How a verdict is found, in a sentence; it depends on nothing that was measured."""
     said = []
     for part in claim.parts:
-        if bound_of(part) is not None:
+        if part.bound is not None:
             each = f" for each {' and '.join(part.each)}" if part.each else ""
             said.append(f"{_words(part)} is {part.bound}{each}")
     if not said:
         return "Nothing is claimed; the figures are shown."
     which = "one of the intervals" if claim.some else "every interval"
     return (
-        f"Holds if {which} of 95 % over seeds and documents lies where the claim says: "
+        f"Holds if {which} of 95 % lies where the claim says, over several seeds, and over "
+        f"documents or classes where the figure is a sum over them: "
         f"{'; '.join(said)}. Does not hold if "
         + ("every interval lies elsewhere" if claim.some else "one lies elsewhere")
         + " (at a level that allows for how many there are). Else it is not decided."

@@ -60,7 +60,9 @@ def do_step(node: Node, folder: StudyFolder, lock: FileLock, launch: Sequence[st
     # A run may be whole without a record: whoever wrote it was killed before it could say so.
     whole = node.step.command in ("train", "finetune") and folder.made(node) is not None
     if chosen is None and not whole:
-        _call(node, folder, line, lock, launch if node.step.command in _SHARED else ())
+        begun = node.step.command == "finetune" and folder.run(node.name).config_path.exists()
+        now = ["finetune", str(folder.run(node.name).folder), "--resume"] if begun else line
+        _call(node, folder, now, lock, launch if node.step.command in _SHARED else ())
     made = folder.made(node)
     if made is None:
         raise FailedStep(f"ended without an error, but made nothing; see {folder.log(node)}")
@@ -86,7 +88,7 @@ def _relative(word: str, root: Path) -> str:
 
 
 def _line(node: Node, folder: StudyFolder) -> list[str]:
-    """Arguments of `bsc`, to begin the step or to go on with it."""
+    """Arguments of `bsc` that begin the step; all but those of a finetuning go on with it too."""
     step = node.step
     if step.command == "cache":
         return arguments(step, {"--store": str(folder.store(step.name))})
@@ -96,9 +98,6 @@ def _line(node: Node, folder: StudyFolder) -> list[str]:
         write_atomically(sweep, _sweep(node, folder))
         return ["train", str(sweep), "--runs", runs, "--name", node.label, "--continue"]
     if step.command == "finetune":
-        run = folder.run(step.name)
-        if run.config_path.exists():
-            return ["finetune", str(run.folder), "--resume"]
         given = {"": str(folder.run(step.fields["run"]).folder), "--runs": runs}
         given |= {"--name": node.label}
         if "chosen" in step.fields:
@@ -224,7 +223,8 @@ def _call(
             ):
                 code = process.wait()
     except OSError as error:
-        raise FailedStep(f"{whole[0]}: cannot be started ({error.strerror}).") from None
+        what = error.filename or whole[0]
+        raise FailedStep(f"{what}: cannot be started or written ({error.strerror}).") from None
     finally:
         spent = before + time.perf_counter() - started
         write_atomically(_time_path(node, folder), f"{spent:.3f}")

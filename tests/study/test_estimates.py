@@ -7,38 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from bsc.study.estimates import Bound, Estimate, Sums, Verdict, decide, estimate, resolution
+from benchmarks.bench_verdicts import SPREADS, simulated
+from bsc.study.config import Bound
+from bsc.study.estimates import Estimate, Sums, Verdict, decide, estimate, resolution
 
 STUDIES = 400
-SEEDS, PAIRS, DOCUMENTS = 3, 4, 28
-
-
-def simulated(
-    rng: np.random.Generator, effect: float, *, of_document: float, of_seed: float, noise: float
-) -> Estimate:
-    """One contrast of a study: coders of three seeds on documents of unequal length.
-
-    Documents differ, in what they are and in what they make of the effect, for all coders alike;
-    so do seeds, and every coder on every document.
-    """
-    weights = np.exp(rng.normal(0, 1, DOCUMENTS)) * 1000
-    hard, change = rng.normal(0, 0.3, DOCUMENTS), rng.normal(0, of_document, DOCUMENTS)
-    first: list[list[Sums]] = []
-    against: list[list[Sums]] = []
-    for _ in range(SEEDS):
-        shift = rng.normal(0, of_seed)
-        draws = rng.normal(0, noise, (2, PAIRS, DOCUMENTS))
-        first.append([Sums(weights * (1 + hard + effect + change + shift + d), weights)
-                      for d in draws[0]])  # fmt: skip
-        against.append([Sums(weights * (1 + hard + d), weights) for d in draws[1]])
-    return estimate(first, against)
-
-
-SPREADS = {
-    "documents": {"of_document": 0.2, "of_seed": 0.0, "noise": 0.05},
-    "seeds": {"of_document": 0.0, "of_seed": 0.05, "noise": 0.001},
-    "both": {"of_document": 0.05, "of_seed": 0.05, "noise": 0.05},
-}
 
 
 def share(verdicts: list[Verdict], verdict: Verdict) -> float:

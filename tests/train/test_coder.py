@@ -77,7 +77,7 @@ def test_a_continuous_code_is_the_relu_of_the_largest_pre_activations() -> None:
         ("json", StoreError, "cannot be read as JSON"),
         ("about", StoreError, "not a coder's config"),
         ("byte", StoreError, "damaged or exchanged: the tensors do not have the hash"),
-        ("no hash", StoreError, "not a coder's config .KeyError.'tensors_xxh3_128'"),
+        ("no hash", StoreError, "not a coder's config .it has no 'tensors_xxh3_128'"),
     ],
 )
 def test_a_damaged_coder_gets_one_message(

@@ -282,6 +282,16 @@ class SparseCoder:
             },
         )
 
+    @staticmethod
+    def about_of(folder: Path) -> dict[str, Any]:
+        """Where a coder that `save` wrote comes from, without reading its tensors.
+
+        Raises:
+            StoreError: the folder has no coder, or its config is damaged.
+        """
+        about: dict[str, Any] = _saved(folder)["about"]
+        return about
+
     @classmethod
     def load(cls, folder: str | Path) -> SparseCoder:
         """Read a coder that `save` wrote, bit for bit.
@@ -302,19 +312,10 @@ class SparseCoder:
 
             folder = fetch_coder(folder)
         folder = Path(folder)
-        try:
-            saved = parse_object((folder / _CONFIG).read_bytes(), folder / _CONFIG)
-            if saved.get("version") == CODER_VERSION:
-                check_seal(saved, folder / _CONFIG, "Copy the coder again, or train it again.")
-            version, values, about = saved["version"], saved["coder"], saved["about"]
-            written = saved["tensors_xxh3_128"] if version == CODER_VERSION else None
-            frozen = about.get("frozen_at_step") is not None
-        except FileNotFoundError:
-            raise StoreError(f"{folder}: no coder here ({_CONFIG} is missing).") from None
-        except StoreError:
-            raise
-        except (OSError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{folder / _CONFIG}: not a coder's config ({error!r}).") from None
+        saved = _saved(folder)
+        version, values, about = saved["version"], saved["coder"], saved["about"]
+        written = saved["tensors_xxh3_128"] if version == CODER_VERSION else None
+        frozen = about.get("frozen_at_step") is not None
         if version not in _VERSIONS:
             raise StoreError(
                 f"{folder}: a coder of format version {version}; this bsc reads versions "
@@ -347,3 +348,27 @@ class SparseCoder:
 
 def _tensor_hash(tensors: Mapping[str, Tensor]) -> str:
     return array_hash({name: t.numpy() for name, t in tensors.items()})
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    """What the config of a coder holds.
+
+    Raises:
+        StoreError: there is none, or it is damaged.
+    """
+    path = folder / _CONFIG
+    try:
+        saved = parse_object(path.read_bytes(), path)
+    except FileNotFoundError:
+        raise StoreError(f"{folder}: no coder here ({_CONFIG} is missing).") from None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror}).") from None
+    needed = ["version", "coder", "about"]
+    if saved.get("version") == CODER_VERSION:
+        check_seal(saved, path, "Copy the coder again, or train it again.")
+        needed.append("tensors_xxh3_128")
+    if missing := [key for key in needed if key not in saved]:
+        raise StoreError(f"{path}: not a coder's config (it has no {missing[0]!r}).")
+    if not isinstance(saved["about"], dict):
+        raise StoreError(f"{path}: not a coder's config ('about' is no object).")
+    return saved
