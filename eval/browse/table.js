@@ -115,29 +115,38 @@ bsc.pair = (pair) => { bsc.pairs.push(pair); };
       draw();
     };
 
-    const spacer = (rows) => {
-      const row = make("tr", undefined, { className: "space" });
-      row.style.height = `${rows * ROW}px`;
+    const above = make("tr", undefined, { className: "space" }), below = above.cloneNode();
+    body.append(above, below);
+    let drawn = new Map();
+    const rowOf = (i) => {
+      const row = make("tr");
+      row.dataset.row = i;
+      for (const column of columns) {
+        const value = column.at(i), cell = make("td", undefined, { className: column.kind });
+        const words = value === null || value === "" ? "" : shown[column.kind](value);
+        if (column.href && column.href(i)) cell.append(make("a", words, { href: column.href(i) }));
+        else cell.textContent = words;
+        if (column.kind === "words") cell.title = words;
+        row.append(cell);
+      }
       return row;
     };
+    // A row that stays in sight stays the same element: one that is taken out and put back while the
+    // button of the mouse is down would never be clicked.
     const draw = () => {
       const first = Math.max(0, Math.floor(box.scrollTop / ROW) - 10);
       const last = Math.min(order.length, first + Math.ceil(box.clientHeight / ROW) + 20);
-      const rows = [];
-      for (const i of order.slice(first, last)) {
-        const row = make("tr", undefined, { className: i === selected ? "selected" : "" });
-        row.dataset.row = i;
-        for (const column of columns) {
-          const value = column.at(i), cell = make("td", undefined, { className: column.kind });
-          const words = value === null || value === "" ? "" : shown[column.kind](value);
-          if (column.href && column.href(i)) cell.append(make("a", words, { href: column.href(i) }));
-          else cell.textContent = words;
-          if (column.kind === "words") cell.title = words;
-          row.append(cell);
-        }
-        rows.push(row);
+      const rows = new Map(order.slice(first, last).map((i) => [i, drawn.get(i) || rowOf(i)]));
+      for (const [i, row] of drawn) if (!rows.has(i)) row.remove();
+      let next = above.nextSibling;
+      for (const [i, row] of rows) {
+        row.className = i === selected ? "selected" : "";
+        if (row === next) next = next.nextSibling;
+        else body.insertBefore(row, next);
       }
-      body.replaceChildren(spacer(first), ...rows, spacer(order.length - last));
+      drawn = rows;
+      above.style.height = `${first * ROW}px`;
+      below.style.height = `${(order.length - last) * ROW}px`;
     };
 
     const select = (i, reveal) => {

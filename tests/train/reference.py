@@ -146,4 +146,8 @@ def reference(
         again = (true_margin.relu() * mask) @ w_dec  # relu has a derivative of its own
         aux = (again - residual.detach()).square().sum() * scale
         whole = whole + config.auxk_alpha * (k / wanted) * aux
+    if config.rate_penalty:
+        on = (code.detach() != 0).to(margin.dtype)
+        above = on.mean(0) > config.rate_cap
+        whole = whole + config.rate_penalty * (margin * on * above).sum() / len(x)
     return loss, whole, code

@@ -2,7 +2,8 @@
 
 The loss is a sum of terms w * |target - decoded code|^2 / (N V): the reconstruction (w = 1), with
 multi-TopK the one with 4 k latents (w = 1/8), with AuxK what dead latents make of the residual.
-Each is worked through by `_term`; docs/coders.md derives the gradients.
+Each is worked through by `_term`; a penalty on frequent latents adds to the first one's gradients.
+docs/coders.md derives them.
 
 Shape letters: N rows, F latents, k selected latents per row, M selected entries.
 """
@@ -76,6 +77,8 @@ class CoderPass:
     """`passes.row_errors`, or its compiled form."""
     scale: float
     """1 / (rows of the batch * total variance)."""
+    rows: int
+    """Rows of the batch, of which these may be a part."""
     add: bool
     """Whether to add to the gradients, which otherwise are overwritten."""
     sums: dict[str, Tensor] | None
@@ -104,12 +107,17 @@ class CoderPass:
         def backward(g_code: Tensor, margin: Tensor, by_latent: TransposedCode) -> Tensor:
             return self._straight_through(g_code, margin, by_latent, shift)
 
+        def penalised(g_code: Tensor, margin: Tensor, by_latent: TransposedCode) -> Tensor:
+            g_pre = backward(g_code, margin, by_latent)
+            return g_pre.add_(self._rate_gradients(code, by_latent))
+
         if config.surrogate == "gumbel":
             chosen, code, term = self._gumbel(margin_NF, target)
         else:
             chosen = select(config, margin_NF, self.k)
             code = code_values(config, chosen.entries.latent, chosen.margin)
-            term = self._term(chosen, code, backward, target, 1.0)
+            first = penalised if config.rate_penalty else backward
+            term = self._term(chosen, code, first, target, 1.0)
         error, g_base = term.error, term.g_y
         if config.multi_topk:
             k = min(_MULTI_TOPK * self.k, config.n_latents)
@@ -200,6 +208,14 @@ class CoderPass:
         if config.code == "binary":
             return g
         return torch.where(by_latent.latent >= config.first_binary, g, g_code * (margin > 0))
+
+    def _rate_gradients(self, code: Tensor, by_latent: TransposedCode) -> Tensor:
+        """What the penalty on frequent latents adds to the gradients of margins, (M,) by latent."""
+        config, n_rows = self.config, len(self.z)
+        on = (code[by_latent.order] != 0).to(torch.float32)
+        rate_F = kernels.latent_sums(by_latent, on, on.new_ones((n_rows, 1)))[:, 0] / n_rows
+        above = (rate_F > config.rate_cap).to(self.y.dtype)
+        return above[by_latent.latent] * on.to(self.y.dtype) * (config.rate_penalty / self.rows)
 
     def _gumbel(self, margin_NF: Tensor, target: Tensor) -> tuple[Selection, Tensor, _Term]:
         """The largest of each group after noise, whose code is 1."""

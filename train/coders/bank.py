@@ -38,7 +38,7 @@ class StepResult(NamedTuple):
 
     loss: Tensor
     """(C,): squared error of the batch over the total variance that the rows have by the store;
-    without AuxK and multi-TopK."""
+    without AuxK, multi-TopK and the penalty on frequent latents."""
     l0: Tensor
     """(C,): mean number of latents per row that are not 0."""
     fired: Tensor
@@ -117,8 +117,7 @@ class Bank:
         self._pre = torch.empty((0, self.n_latents), **options)
         self._rows = torch.zeros((0, self.d_in + EXTRA_COLUMNS), **options)
         self._passes = compiled_passes() if compiled else EAGER
-        # On a CPU the eager one is as fast.
-        on_gpu = self._centre.device.type == "cuda"
+        on_gpu = self._centre.device.type == "cuda"  # on a CPU the eager one is as fast
         widest = max(self.d_in, self.d_out)
         self._blocks = blocks(self.n_latents, widest, whole=compiled or on_gpu)
         self._dot = kernels.compiled_decoder_dot() if compiled and on_gpu else kernels.decoder_dot
@@ -232,7 +231,7 @@ class Bank:
             for c in active:
                 kernels.pre_activations(z, self._encoder[c], pre)
                 sums: dict[str, Tensor] | None = {} if start == 0 and last else None
-                one = self._pass(c, z, y, 1 / (whole * self.total_variance), start > 0, sums)
+                one = self._pass(c, z, y, whole, start > 0, sums)
                 latent, margin, on, error = one.run(pre)
                 loss[c] += error
                 l0[c] += on.sum()
@@ -244,7 +243,7 @@ class Bank:
         return StepResult(loss, l0 / whole, fired[:, : self.n_latents])
 
     def _pass(
-        self, c: int, z: Tensor, y: Tensor, scale: float, add: bool, sums: dict[str, Tensor] | None
+        self, c: int, z: Tensor, y: Tensor, rows: int, add: bool, sums: dict[str, Tensor] | None
     ) -> CoderPass:
         unit = self.configs[c].decoder_norm == "unit"
         return CoderPass(
@@ -265,7 +264,8 @@ class Bank:
             aux_bias=self._aux_bias[c] if self._has_aux_apart(c) else None,
             dot=self._dot,
             row_errors=self._passes.row_errors,
-            scale=scale,
+            scale=1 / (rows * self.total_variance),
+            rows=rows,
             add=add,
             sums=sums,
         )

@@ -117,6 +117,13 @@ class CoderChoices(Config):
     multi_topk: bool = False
     """Adds an eighth of the loss that the coder has with 4 k selected latents."""
 
+    rate_penalty: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Weight of a penalty on frequent latents: what a latent adds to the loss by firing on every
+    row, where `rate_cap` is 0. 0: none."""
+
+    rate_cap: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the rows on which a latent may fire without a penalty."""
+
 
 class CoderConfig(CoderChoices):
     """The maths of one coder, with nothing left open. Frozen, so a config that was saved is the
@@ -182,6 +189,10 @@ class CoderConfig(CoderChoices):
         if self.multi_topk and self.select == "groupmax":
             raise ValueError(
                 "multi_topk selects 4 k latents, which select='groupmax' does not have"
+            )
+        if self.rate_penalty and self.surrogate == "gumbel":
+            raise ValueError(
+                "rate_penalty is not for surrogate='gumbel', where one latent of each group fires"
             )
         for part in self.parts:
             size = part.stop - part.start

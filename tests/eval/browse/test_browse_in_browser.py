@@ -122,6 +122,20 @@ def test_a_latent_is_shown_beside_the_table_and_keys_go_through_the_order(
     assert heard == []
 
 
+def test_a_row_is_clicked_though_the_table_is_drawn_meanwhile(
+    browser: Browser, browser_folder: Path, coder: Path
+) -> None:
+    page, heard = visit(browser, browser_folder, f"coders/{coder.name}/index.html", viewport=WIDE)
+    row = page.locator(".rows tbody tr[data-row]").nth(3)
+    row.hover()
+    page.mouse.down()
+    page.evaluate("document.querySelector('.rows').dispatchEvent(new Event('scroll'))")
+    page.mouse.up()
+    expect(row).to_have_class("selected")
+    assert f"latent={first_cells(page)[3]}" in page.url
+    assert heard == []
+
+
 def test_contexts_are_searched_when_asked_for(
     browser: Browser, browser_folder: Path, coder: Path
 ) -> None:
