@@ -5,10 +5,13 @@ Imports nothing of this package but its errors.
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import json
 import os
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from bsc.errors import UserError
 __all__ = [
     "canonical_json",
     "check_new_folder",
+    "csv_text",
     "fsync_folder",
     "make_durable_folder",
     "make_folder",
@@ -28,6 +32,20 @@ __all__ = [
 def canonical_json(value: Any, *, indent: int | None = 2) -> str:
     """JSON text that is the same for equal values: sorted keys, no NaN, one final newline."""
     return json.dumps(value, indent=indent, sort_keys=True, allow_nan=False) + "\n"
+
+
+def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Lines of one table as CSV; a column for every key that any of them has.
+
+    >>> csv_text([{"k": 8, "fvu": 0.25}, {"k": 16, "code": "a, b"}])
+    'k,fvu,code\\n8,0.25,\\n16,,"a, b"\\n'
+    """
+    keys = list(dict.fromkeys(key for line in lines for key in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, keys, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
 
 
 def fsync_folder(folder: Path) -> None:

@@ -37,6 +37,10 @@ def study(
             MACHINE,
         ),
     ] = None,
+    figures: Annotated[
+        Path | None,
+        flag("Folder for the plots as SVG and PDF and the estimates as CSV.", STEERING),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a study: its captures, trainings and measurements, to a page of verdicts.
@@ -52,6 +56,7 @@ def study(
     from bsc.files import canonical_json
     from bsc.study.amounts import reckon
     from bsc.study.check import check_claims
+    from bsc.study.export import write_figures
     from bsc.study.plan import plan_study
     from bsc.study.study import decided, open_study, write_result
     from bsc.study.table import steps_table, verdicts_table, watched
@@ -78,6 +83,8 @@ def study(
         states = work(opened.folder, opened.wanted, shlex.split(launch or ""), watch)
     result = decided(opened, states)
     written = write_result(opened, result)
+    if figures is not None:
+        write_figures(result, figures)
     if as_json:
         typer.echo(canonical_json(result.to_json()), nl=False)
     else:

@@ -24,7 +24,7 @@ from bsc.study.plots import (
     cut_off,
     decimals,
     drawable,
-    forest,
+    forest_of,
     place,
     variants_drawn,
     written,
@@ -229,11 +229,7 @@ def _claim(claim: ClaimResult) -> _ShownClaim:
 
 
 def _part(claim: ClaimResult, part: PartResult, number: int) -> _ShownPart:
-    svg = None
-    if drawable(part):
-        words = part.words or part.contrast
-        stop = "" if words.endswith((".", "!", "?")) else "."
-        svg = forest(f"forest-{claim.id}-{number}", part, f"{words}{stop}").svg()
+    svg = forest_of(claim, number).svg() if drawable(part) else None
     return _ShownPart(
         part=part,
         number=number,

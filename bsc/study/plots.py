@@ -19,10 +19,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from bsc.eval.report.drawing import COLOURS, INK, Drawing, panels
 from bsc.formats import printable
-from bsc.study.results import PartResult, Shown
+from bsc.study.results import ClaimResult, PartResult, Shown
 
-__all__ = ["MOST_ROWS", "claimed_words", "cut_off", "decimals", "drawable", "forest", "place",
-           "variants_drawn", "written"]  # fmt: skip
+__all__ = ["MOST_ROWS", "claimed_words", "cut_off", "decimals", "drawable", "forest", "forest_of",
+           "place", "variants_drawn", "written"]  # fmt: skip
 
 MOST_ROWS = 48
 """Rows of a plot up to which other ways of measuring are drawn beside the cells."""
@@ -174,6 +174,14 @@ def forest(name: str, part: PartResult, words: str) -> Drawing:
         for text in (*axis.get_yticklabels(), axis.xaxis.label):
             text.set_parse_math(False)
         return Drawing(name, _alt(part, rows, words), figure)
+
+
+def forest_of(claim: ClaimResult, number: int) -> Drawing:
+    """The plot of a part of a claim, the first of which is number 1."""
+    part = claim.parts[number - 1]
+    words = part.words or part.contrast
+    stop = "" if words.endswith((".", "!", "?")) else "."
+    return forest(f"forest-{claim.id}-{number}", part, f"{words}{stop}")
 
 
 def _measured(part: PartResult) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from bsc.eval.report.finetuned import ShownChange, read_changes
 from bsc.eval.report.interp import Scored, read_interp
 from bsc.eval.report.report import drawings
 from bsc.eval.report.summary import matched_tables
-from bsc.files import write_atomically, write_json
+from bsc.files import csv_text, write_atomically, write_json
 from bsc.train.run import Run
 from bsc.train.run_config import FinetunedCoder, PlannedCoder
 from bsc.typed import Record
@@ -50,16 +48,6 @@ def coder_table(rows: Sequence[ReportedCoder]) -> list[Line]:
         left_out = ("ultra", "ablation", "log10_rate_histogram")
         found.append(line | _flat(row.figures, left_out=left_out))
     return found
-
-
-def _csv(lines: Sequence[Line]) -> str:
-    """Lines of one table; a column for every key that any of them has."""
-    keys = list(dict.fromkeys(key for line in lines for key in line))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, keys, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
 
 
 def _ultra(rows: Sequence[ReportedCoder]) -> list[Line]:
@@ -196,7 +184,7 @@ def write_figures(runs: Sequence[Run], folder: Path) -> Path:
             drawing.save(folder)
         for name, lines in tables.items():
             if lines:
-                write_atomically(folder / f"{name}.csv", _csv(lines))
+                write_atomically(folder / f"{name}.csv", csv_text(lines))
         write_json(folder / "figures.json", tables)
     except OSError as error:
         raise UserError(f"--figures {folder}: cannot be written ({error.strerror}).") from None

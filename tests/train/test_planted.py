@@ -151,3 +151,19 @@ def test_auxk_revives_dead_latents() -> None:
             bank = train(planted, 300, site="sae", code="continuous", auxk_alpha=alpha, auxk_k=64)
         fired[alpha] = int(bank.step(*planted.rows(4096)).fired[0, 24:].sum())
     assert fired[0.0] < 15 and fired[1 / 32] > 50, fired
+
+
+@pytest.mark.parametrize("code", ["binary", "continuous"])
+def test_a_penalty_keeps_latents_from_firing_above_the_cap(code: str) -> None:
+    """Every true latent fires on 4 % of the rows, so without it so do those that found one."""
+    planted = Planted(0, "transcoder", code)
+    often = {}
+    for penalty in (0.0, 0.1):
+        bank = train(
+            planted, 300, site="transcoder", code=code, rate_penalty=penalty, rate_cap=0.03
+        )
+        x, _ = planted.rows(20_000)
+        found = bank.export(0).encode(x)
+        fired = torch.bincount(found.latent[found.value != 0].long(), minlength=F)
+        often[penalty] = int((fired > 0.035 * len(x)).sum())
+    assert often[0.0] > 30 and often[0.1] < 5, often
