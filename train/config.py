@@ -139,9 +139,9 @@ class TrainConfig(Config):
         shown="what memory allows",
         parser=parse_count,
     )
-    """A step adds up the gradients of its batch. Bounds the
-    memory, changes nothing but rounding (and batch top-k, which selects among these). None: as many
-    as `bsc train --plan` says."""
+    """A step adds up the gradients of its batch. Bounds the memory, changes nothing but rounding
+    (and batch top-k, which selects among these, and `rate_penalty`, which counts among them). None:
+    as many as `bsc train --plan` says."""
     seed: int = option(
         0, "Seed of the order of the rows.", _TRAINING, ge=0, lt=2**63, flag="--data-seed"
     )

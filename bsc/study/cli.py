@@ -56,12 +56,13 @@ def study(
     from bsc.files import canonical_json
     from bsc.study.amounts import reckon
     from bsc.study.check import check_claims
-    from bsc.study.export import write_figures
     from bsc.study.plan import plan_study
     from bsc.study.study import decided, open_study, write_result
     from bsc.study.table import steps_table, verdicts_table, watched
     from bsc.study.work import work
 
+    if plan and figures is not None:
+        raise UserError("--plan and --figures exclude each other: a plan has no figures.")
     opened = open_study(file, scale, out, only or ())
     reckoned = None
     try:
@@ -83,8 +84,6 @@ def study(
         states = work(opened.folder, opened.wanted, shlex.split(launch or ""), watch)
     result = decided(opened, states)
     written = write_result(opened, result)
-    if figures is not None:
-        write_figures(result, figures)
     if as_json:
         typer.echo(canonical_json(result.to_json()), nl=False)
     else:
@@ -94,6 +93,10 @@ def study(
             console.print()
             console.print(verdicts_table(result))
         typer.echo(str(written[-1]))
+    if figures is not None:
+        from bsc.study.export import write_figures
+
+        write_figures(result, figures)
     if any(state.kind in ("failed", "blocked") for state in states.values()):
         raise typer.Exit(1)
 

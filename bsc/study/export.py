@@ -9,7 +9,7 @@ from typing import Any
 from bsc.errors import UserError
 from bsc.files import csv_text, write_atomically
 from bsc.study.plots import drawable, forest_of
-from bsc.study.results import ClaimResult, PartResult, Shown, StudyResult
+from bsc.study.results import ClaimResult, PartResult, Shown, StudyResult, VariantResult
 
 __all__ = ["estimates_table", "write_figures"]
 
@@ -25,22 +25,22 @@ def estimates_table(result: StudyResult) -> list[dict[str, Any]]:
 
 
 def _lines(claim: ClaimResult, number: int, part: PartResult) -> Iterator[dict[str, Any]]:
-    for variant, verdict, cells in (
-        ("", part.verdict, part.cells),
-        *((v.words, v.verdict, v.cells) for v in part.variants),
-    ):
-        for cell in cells:
+    ways: list[PartResult | VariantResult] = [part, *part.variants]
+    for way in ways:
+        variant = "" if isinstance(way, PartResult) else way.words
+        for cell in way.cells:
             yield {
                 "claim": claim.id,
+                "claim_verdict": claim.verdict,
                 "part": number,
                 "words": part.words,
                 "variant": variant,
-                "figure": part.figure,
-                "weighted": part.weighted,
-                "ratio": part.ratio,
-                "bound": part.bound,
-                "verdict": verdict,
-                "claim_verdict": claim.verdict,
+                "contrast": way.contrast,
+                "figure": way.figure,
+                "weighted": way.weighted,
+                "ratio": way.ratio,
+                "bound": way.bound,
+                "verdict": way.verdict,
             } | _numbers(cell)
 
 
@@ -59,6 +59,7 @@ def _numbers(cell: Shown) -> dict[str, Any]:
         "error_units": cell.error_units,
         "pairs": cell.pairs,
         "left_out": cell.left_out,
+        "outside": cell.outside,
     } | cell.where
 
 

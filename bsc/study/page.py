@@ -7,7 +7,6 @@ that would act on a page are shown. The same result gives the same bytes.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,14 +126,10 @@ def render_study(result: StudyResult) -> str:
         "many": _many,
         "claimed": claimed_words,
     }
-    # Browsers have the letters that the font of the plots has not.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        claims = [_claim(claim) for claim in result.claims]
     page = environment.get_template("page.html.j2").render(
         style=Markup(style + own),
         result=result,
-        claims=claims,
+        claims=[_claim(claim) for claim in result.claims],
         counts=_counts(result.claims),
         signs=_SIGNS,
         waiting=[step for step in result.steps if step.state != "done"],

@@ -55,6 +55,11 @@ class VariantResult(Record):
     """The same contrast in another way."""
 
     words: str
+    figure: str
+    weighted: bool
+    ratio: bool
+    contrast: str
+    bound: str | None
     verdict: str
     cells: list[Shown]
     comparable: bool = True
@@ -196,6 +201,11 @@ def _parts(
             variants.append(
                 VariantResult(
                     words=variant.words,
+                    figure=other.figure,
+                    weighted=other.weighted,
+                    ratio=other.ratio,
+                    contrast=_words(other),
+                    bound=None if other.bound is None else str(other.bound),
                     verdict=_verdict(own, other.bound, claim.some) or "shown",
                     cells=[_shown(c) for c in own],
                     comparable=(other.ratio, other.bound) == (part.ratio, part.bound),
@@ -272,9 +282,9 @@ def rule_of(claim: Claim) -> str:
         return "Nothing is claimed; the figures are shown."
     which = "one of the intervals" if claim.some else "every interval"
     return (
-        f"Holds if {which} of 95 % lies where the claim says, over several seeds, and over "
-        f"documents or classes where the figure is a sum over them: "
-        f"{'; '.join(said)}. Does not hold if "
+        f"Holds if {which} of 95 % lies where the claim says: {'; '.join(said)}. Intervals are "
+        f"over seeds, of which there must be several, and over documents or classes where the "
+        f"figure is a sum over them. Does not hold if "
         + ("every interval lies elsewhere" if claim.some else "one lies elsewhere")
         + " (at a level that allows for how many there are). Else it is not decided."
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +65,9 @@ class Drawing:
 
     def _saved(self, form: str, metadata: dict[str, Any]) -> bytes:
         buffer = io.BytesIO()
-        with mpl.rc_context(_STYLE | {"svg.hashsalt": self.name}):
+        with mpl.rc_context(_STYLE | {"svg.hashsalt": self.name}), warnings.catch_warnings():
+            # Whoever shows it has the letters that the font of the plots has not.
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
             self.figure.savefig(buffer, format=form, transparent=True, metadata=metadata)
         return buffer.getvalue()
 

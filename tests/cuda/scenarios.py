@@ -45,6 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "multi top-k": {"multi_topk": True},
     "AuxK": {"auxk_alpha": 1 / 32},
     "binary AuxK": {"code": "binary", "auxk_alpha": 1 / 32, "surrogate": "identity"},
+    "rate penalty": {"code": "binary", "rate_penalty": 0.5, "rate_cap": 0.05},
     "cascade": {"n_latents": 1024},
     "amplitude": {"site": "sae", "decoder_norm": "unit", "amplitude": "learned", "code": "binary"},
 }  # fmt: skip

@@ -38,6 +38,14 @@ def part(*cells: Shown, **changes: Any) -> PartResult:
     return PartResult(**(values | changes))
 
 
+def way(words: str, verdict: str, *cells: Shown, **changes: Any) -> VariantResult:
+    values: dict[str, Any] = {
+        "figure": "fvu", "weighted": False, "ratio": False, "bound": "below 0",
+        "contrast": "fvu: code = binary less code = continuous", "cells": list(cells),
+    }  # fmt: skip
+    return VariantResult(words=words, verdict=verdict, **(values | changes))
+
+
 def claim(name: str, verdict: str, *parts: PartResult, **changes: Any) -> ClaimResult:
     values: dict[str, Any] = {
         "id": name, "words": f"The claim {name} is true.", "note": "", "why": "",
@@ -78,8 +86,8 @@ def result(*claims: ClaimResult, **changes: Any) -> StudyResult:
 def every_kind() -> StudyResult:
     """A study with a claim of every verdict, and with what can be missing."""
     ways = [
-        VariantResult(words="by the loss", verdict="holds", cells=[cell(-0.02)]),
-        VariantResult(words="at equal bits", verdict="not decided", cells=[cell(-0.001)]),
+        way("by the loss", "holds", cell(-0.02), figure="delta_ce"),
+        way("at equal bits \u6f22", "not decided", cell(-0.001)),
     ]
     ratios = [cell(v, 0.05, where={"k": str(k)}, decides=1.09) for k, v in ((8, 1.21), (16, 1.312))]
     nothing: dict[str, Any] = {"first": None, "against": None, "seeds": 0, "units": 0, "coders": []}

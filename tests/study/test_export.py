@@ -34,7 +34,8 @@ def test_every_plot_and_every_estimate_is_written(tmp_path: Path) -> None:
     assert (first["claim"], first["part"], first["variant"]) == ("less", "1", "")
     assert (first["verdict"], first["bound"], first["k"]) == ("holds", "below 0", "8")
     assert float(first["low"]) < float(first["value"]) < float(first["high"])
-    assert [line["variant"] for line in lines[1:3]] == ["by the loss", "at equal bits"]
+    assert [line["variant"] for line in lines[1:3]] == ["by the loss", "at equal bits \u6f22"]
+    assert [line["figure"] for line in lines[:3]] == ["fvu", "delta_ce", "fvu"]
 
 
 def test_the_same_results_give_the_same_files(tmp_path: Path) -> None:

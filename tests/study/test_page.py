@@ -11,7 +11,6 @@ import pytest
 from bsc.errors import UserError
 from bsc.study.page import render_study, write_study_page
 from bsc.study.plots import MOST_ROWS, decimals, forest, variants_drawn
-from bsc.study.results import VariantResult
 from tests.study.made_results import (
     CHOSEN,
     HOSTILE,
@@ -22,6 +21,7 @@ from tests.study.made_results import (
     every_kind,
     part,
     result,
+    way,
 )
 
 
@@ -155,13 +155,13 @@ def test_other_ways_of_measuring_are_compared_with_the_verdict() -> None:
     text = section(page, "less")
     assert "The verdict is the same in 1 of 2 other ways of measuring it." in text
     assert re.search(r"by the loss ✓ holds yes -0.0200 \(-0.0240 to -0.0160\)", text)
-    assert re.search(r"at equal bits \? not decided no ", text)
+    assert re.search(r"at equal bits \u6f22 \? not decided no ", text)
     assert "other way" not in section(page, "more")
 
 
 def test_ways_of_measuring_what_nothing_is_claimed_of_are_the_same_as_nothing() -> None:
-    way = VariantResult(words="by the loss", verdict="shown", cells=[cell()])
-    one = claim("a", "shown", part(bound=None, verdict=None, variants=[way]))
+    other = way("by the loss", "shown", cell())
+    one = claim("a", "shown", part(bound=None, verdict=None, variants=[other]))
     text = section(render_study(result(one)), "a")
     assert "by the loss • shown -0.0120" in text and "same verdict" not in text
 
@@ -179,7 +179,7 @@ def test_text_of_others_is_escaped_and_cannot_hide() -> None:
     hostile = part(
         cell(where={HOSTILE: HOSTILE}, coders=[[HOSTILE, HOSTILE]]), words=HOSTILE,
         contrast=HOSTILE, figure=HOSTILE, units=HOSTILE,
-        variants=[VariantResult(words=HOSTILE, verdict="holds", cells=[cell()])],
+        variants=[way(HOSTILE, "holds", cell())],
     )  # fmt: skip
     arm = {HOSTILE: HOSTILE, "lr": HOSTILE, "tried": [[HOSTILE, 0.1]], "edge": True}
     text = render_study(
@@ -297,7 +297,7 @@ def test_a_plot_grows_with_its_rows_and_leaves_other_ways_out_where_they_are_too
     few, many = (part(*[cell(where={"k": str(k)}) for k in range(n)]) for n in (1, 40))
     small, large = (forest("a", p, "a").figure.get_size_inches()[1] for p in (few, many))
     assert small < 1.3 and 8 < large < 12
-    ways = [VariantResult(words="another", verdict="holds", cells=list(many.cells))]
+    ways = [way("another", "holds", *many.cells)]
     assert variants_drawn(few.model_copy(update={"variants": ways}))
     both = many.model_copy(update={"variants": ways})
     assert len(many.cells) * 2 > MOST_ROWS and not variants_drawn(both)

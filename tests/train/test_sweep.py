@@ -104,6 +104,10 @@ def test_a_toml_file_is_checked_like_flags(tmp_path: Path) -> None:
         ({"optimiser": "muon", "lr": "paper"}, "the paper has no learning rate for muon"),
         ({"code": "binary", "gumbel_support": "full"}, "gumbel_support='full' is for surrogate="),
         (
+            {"code": "binary", "select": "groupmax", "surrogate": "gumbel", "rate_penalty": 0.1},
+            "rate_penalty is not for surrogate='gumbel'",
+        ),
+        (
             {"code": "binary", "threshold": "newton", "select": "batch_topk"},
             "threshold='newton' is for binary and hybrid coders",
         ),

@@ -207,7 +207,7 @@ class Bank:
             x_Nd: rows that are encoded, (N, d_in), any float dtype.
             y_Nd: rows that are reconstructed, (N, d_out), any float dtype.
             micro_rows: rows that are worked on at a time, which bounds the memory; None: all.
-                Batch top-k selects among these.
+                Batch top-k selects, and `rate_penalty` counts, among these.
             active: coders to train; None: all. The gradients of the others stand.
             of_rows: rows of the whole batch, where loss, L0 and gradients of its parts are summed.
 
