@@ -21,15 +21,14 @@ from bsc.formats import printable
 from bsc.study.plots import (
     claimed_words,
     cut_off,
-    decimals,
     drawable,
     forest_of,
     place,
     variants_drawn,
-    written,
 )
-from bsc.study.results import ClaimResult, Done, PartResult, Shown, StudyResult
+from bsc.study.results import ClaimResult, Done, PartResult, StudyResult
 from bsc.study.subjects import text_of
+from bsc.study.summary import Summary, claim_summary, decimals, summary, word_of, written
 from bsc.study.table import span
 
 __all__ = ["render_study", "write_study_page"]
@@ -51,16 +50,6 @@ _COUNTED = {
 }
 
 
-class _Estimate(NamedTuple):
-    """The estimates of some cells, in a few words."""
-
-    value: str
-    """Of one cell, or from the least to the largest."""
-    interval: str
-    what: str = ""
-    """Whether it is a difference, a ratio or a figure."""
-
-
 class _ShownPart(NamedTuple):
     """A contrast, and what the page says of it beside what is in the record."""
 
@@ -75,7 +64,7 @@ class _ShownPart(NamedTuple):
     svg: Markup | None
     """None: no cell has an estimate."""
     caption: str
-    variants: list[tuple[str, str, _Estimate, bool]]
+    variants: list[tuple[str, str, Summary, bool]]
     """Of each other way its words, its verdict, its estimate and whether the verdict is that of the
     part."""
 
@@ -84,7 +73,7 @@ class _ShownClaim(NamedTuple):
     """A claim."""
 
     claim: ClaimResult
-    key: _Estimate | None
+    key: Summary | None
     parts: list[_ShownPart]
 
 
@@ -188,39 +177,9 @@ def _counts(claims: Sequence[ClaimResult]) -> str:
     return f"Of {_many(len(claims), 'claim')}, {joined}."
 
 
-def _word(part: PartResult) -> str:
-    if all(cell.against is None for cell in part.cells):
-        return "figure"
-    return "ratio" if part.ratio else "difference"
-
-
-def _estimate(cells: Sequence[Shown], what: str = "") -> _Estimate:
-    """One estimate with its interval, or how far several go."""
-    digits = decimals(cells)
-    values = [c.value for c in cells if c.value is not None]
-    ends = [e for c in cells if c.interval is not None for e in c.interval]
-    if not values:
-        return _Estimate("-", "no figure", what)
-
-    def spanned(numbers: Sequence[float]) -> str:
-        return f"{written(min(numbers), digits)} to {written(max(numbers), digits)}"
-
-    interval = spanned(ends) if ends else "no interval"
-    if len(cells) == 1:
-        return _Estimate(written(values[0], digits), interval, what)
-    return _Estimate(spanned(values), f"intervals {interval}" if ends else interval, what)
-
-
 def _claim(claim: ClaimResult) -> _ShownClaim:
     parts = [_part(claim, part, number) for number, part in enumerate(claim.parts, 1)]
-    decided = next((p for p in parts if p.part.bound is not None), next(iter(parts), None))
-    key = None
-    if decided is not None:
-        cells = len(decided.part.cells)
-        over = f", {cells} cells" if cells > 1 else ""
-        of = "" if decided.word == "figure" else f"{decided.word} of "
-        key = _estimate(decided.part.cells, f"{of}{decided.part.figure}{over}")
-    return _ShownClaim(claim, key, parts)
+    return _ShownClaim(claim, claim_summary(claim), parts)
 
 
 def _part(claim: ClaimResult, part: PartResult, number: int) -> _ShownPart:
@@ -229,13 +188,12 @@ def _part(claim: ClaimResult, part: PartResult, number: int) -> _ShownPart:
         part=part,
         number=number,
         digits=decimals(part.cells),
-        word=_word(part),
+        word=word_of(part),
         fields=list(dict.fromkeys(name for cell in part.cells for name in cell.where)),
         svg=svg,
         caption=_caption(part),
         variants=[
-            (v.words, v.verdict, _estimate(v.cells), v.verdict == part.verdict)
-            for v in part.variants
+            (v.words, v.verdict, summary(v.cells), v.verdict == part.verdict) for v in part.variants
         ],
     )
 

@@ -20,9 +20,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from bsc.eval.report.drawing import COLOURS, INK, Drawing, panels
 from bsc.formats import printable
 from bsc.study.results import ClaimResult, PartResult, Shown
+from bsc.study.summary import decimals, written
 
-__all__ = ["MOST_ROWS", "claimed_words", "cut_off", "decimals", "drawable", "forest", "forest_of",
-           "place", "variants_drawn", "written"]  # fmt: skip
+__all__ = ["MOST_ROWS", "claimed_words", "cut_off", "drawable", "forest", "forest_of", "place",
+           "variants_drawn"]  # fmt: skip
 
 MOST_ROWS = 48
 """Rows of a plot up to which other ways of measuring are drawn beside the cells."""
@@ -41,34 +42,6 @@ _REACH = 6
 def place(cell: Shown) -> str:
     """What a cell is of, in words."""
     return ", ".join(f"{name} = {value}" for name, value in cell.where.items()) or "all coders"
-
-
-def decimals(cells: Iterable[Shown]) -> int:
-    """Digits behind the point that show two digits of the narrowest interval.
-
-    >>> cell = Shown.model_construct(value=0.51234, interval=[0.5, 0.525])
-    >>> decimals([cell])
-    3
-    """
-    sizes = []
-    for cell in cells:
-        if cell.interval is not None:
-            sizes.append(cell.interval[1] - cell.interval[0])
-        elif cell.value is not None:
-            sizes.append(abs(cell.value) / 10)
-    sizes = [s for s in sizes if s > 0 and math.isfinite(s)]
-    return max(0, 1 - math.floor(math.log10(min(sizes)))) if sizes else 3
-
-
-def written(value: float | None, digits: int) -> str:
-    """A number with so many digits behind the point; very small and very large ones have three.
-
-    >>> written(-1234.5, 1), written(0.0000001234, 9), written(None, 3)
-    ('-1,234.5', '1.23e-07', '-')
-    """
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{value:,.{digits}f}" if digits <= 6 and abs(value) < 1e9 else f"{value:.3g}"
 
 
 def drawable(part: PartResult) -> bool:

@@ -10,10 +10,11 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from bsc.formats import interval, printable
+from bsc.formats import printable
 from bsc.progress import console
 from bsc.study.graph import Node
 from bsc.study.results import StudyResult
+from bsc.study.summary import Summary, claim_summary
 from bsc.study.work import State, States, Watch
 
 __all__ = ["said_of", "span", "steps_table", "verdicts_table", "watched"]
@@ -140,18 +141,16 @@ def verdicts_table(result: StudyResult) -> Table:
     table.add_column("verdict", no_wrap=True)
     table.add_column("estimate", justify="right", no_wrap=True)
     table.add_column("95 % interval", no_wrap=True)
+    table.add_column("of", overflow="fold", max_width=30)
     table.add_column("", overflow="fold")
     for claim in result.claims:
-        cells = [c for p in claim.parts if p.bound for c in p.cells if c.value is not None]
-        cells = cells or [c for p in claim.parts for c in p.cells if c.value is not None]
-        values = [f"{c.value:.4g}" for c in cells]
-        shown, of = "", ""
-        if len(cells) == 1:
-            shown, of = values[0], interval(cells[0].interval)
-        elif cells:
-            shown = f"{min(values, key=float)} to {max(values, key=float)}"
-            of = f"{len(cells)} of them"
+        of = claim_summary(claim) or Summary("", "")
         table.add_row(
-            escape(printable(claim.id)), claim.verdict, shown, of, escape(printable(claim.words))
+            escape(printable(claim.id)),
+            claim.verdict,
+            of.value,
+            of.interval,
+            escape(printable(of.what)),
+            escape(printable(claim.words)),
         )
     return table

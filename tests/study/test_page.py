@@ -10,7 +10,8 @@ import pytest
 
 from bsc.errors import UserError
 from bsc.study.page import render_study, write_study_page
-from bsc.study.plots import MOST_ROWS, decimals, forest, variants_drawn
+from bsc.study.plots import MOST_ROWS, forest, variants_drawn
+from bsc.study.summary import decimals
 from tests.study.made_results import (
     CHOSEN,
     HOSTILE,
@@ -123,6 +124,9 @@ def test_the_table_of_verdicts_has_the_estimate_that_decides() -> None:
     first = part(cell(7.0, 0.1, against=None), bound=None, verdict=None)
     text = shown(render_study(result(claim("a", "holds", first, part()))))
     assert "The claim a is true. ✓ holds -0.0120 (-0.0160 to -0.0080) difference of fvu" in text
+    against = part(cell(0.3, 0.1), verdict="does not hold", figure="kl", weighted=True)
+    text = shown(render_study(result(claim("a", "does not hold", part(), against))))
+    assert "0.30 (0.20 to 0.40) difference of kl, weighted by firings" in text
     text = shown(render_study(every_kind()))
     assert "1.21 to 1.31 (intervals 1.16 to 1.36) ratio of fvu, 2 cells" in text
     assert "12.0 (11.0 to 13.0) dead_share" in text

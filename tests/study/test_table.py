@@ -11,8 +11,9 @@ from bsc.study import table as table_module
 from bsc.study.config import StudyStep
 from bsc.study.folder import RECORD_VERSION, StepRecord
 from bsc.study.graph import Node
-from bsc.study.table import watched
+from bsc.study.table import verdicts_table, watched
 from bsc.study.work import State
+from tests.study.made_results import every_kind
 
 NODES = {
     name: Node(StudyStep(name=name, command="cache", fields={}), (), "0123abcd")
@@ -57,3 +58,12 @@ def test_what_was_done_before_is_no_news(monkeypatch: pytest.MonkeyPatch) -> Non
     with watched(NODES, {}) as watch:
         watch({"first": State("done", record=RECORD), "second": State("waits")})
     assert out.getvalue() == ""
+
+
+def test_verdicts_stand_beside_estimates_of_one_figure() -> None:
+    out = io.StringIO()
+    Console(file=out, width=160, highlight=False).print(verdicts_table(every_kind()))
+    lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
+    estimate = "1.21 to 1.31 intervals 1.16 to 1.36 ratio of fvu, 2 cells"
+    assert f"more does not hold {estimate} The claim more is true." in lines
+    assert "later not measured The claim later is true." in lines
