@@ -8,18 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-import bsc.study.steps
-from bsc.cli import app
-from bsc.study.folder import StudyFolder
-from bsc.study.graph import Node
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,12 +60,6 @@ def study(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     with begin(folder, *arguments) as process:
         out, err = process.communicate(timeout=1800)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def call_here(node: Node, folder: StudyFolder, line: Iterable[str], *_: object) -> None:
-    """In the place of `steps._call`: a command in this process."""
-    with folder.log(node).open("w") as log, redirect_stdout(log):
-        app(list(line), standalone_mode=False)
 
 
 def verdicts(path: Path) -> Any:
@@ -175,9 +162,8 @@ def test_a_step_that_fails_is_named_with_its_log(tmp_path: Path, tiny_model: Pat
 
 @pytest.mark.slow
 def test_the_study_of_the_paper_goes_through_every_step_in_small(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Path
 ) -> None:
-    """In one process: beginning thirty would take longer than what they do."""
     text = (ROOT / "studies" / "binary.toml").read_text()
     text = text.replace('model = "demo"', f'model = "{tiny_model}"')
     text = text.replace("layers.1.mlp", "layers.0.mlp").replace("layers.3.mlp", "layers.2.mlp")
@@ -185,9 +171,8 @@ def test_the_study_of_the_paper_goes_through_every_step_in_small(
         'model = "$model"', 'model = "$model"\ntext = ["stdlib"]\nheld_out = 0.2\ncontext = 32'
     )
     (tmp_path / "binary.toml").write_text(text)
-    monkeypatch.setattr(bsc.study.steps, "_call", call_here)
-    monkeypatch.chdir(tmp_path)
-    app(["study", "binary.toml", "--scale", "tiny"], standalone_mode=False)
+    done = study(tmp_path, "binary.toml", "--scale", "tiny")
+    assert done.returncode == 0, done.stderr
     claims = verdicts(tmp_path / "binary-tiny" / "study.json")
     assert {c["id"] for c in claims} >= {f"C{i}" for i in range(1, 10)}
     for claim in claims:
