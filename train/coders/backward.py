@@ -210,7 +210,11 @@ class CoderPass:
         return torch.where(by_latent.latent >= config.first_binary, g, g_code * (margin > 0))
 
     def _rate_gradients(self, code: Tensor, by_latent: TransposedCode) -> Tensor:
-        """What the penalty on frequent latents adds to the gradients of margins, (M,) by latent."""
+        """What the penalty on frequent latents adds to the gradients of margins, (M,) by latent.
+
+        That of rate_penalty sum_f max(0, rate_f - rate_cap), straight through with slope 1: see
+        docs/coders.md. `code` is (M,), in the order of the entries.
+        """
         config, n_rows = self.config, len(self.z)
         on = (code[by_latent.order] != 0).to(torch.float32)
         rate_F = kernels.latent_sums(by_latent, on, on.new_ones((n_rows, 1)))[:, 0] / n_rows

@@ -122,7 +122,8 @@ class CoderChoices(Config):
     row, where `rate_cap` is 0. 0: none."""
 
     rate_cap: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the rows on which a latent may fire without a penalty."""
+    """Share of the rows on which a latent may fire without a penalty; `rate_penalty` alone reads
+    it."""
 
 
 class CoderConfig(CoderChoices):
