@@ -6,13 +6,14 @@ as a learning rate that is chosen on the way, is not checked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from bsc.errors import ConfigError
 from bsc.eval.figures.firing import FREQUENT
 from bsc.study.commands import inputs_of
 from bsc.study.config import Contrast, StudyStep
 from bsc.study.contrasts import check_contrast
+from bsc.study.needs import OFFLINE, sides_of
 from bsc.study.study import OpenedStudy
 from bsc.study.subjects import Subject, selected
 from bsc.train.run_config import PlannedCoder
@@ -55,10 +56,9 @@ def _check_one(
     steps: Mapping[str, StudyStep],
     measured: Mapping[str, StudyStep],
 ) -> None:
-    sides = [s for s in (contrast.coders, contrast.against) if s is not None]
+    sides = list(sides_of(contrast))
     for side in sides:
-        runs = side.get("run", [])
-        for run in [runs] if isinstance(runs, str) else runs:
+        for run in side.runs:
             if run not in measured:
                 raise ConfigError(
                     f"{where}: run = {run!r} is not measured. Add a step: [eval.NAME] with "
@@ -70,21 +70,13 @@ def _check_one(
         for key, name in inputs_of(step)
         if key == "chosen"
     }
-    if not any(field in side for side in sides for field in chosen):
+    if not any(field in side.coders for side in sides for field in chosen):
         check_contrast(contrast, subjects, where)
-    for side, figure, judge in _figures(contrast):
-        known = {n: v for n, v in side.items() if n not in chosen}
+    for side in sides:
+        known = {n: v for n, v in side.coders.items() if n not in chosen}
         runs = {str(s.fields["run"]) for s in selected(subjects, known, where)}
         for run in sorted(runs):
-            _check_measured(figure, judge, run, where, steps, measured[run])
-
-
-def _figures(contrast: Contrast) -> Iterator[tuple[dict[str, object], str, str | None]]:
-    """Coders of each side with their figure and their judge."""
-    yield contrast.coders, contrast.figure, contrast.judge
-    if contrast.against is not None:
-        figure = contrast.against_figure or contrast.figure
-        yield contrast.against, figure, contrast.against_judge or contrast.judge
+            _check_measured(side.figure, side.judge, run, where, steps, measured[run])
 
 
 def _check_measured(
@@ -100,7 +92,7 @@ def _check_measured(
     scoring = [
         s for s in steps.values() if s.command == "interp" and s.fields["run"] == evaluation.name
     ]
-    if name in ("predictability", "overlap") and not scoring:
+    if name in OFFLINE and not scoring:
         raise ConfigError(
             f"{where}: {figure}: {run} is not scored. Add a step: [interp.NAME] with "
             f"run = {evaluation.name!r}."

@@ -23,7 +23,11 @@ def study(
     ] = None,
     only: Annotated[
         list[str] | None,
-        flag("Name of a step to do, with what it needs; several times.", STEERING, default="all"),
+        flag(
+            "Step to do or claim to decide, with what it needs; several times.",
+            STEERING,
+            default="all",
+        ),
     ] = None,
     plan: Annotated[
         bool,

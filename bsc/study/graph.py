@@ -7,7 +7,7 @@ changed that it depends on, and nothing that was made is ever replaced.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
@@ -113,18 +113,27 @@ def _check_scores(study: Study, where: str) -> None:
                     )
 
 
-def chosen_nodes(nodes: dict[str, Node], only: Collection[str]) -> dict[str, Node]:
-    """The steps of some names and what they need; all where none is named.
+def chosen_nodes(
+    nodes: dict[str, Node], only: Collection[str], claims: Mapping[str, Sequence[str]]
+) -> dict[str, Node]:
+    """The steps that are named or that a named claim needs, with what they need in their turn.
+
+    Args:
+        nodes: every step.
+        only: names of steps and ids of claims; none: all steps.
+        claims: by id, the steps that each needs.
 
     Raises:
-        UserError: a name is not that of a step.
+        UserError: a name is neither.
     """
+    wanted = set(() if only else nodes)
     for name in only:
-        if name not in nodes:
+        if name not in nodes and name not in claims:
             raise UserError(
-                f"--only {name}: no such step{nearest(name, nodes)}; there are {', '.join(nodes)}."
+                f"--only {name}: no such step or claim{nearest(name, [*nodes, *claims])}; steps "
+                f"are {', '.join(nodes)}, claims {', '.join(claims) or 'none'}."
             )
-    wanted = set(only or nodes)
+        wanted.update(claims.get(name, ()), {name} & nodes.keys())
     for name in reversed(nodes):
         if name in wanted:
             wanted.update(nodes[name].needs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from bsc.errors import UserError
@@ -15,7 +15,7 @@ from bsc.study.subjects import Subject, text_of, words_of
 from bsc.typed import Record
 
 __all__ = ["STUDY_VERSION", "ClaimResult", "Done", "PartResult", "Shown", "StudyResult",
-           "VariantResult", "claim_result", "rule_of", "runs_of"]  # fmt: skip
+           "VariantResult", "claim_result", "rule_of"]  # fmt: skip
 
 STUDY_VERSION = 1
 NOT_MEASURED = "not measured"
@@ -130,26 +130,8 @@ class StudyResult(Record):
     at: str
 
 
-def _sides(claim: Claim) -> Iterator[dict[str, Any]]:
-    """What the contrasts of a claim and their variants say of coders."""
-    for part in claim.parts:
-        for contrast in (part, *(part.changed(v) for v in part.variants)):
-            yield contrast.coders
-            if contrast.against is not None:
-                yield contrast.against
-
-
-def runs_of(claim: Claim) -> set[str]:
-    """Steps whose runs a claim names."""
-    found: set[str] = set()
-    for side in _sides(claim):
-        runs = side.get("run", ())
-        found.update([runs] if isinstance(runs, str) else runs)
-    return found
-
-
 def claim_result(
-    claim: Claim, subjects: Sequence[Subject], measures: Measures, missing: Mapping[str, str]
+    claim: Claim, subjects: Sequence[Subject], measures: Measures, waiting: Sequence[str] = ()
 ) -> ClaimResult:
     """The verdict of a claim.
 
@@ -157,14 +139,12 @@ def claim_result(
         claim: of the study.
         subjects: coders that were measured.
         measures: their figures.
-        missing: runs that are not measured yet, and why. A claim that leaves the run open is of
-            all of them, so it waits for all.
+        waiting: steps that it needs and that are not done.
     """
-    named, every = runs_of(claim), any("run" not in side for side in _sides(claim))
-    wait = {run: missing[run] for run in missing if every or run in named}
     parts: list[PartResult] = []
-    verdict, why = NOT_MEASURED, "; ".join(f"{run}: {words}" for run, words in wait.items())
-    if not wait:
+    verdict = NOT_MEASURED
+    why = f"{', '.join(waiting)} {'is' if len(waiting) == 1 else 'are'} not done"
+    if not waiting:
         try:
             (parts, verdict), why = _parts(claim, subjects, measures), ""
         except UserError as error:  # of this claim; the others stand

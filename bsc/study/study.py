@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bsc.errors import UserError
-from bsc.study.config import Study, read_study
+from bsc.study.config import Claim, Study, read_study
 from bsc.study.folder import StudyFolder
 from bsc.study.graph import Node, chosen_nodes, graph_of
 from bsc.study.measures import Measures, check_figure
-from bsc.study.results import STUDY_VERSION, Done, StudyResult, claim_result, runs_of
+from bsc.study.needs import runs_of, steps_of
+from bsc.study.results import STUDY_VERSION, Done, StudyResult, claim_result
 from bsc.study.subjects import Subject, subjects_of
 from bsc.study.work import State, states_of
 from bsc.typed import write_typed
@@ -45,7 +46,7 @@ def open_study(
         file: of the study.
         scale: one of its scales; None: its first.
         out: folder of the study; None: in the current folder, named after file and scale.
-        only: names of steps; none: all.
+        only: names of steps and ids of claims; none: all.
 
     Raises:
         UserError: the file is not as it should be, or the folder cannot be one.
@@ -69,9 +70,11 @@ def open_study(
     path = Path(name) if out is None else out
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: the folder of a study, but a file is there. Name another --out.")
+    steps = {name: node.step for name, node in nodes.items()}
+    claims = {claim.id: steps_of(claim, steps) for claim in study.claims}
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     return OpenedStudy(
-        file, sha256, study, nodes, chosen_nodes(nodes, only), StudyFolder(path, nodes)
+        file, sha256, study, nodes, chosen_nodes(nodes, only, claims), StudyFolder(path, nodes)
     )
 
 
@@ -86,9 +89,12 @@ def decided(opened: OpenedStudy, states: Mapping[str, State] | None = None) -> S
         UserError: a claim does not fit the coders that there are, or a file is damaged.
     """
     known = states_of(opened.folder, opened.nodes) | dict(states or {})
-    subjects, missing = _subjects(opened, known)
-    measures = Measures()
-    study = opened.study
+    subjects, measures, study = _subjects(opened, known), Measures(), opened.study
+    steps = {name: node.step for name, node in opened.nodes.items()}
+
+    def waiting(claim: Claim) -> list[str]:
+        return [name for name in steps_of(claim, steps) if known[name].kind != "done"]
+
     return StudyResult(
         version=STUDY_VERSION,
         name=study.name,
@@ -96,32 +102,21 @@ def decided(opened: OpenedStudy, states: Mapping[str, State] | None = None) -> S
         question=study.question,
         scale=study.scale,
         file_sha256=opened.sha256,
-        claims=[claim_result(c, subjects, measures, missing) for c in study.claims],
+        claims=[claim_result(c, subjects, measures, waiting(c)) for c in study.claims],
         steps=[_done(node, known[name]) for name, node in opened.nodes.items()],
         versions=versions(),
         at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
-def _subjects(
-    opened: OpenedStudy, states: Mapping[str, State]
-) -> tuple[list[Subject], dict[str, str]]:
-    """Coders that were measured, and runs that some claims may wait for, with what is missing."""
-    measuring: dict[str, list[str]] = {}
-    for name, node in opened.nodes.items():
-        if node.step.command in ("eval", "interp"):
-            run = node.step.fields["run"]
-            run = opened.nodes[run].step.fields["run"] if node.step.command == "interp" else run
-            measuring.setdefault(run, []).append(name)
-    subjects: list[Subject] = []
-    missing: dict[str, str] = {}
-    for run, names in measuring.items():
-        open_ = [name for name in names if states[name].kind != "done"]
-        if open_:
-            missing[run] = f"{', '.join(open_)} {'is' if len(open_) == 1 else 'are'} not done"
-        else:
-            subjects += subjects_of(run, opened.folder.run(run))
-    return subjects, missing
+def _subjects(opened: OpenedStudy, states: Mapping[str, State]) -> list[Subject]:
+    """Coders that were measured."""
+    evaluated = (
+        node.step.fields["run"]
+        for name, node in opened.nodes.items()
+        if node.step.command == "eval" and states[name].kind == "done"
+    )
+    return [one for run in evaluated for one in subjects_of(run, opened.folder.run(run))]
 
 
 def _done(node: Node, state: State) -> Done:

@@ -113,23 +113,23 @@ def test_a_pair_without_a_figure_in_one_seed_is_left_out_in_all() -> None:
 def test_a_coder_without_a_partner_is_counted_and_decides_nothing() -> None:
     claim = a_claim(against={"code": "continuous", "k": [8, 16]}, match=["site", "k", "seed"],
                     each=["k"], above=0)  # fmt: skip
-    result = claim_result(claim, subjects(), Given(), {})
+    result = claim_result(claim, subjects(), Given())
     by_k = {c.where["k"]: c for c in result.parts[0].cells}
     assert by_k["32"].value is None and by_k["32"].left_out == 2
     assert by_k["8"].value is not None
     assert result.verdict == "not decided"
     # One cell elsewhere is enough to say that a claim on all of them does not hold.
-    assert claim_result(a_claim(below=0, each=["k"]), subjects(), Given(), {}).verdict == (
+    assert claim_result(a_claim(below=0, each=["k"]), subjects(), Given()).verdict == (
         "does not hold"
     )
 
 
 def test_a_mean_that_lacks_a_coder_of_one_seed_decides_nothing() -> None:
     without = Given(without=("sae-binary-k8-s1",))
-    assert claim_result(a_claim(above=0.5), subjects(), without, {}).verdict == "not decided"
+    assert claim_result(a_claim(above=0.5), subjects(), without).verdict == "not decided"
     some = a_claim(above=0.5, some=True)
-    assert claim_result(some, subjects(), without, {}).verdict == "holds"
-    assert claim_result(a_claim(below=0.5, some=True), subjects(), without, {}).verdict == (
+    assert claim_result(some, subjects(), without).verdict == "holds"
+    assert claim_result(a_claim(below=0.5, some=True), subjects(), without).verdict == (
         "not decided"
     )
 
@@ -140,16 +140,14 @@ def test_several_coders_of_one_k_are_no_line_to_interpolate_on() -> None:
         cells_of(contrast(coders={"code": "binary", "lr": 0.1}, equal="l0"), two, Given(), "c")
 
 
-def test_a_claim_that_leaves_the_run_open_waits_for_all_runs() -> None:
-    result = claim_result(a_claim(above=0), subjects(), Given(), {"late": "figures is not done"})
-    assert (result.verdict, result.why) == ("not measured", "late: figures is not done")
-    named = a_claim(coders={"code": "binary", "run": "main"},
-                    against={"code": "continuous", "run": "main"}, above=0)  # fmt: skip
-    assert claim_result(named, subjects(), Given(), {"late": "x"}).verdict == "holds"
+def test_a_claim_that_waits_says_for_what() -> None:
+    result = claim_result(a_claim(above=0), subjects(), Given(), ["figures", "scores"])
+    assert (result.verdict, result.why) == ("not measured", "figures, scores are not done")
+    assert not result.parts
 
 
 def test_what_cannot_be_decided_says_why_and_leaves_the_others_alone() -> None:
-    result = claim_result(a_claim(figure="dead", ratio=True, above=1), subjects(), Given(), {})
+    result = claim_result(a_claim(figure="dead", ratio=True, above=1), subjects(), Given())
     assert result.verdict == "not decided"
     assert "numbers that can be 0" in result.why
 
@@ -160,7 +158,7 @@ def test_nothing_left_is_not_decided() -> None:
         {"id": "a", "words": "w", "figure": "fvu", "coders": {"code": "binary"},
          "against": {"code": "continuous"}, "above": 0}
     )  # fmt: skip
-    result = claim_result(claim, subjects(), Given(without=every), {})
+    result = claim_result(claim, subjects(), Given(without=every))
     assert result.verdict == "not decided"
     assert result.parts[0].cells[0].value is None
 
@@ -196,18 +194,12 @@ def a_claim(**fields: Any) -> Claim:
 def test_the_verdict_of_a_claim(bound: dict[str, float], verdict: str) -> None:
     at_8 = {"words": "k 8", "coders": {"k": 8}, "match": ["site", "seed"], "against": {"k": 8}}
     claim = a_claim(**bound, variants=[at_8])
-    result = claim_result(claim, subjects(), Given(), {})
+    result = claim_result(claim, subjects(), Given())
     assert result.verdict == verdict
     (part,) = result.parts
     assert [v.verdict for v in part.variants] == [verdict]
     assert [c.pairs for c in part.cells] == [3, 3]
     assert [c.pairs for c in part.variants[0].cells] == [1, 1]
-
-
-def test_a_claim_waits_for_the_runs_that_it_names() -> None:
-    claim = a_claim(coders={"code": "binary", "run": "late"}, above=0)
-    result = claim_result(claim, subjects(), Given(), {"late": "figures is not done"})
-    assert (result.verdict, result.why) == ("not measured", "late: figures is not done")
 
 
 def test_the_rule_depends_on_the_claim_alone() -> None:

@@ -73,7 +73,11 @@ def verdicts(path: Path) -> Any:
         (None, (), "no such file"),
         ("title = 3", (), "title"),
         ('title = "t"', (), "no steps"),
-        ('title = "t"\n[cache.a]\nmodel = "demo"', ("--only", "b"), "--only b: no such step"),
+        (
+            'title = "t"\n[cache.a]\nmodel = "demo"',
+            ("--only", "b"),
+            "--only b: no such step or claim",
+        ),
         ('title = "t"\n[cache.a]\nmodel = "demo"', ("--scale", "b"), "has no such scale"),
         ('title = "t"\n[cache.a]\nmodel = "demo"', ("--out", "s.toml"), "a file is there"),
     ],

@@ -257,10 +257,16 @@ def test_a_run_that_is_whole_gets_its_record_and_is_not_begun_again(
 
 def test_only_some_steps_with_what_they_need(tmp_path: Path) -> None:
     nodes = nodes_of(STUDY, tmp_path)
-    assert list(chosen_nodes(nodes, ["ex"])) == ["a", "x", "ex"]
-    assert list(chosen_nodes(nodes, [])) == list(nodes)
-    with pytest.raises(UserError, match=r"--only ez: no such step; there are a, b, x, y, ex, ey"):
-        chosen_nodes(nodes, ["ez"])
+    claims = {"C1": ["ex"], "C2": ["ex", "ey"]}
+    assert list(chosen_nodes(nodes, ["ex"], claims)) == ["a", "x", "ex"]
+    assert list(chosen_nodes(nodes, ["C1"], claims)) == ["a", "x", "ex"]
+    assert list(chosen_nodes(nodes, ["C1", "ey"], claims)) == ["a", "b", "x", "y", "ex", "ey"]
+    assert list(chosen_nodes(nodes, [], claims)) == list(nodes)
+    with pytest.raises(
+        UserError,
+        match=r"--only ez: no such step or claim.*; steps are a, b, x, y, ex, ey, claims C1, C2",
+    ):
+        chosen_nodes(nodes, ["ez"], claims)
 
 
 def test_two_evaluations_of_one_run_are_refused(tmp_path: Path) -> None:
