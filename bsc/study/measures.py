@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from bsc.errors import ConfigError, StoreError, nearest
 from bsc.eval.evaluation import CoderFigures, EvaluationFolder
 from bsc.eval.figures.firing import firing_counts
 from bsc.eval.finetuned import PROBE
-from bsc.eval.interp.scores import InterpFolder
+from bsc.eval.interp.scores import InterpFolder, Interpretability, Offline
 from bsc.study.config import Contrast
 from bsc.study.estimates import Sums
 from bsc.study.subjects import Subject
@@ -109,10 +110,21 @@ class _Measured:
         self.run = run
         self.folder = EvaluationFolder(run)
         self.evaluation = self.folder.read()
+        self.scores = InterpFolder(run)
+        self._judged: dict[Path, Interpretability] = {}
 
     @cached_property
     def arrays(self) -> dict[str, NDArray[Any]]:
         return read_arrays(self.folder.documents, self.folder.remedy)
+
+    @cached_property
+    def offline(self) -> Offline | None:
+        return self.scores.read_offline()
+
+    def judged(self, folder: Path) -> Interpretability:
+        if folder not in self._judged:
+            self._judged[folder] = self.scores.read(folder)
+        return self._judged[folder]
 
     @cached_property
     def spikes(self) -> dict[str, float]:
@@ -214,22 +226,22 @@ def _probe(measured: _Measured, coder: str, word: str) -> Sums:
 
 def _score(measured: _Measured, subject: Subject, contrast: Contrast) -> Sums | None:
     name, _, word = contrast.figure.partition(":")
-    folder = InterpFolder(subject.run)
+    scores = measured.scores
     if name == "judge":
-        there = [p for p in folder.judged() if contrast.judge in (None, p.name)]
+        there = [p for p in scores.judged() if contrast.judge in (None, p.name)]
         if len(there) != 1:
-            names = ", ".join(p.name for p in folder.judged()) or "none"
+            names = ", ".join(p.name for p in scores.judged()) or "none"
             raise ConfigError(
                 f"{contrast.figure}: `judge` should name one of the results by a judge of "
                 f"{subject.run.folder}: {names}."
             )
-        tests = folder.read(there[0]).coders[subject.name].tests
+        tests = measured.judged(there[0]).coders[subject.name].tests
         if word not in tests:
             raise ConfigError(f"{contrast.figure}: no such test; there are {', '.join(tests)}.")
         means = tests[word]
         chosen = means.weighted if contrast.weighted else means.unweighted
         return None if chosen.mean is None else _one(chosen.mean)
-    offline = folder.read_offline()
+    offline = measured.offline
     if offline is None or subject.name not in offline.coders:
         raise StoreError(
             f"{contrast.figure}: {subject.name} was not scored. `bsc interp {subject.run.folder}`."
@@ -239,7 +251,7 @@ def _score(measured: _Measured, subject: Subject, contrast: Contrast) -> Sums | 
         mean = (overlap.weighted if contrast.weighted else overlap.unweighted).mean
         return None if mean is None else _one(mean)
     counts = firing_counts(subject.run, subject.name)
-    path = folder.offline / subject.name / "00000.safetensors"
+    path = scores.offline / subject.name / "00000.safetensors"
     auc = read_arrays(path, f"`bsc interp {subject.run.folder}` writes it.")["auc"]
     rows = measured.evaluation.coders[subject.name].rows
     return mean_score(auc.astype(np.float64), counts, rows, contrast)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -108,6 +109,15 @@ def test_scores_without_a_judge(measured: Run) -> None:
         assert value(measured, "predictability", weighted=weighted) == pytest.approx(mean)
         overlap = (own.overlap.weighted if weighted else own.overlap.unweighted).mean
         assert value(measured, "overlap", weighted=weighted) == pytest.approx(overlap)
+
+
+def test_the_scores_of_a_run_are_read_once(measured: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = mock.Mock(side_effect=InterpFolder(measured).read_offline)
+    monkeypatch.setattr(InterpFolder, "read_offline", lambda folder: read())
+    every = Measures()
+    for figure in ("predictability", "overlap"):
+        assert every.sums(subject(measured), contrast(figure)) is not None
+    assert read.call_count == 1
 
 
 def test_training_figures(measured: Run) -> None:
