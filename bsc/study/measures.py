@@ -11,7 +11,7 @@
     ultra:WORD                          latents above 10 % whose diagnosis has the word
     dead_share, non_finite, spike       share of latents that never fire; 1 where training ended in
                                         numbers that are not finite; largest ratio of a training FVU
-                                        to the least before it
+                                        to the least before it, without the first tenth
     l0, bits, ...                       any other figure of a coder in eval.json
 
 docs/evaluation.md and docs/interp.md define them.
