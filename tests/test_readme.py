@@ -31,8 +31,8 @@ class Demo(NamedTuple):
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     folder = tmp_path_factory.mktemp("demo")
-    # With all cores, as a person has it, also where tests are told to use one thread each. Other tests
-    # run beside it: threads that wait for each other without spinning (docs/training.md).
+    # With all cores, as a person has it, also where tests are told to use one thread each. Beside
+    # other tests threads had better wait for each other without spinning (docs/training.md).
     threads = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
     threads["GOMP_SPINCOUNT"] = "1000"
     done = subprocess.run(
