@@ -13,7 +13,7 @@ from bsc.eval.figures.firing import FREQUENT
 from bsc.study.commands import inputs_of
 from bsc.study.config import Contrast, StudyStep
 from bsc.study.contrasts import check_contrast
-from bsc.study.needs import OFFLINE, sides_of
+from bsc.study.needs import OFFLINE, scoring_of, sides_of
 from bsc.study.study import OpenedStudy
 from bsc.study.subjects import Subject, selected
 from bsc.train.run_config import PlannedCoder
@@ -89,9 +89,7 @@ def _check_measured(
 ) -> None:
     """See that a figure will be there for the coders of a run."""
     name, _, word = figure.partition(":")
-    scoring = [
-        s for s in steps.values() if s.command == "interp" and s.fields["run"] == evaluation.name
-    ]
+    scoring = scoring_of(evaluation.name, steps)
     if name in OFFLINE and not scoring:
         raise ConfigError(
             f"{where}: {figure}: {run} is not scored. Add a step: [interp.NAME] with "

@@ -35,6 +35,7 @@ from bsc.eval.finetuned import PROBE
 from bsc.eval.interp.scores import InterpFolder, Interpretability, Offline
 from bsc.study.config import Contrast
 from bsc.study.estimates import Sums
+from bsc.study.needs import OFFLINE
 from bsc.study.subjects import Subject
 from bsc.train.run import Run
 
@@ -48,7 +49,7 @@ _DOCUMENTS = {
     "delta_ce": ("nats", None),
     "delta_ce_values_removed": ("nats_binarised", None),
 }
-_LATENTS = ("predictability", "overlap", "judge")
+_LATENTS = (*OFFLINE, "judge")
 _TRAINING = ("non_finite", "spike")
 _WITH_WORDS = ("probe", "judge", "latents_above", "share_of_firings_above", "ultra")
 _OTHERS = ("dead_share",)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from bsc.study.config import Claim, Contrast, StudyStep
 
-__all__ = ["OFFLINE", "Side", "runs_of", "sides_of", "steps_of"]
+__all__ = ["OFFLINE", "Side", "runs_of", "scoring_of", "sides_of", "steps_of"]
 
 OFFLINE = ("predictability", "overlap")
 """Scores of latents that every step of `interp` gives, with a judge or without one."""
@@ -67,7 +67,7 @@ def steps_of(claim: Claim, steps: Mapping[str, StudyStep]) -> list[str]:
 
 def _scoring(side: Side, evaluation: str, steps: Mapping[str, StudyStep]) -> list[str]:
     """Steps that score latents of a run, of those that the figure of a side is from."""
-    scoring = [s for s in steps.values() if s.command == "interp" and s.fields["run"] == evaluation]
+    scoring = scoring_of(evaluation, steps)
     judged = [s.name for s in scoring if s.fields.get("judge")]
     name = side.figure.partition(":")[0]
     if name == "judge":
@@ -75,3 +75,13 @@ def _scoring(side: Side, evaluation: str, steps: Mapping[str, StudyStep]) -> lis
     if name in OFFLINE:
         return ([s.name for s in scoring if s.name not in judged] or judged)[:1]
     return []
+
+
+def scoring_of(evaluation: str, steps: Mapping[str, StudyStep]) -> list[StudyStep]:
+    """Steps that score the latents of a run, with a judge or without one.
+
+    Args:
+        evaluation: name of the step that evaluated the run.
+        steps: of the study, by name.
+    """
+    return [s for s in steps.values() if s.command == "interp" and s.fields["run"] == evaluation]
