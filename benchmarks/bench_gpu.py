@@ -39,7 +39,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, from a
 from benchmarks.bench_train import bare_products, bench_parts, bench_uneven, check, make_bank
 from benchmarks.measure import alternate, ceilings, machine, ratio, spread, sync
 from bsc.train.coders.bank import Bank
+from bsc.train.config import TrainConfig
+from bsc.train.memory import plan_memory
 from bsc.train.optim import CoderOptimiser
+from bsc.train.run_config import PlannedCoder
 from tests.cuda.scenarios import bank_of, configs, rows_of
 
 Say = Callable[..., None]
@@ -197,6 +200,12 @@ def _steps(s: Session, shape: dict[str, Any]) -> None:
             bank.renormalise(c)
 
     runs["with Adam"] = whole
+    planned = _planned(bank, shape["rows"], s.device)
+    if s.cuda:
+        torch.cuda.reset_peak_memory_stats()
+        whole()
+        taken = torch.cuda.max_memory_allocated()
+        s.say("step", what="memory", **shape, planned_gb=planned, taken_gb=round(taken / 1e9, 3))
     with s.attempt("step", f"compiled, {shape}"):
         other = make_bank(site, n_latents, ks, s.device, compiled=True, **(how | {"rows": 1}))[0]
         started = time.perf_counter()
@@ -221,6 +230,19 @@ def _steps(s: Session, shape: dict[str, Any]) -> None:
         line["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     s.say("step", what="steps", **shape, **line)
     _profile(s, bank, x, y, shape)
+
+
+def _planned(bank: Bank, rows: int, device: torch.device) -> float:
+    """GB that `bsc train --plan` would plan for a step of these rows, with Adam."""
+    how: dict[str, Any] = {
+        "optimiser": "adam", "lr": 1e-5, "warmup": 0.0, "decay": "none", "clip_norm": None,
+        "temperature_init": 1.0, "anneal": 0.0, "patience": None, "seed": 0, "hookpoint": "h",
+    }  # fmt: skip
+    coders = [
+        PlannedCoder(name=str(i), coder=c, k_init=c.k, **how) for i, c in enumerate(bank.configs)
+    ]
+    config = TrainConfig(batch_rows=rows, micro_rows=rows, eval_rows=0)
+    return round(plan_memory(coders, config, device, 1 << 50).total / 1e9, 3)
 
 
 def _graph(bank: Bank, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:

@@ -13,6 +13,7 @@ import torch
 from bsc.devices import product_dtype
 from bsc.errors import ConfigError
 from bsc.progress import format_bytes
+from bsc.train.coders import kernels
 from bsc.train.coders.bank import EXTRA_COLUMNS
 from bsc.train.coders.coder import parameter_shapes
 from bsc.train.coders.config import CoderConfig
@@ -121,12 +122,15 @@ def _fixed(bank: Sequence[PlannedCoder], bytes_each: int) -> _Fixed:
     return _Fixed(weights, optimisers, products, max(sums, step), evaluation)
 
 
+def _entries_of_row(coder: PlannedCoder) -> int:
+    """Latents that are selected for a row, at most."""
+    wide = coder.coder.multi_topk or coder.coder.surrogate == "gumbel"
+    return max(coder.coder.k, coder.k_init) * (4 if wide else 1)
+
+
 def _row_bytes(coder: PlannedCoder, bytes_each: int) -> int:
     """Workspace of one row beside its pre-activations, at the widest point of a pass."""
-    config = coder.coder
-    k = max(config.k, coder.k_init) * (
-        4 if config.multi_topk or config.surrogate == "gumbel" else 1
-    )
+    config, k = coder.coder, _entries_of_row(coder)
     wide = 4 * k if config.select == "batch_topk" else k
     pre = config.n_latents * bytes_each // 6  # the folds
     if config.surrogate == "gumbel":
@@ -159,7 +163,8 @@ def plan_memory(
     Raises:
         ConfigError: it does not fit, however few rows are worked on at a time.
     """
-    bytes_each = product_dtype(config.precision, device).itemsize
+    dtype = product_dtype(config.precision, device)
+    bytes_each = dtype.itemsize
     banks = group_banks(planned)
     parts = [_fixed(bank, bytes_each) for bank in banks]
     weights, optimisers, products = (sum(p[i] for p in parts) for i in range(3))
@@ -176,8 +181,16 @@ def plan_memory(
     batches = copies * 2 * config.batch_rows * sum(widths.values())
     batches += 2 * config.eval_rows * sum(widths.values())
 
+    def pieces(coder: PlannedCoder, rows: int) -> int:
+        if device.type != "cuda":
+            return 0
+        width = max(coder.coder.d_in + EXTRA_COLUMNS, coder.coder.d_out)
+        entries = rows * _entries_of_row(coder)
+        return kernels.bytes_by_pieces(coder.coder.n_latents, width, entries, dtype)
+
     def plan(rows: int) -> MemoryPlan:
-        work = _LIBRARIES + rows * kept + max(step + rows * passing, evaluation)
+        a_pass = step + rows * passing + max(pieces(c, rows) for c in planned)
+        work = _LIBRARIES + rows * kept + max(a_pass, evaluation)
         return MemoryPlan(weights, optimisers, products, work, batches, rows)
 
     widest = max(c.coder.n_latents for c in planned)

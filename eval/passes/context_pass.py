@@ -19,6 +19,7 @@ from bsc.eval.passes.contexts import Contexts
 from bsc.eval.passes.pieces import Arrays, Pieces
 from bsc.eval.passes.prefix import Prefix
 from bsc.eval.passes.splice import Replacement, splice
+from bsc.eval.passes.sums import add_to
 
 __all__ = [
     "CLEAN",
@@ -98,7 +99,8 @@ def _sums(clean: _Clean, logits: torch.Tensor) -> LossSums:
     sums = []
     for values in (nats, kl, right, nats * clean.unseen):
         total = torch.zeros(clean.documents + 1, dtype=torch.float64, device=logits.device)
-        sums.append(total.index_add_(0, clean.document, values.double()))
+        add_to(total, clean.document, values.double())
+        sums.append(total)
     return LossSums(*torch.stack(sums).cpu().numpy()[:, :-1])  # the device is waited for once
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bsc.cache.store.split import StoreSplit
 from bsc.eval.passes.batches import row_batches
+from bsc.eval.passes.sums import add_to
 from bsc.train.coders.coder import Code, SparseCoder
 
 __all__ = ["TOLERANCE", "Calibration", "binarised", "calibrate", "quantised", "without_latents"]
@@ -73,9 +74,9 @@ def calibrate(
         x, y = (side.to(device, coder.dtype) for side in (batch.side(coder), batch.y))
         code = coder.encode(x)
         error += (y - coder.decode(code, x)).square().sum(dtype=torch.float64)
-        on = code.value != 0
-        total.index_add_(0, code.latent[on], code.value[on].double())
-        count.index_add_(0, code.latent[on], torch.ones_like(code.value[on].double()))
+        latent, value = code.latent.flatten(), code.value.flatten().double()
+        add_to(total, latent, value)
+        add_to(count, latent, (value != 0).double())
         rows += len(x)
         if rows >= max_rows:
             break

@@ -20,6 +20,7 @@ from bsc.errors import StoreError
 from bsc.eval.passes.batches import RowBatch, piece_ranges, row_batches
 from bsc.eval.passes.controls import Calibration, binarised, quantised
 from bsc.eval.passes.pieces import Arrays, Pieces
+from bsc.eval.passes.sums import add_to
 from bsc.train.coders.coder import Code, SparseCoder
 
 __all__ = ["Sums", "add_up", "pass_over_rows"]
@@ -57,9 +58,9 @@ class _CoderPiece:
             squared = error.square()
             self.channel[kind] += squared.sum(dim=0, dtype=torch.float64)
             by_row = squared.sum(dim=1, dtype=torch.float64)
-            self.by_document[kind].index_add_(0, document, by_row)
+            add_to(self.by_document[kind], document, by_row)
             if kind == "coder":
-                self.unseen.index_add_(0, document, by_row * unseen)
+                add_to(self.unseen, document, by_row * unseen)
         self._keep(code, batch.number)
 
     def _keep(self, code: Code, index: Tensor) -> None:
@@ -141,10 +142,10 @@ class _Totals:
         unseen = self._unseen[number].to(self.mean.device)
         squared = (y.double() - self.mean).square()
         self.channel += squared.sum(dim=0)
-        self.by_document.index_add_(0, of_row, squared.sum(dim=1))
+        add_to(self.by_document, of_row, squared.sum(dim=1))
         self.rows += torch.bincount(of_row, minlength=self.documents)
-        self.unseen.index_add_(0, of_row, squared.sum(dim=1) * unseen)
-        self.unseen_rows.index_add_(0, of_row, unseen)
+        add_to(self.unseen, of_row, squared.sum(dim=1) * unseen)
+        add_to(self.unseen_rows, of_row, unseen)
         return of_row, unseen
 
     def arrays(self) -> Arrays:

@@ -2,8 +2,8 @@
 
 Every step runs to its end with real numbers, while `device`, `is_cuda` and dispatch say CUDA. What
 surfaces: tensors on different devices, as CUDA refuses them; `.numpy()` of a tensor on the device;
-dtypes that an operation has no CUDA kernel for (`GAPS`); host synchronisations, by the line of bsc
-that causes them. Speed and rounding do not.
+dtypes that an operation has no CUDA kernel for (`GAPS`); host synchronisations, and sums in an
+order that CUDA leaves open, by the line of bsc that causes them. Speed and rounding do not.
 
 Needs a C++ compiler for some lines that register a device guard that does nothing: a build of torch
 for CPUs has none for CUDA, and without it any Python indexing aborts. The guard changes the process
@@ -49,6 +49,12 @@ _SYNCING = {
 _WRITES = ("index_put_", "_index_put_impl_", "index_put")
 _MIXED = ("_to_copy", "copy_", "index", *_WRITES, "set_", "lift_fresh", "_foreach_copy_")
 """Operations that may have tensors of both devices."""
+_ANY_ORDER = {
+    "index_add", "index_add_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_",
+    "put_", "cumsum", "cumsum_", "bincount", "histc", "index_reduce_",
+}  # fmt: skip
+"""Operations whose sums CUDA adds up in any order, so that floats differ from run to run
+(torch.use_deterministic_algorithms). `index_put_` that accumulates sorts first."""
 
 
 def load_guard() -> None:
@@ -141,6 +147,7 @@ class Machine(TorchDispatchMode):
         """Begin to count."""
         self.syncs: collections.Counter[str] = collections.Counter()
         self.missing: collections.Counter[str] = collections.Counter()
+        self.any_order: collections.Counter[str] = collections.Counter()
 
     def __enter__(self) -> Any:
         Machine.current = self
@@ -179,6 +186,9 @@ class Machine(TorchDispatchMode):
         self._check_devices(func, name, tensors, device)
         if name in GAPS and any(t.dtype in GAPS[name] for t in device):
             self.missing[f"{self._where()} {name}"] += 1
+        floats = any(t.is_floating_point() for t in tensors)
+        if name in _ANY_ORDER and floats:
+            self.any_order[f"{self._where()} {name}"] += 1
         known = {id(t._inner): t for t in device}
         inner_args, inner_kwargs = tree_map(
             lambda t: t._inner if isinstance(t, OnDevice) else t, (args, dict(kwargs))

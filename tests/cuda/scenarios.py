@@ -100,7 +100,8 @@ Found = list[dict[str, Any]]
 
 def note(found: Found, what: str, machine: Machine) -> None:
     """Write down what the machine counted."""
-    found.append({"what": what, "syncs": dict(machine.syncs), "missing": dict(machine.missing)})
+    counted = {name: dict(getattr(machine, name)) for name in ("syncs", "missing", "any_order")}
+    found.append({"what": what} | counted)
 
 
 def banks(machine: Machine, found: Found) -> None:
@@ -209,7 +210,9 @@ def evaluation(machine: Machine, found: Found) -> None:
             torch.testing.assert_close(host(got), expected, rtol=1e-4, atol=1e-4)
             vars(controls)["row_batches"] = lambda *a, batch=batch, **k: iter([batch])
             # Rows come from the line above, so that no store is opened.
+            machine.reset()
             calibration = controls.calibrate(here, None, "h")  # type: ignore[arg-type]
+            note(found, f"calibration: {name}", machine)
             one = row_pass._CoderPiece(here, calibration, 4)
             document = (torch.arange(ROWS) % 4).to(CUDA)
             unseen = torch.ones(ROWS, dtype=torch.float64).to(CUDA)

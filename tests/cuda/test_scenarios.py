@@ -52,6 +52,8 @@ def allowed(what: str) -> int:
         return 1 if "batch top-k" in kind else 0  # the widest row
     if what.startswith("finetuning"):
         return 2 if "batch top-k" in kind else 0  # the widest row, of two encodings
+    if what.startswith("calibration"):
+        return 2 + (1 if "batch top-k" in kind else 0)  # two sums at its end
     if what.startswith("pass over rows"):
         return 1 + (1 if "batch top-k" in kind else 0)
     # A counter that was saved on the host; whether all rows are finite; the sums themselves.
@@ -71,6 +73,11 @@ def test_everything_ran_and_nothing_lacks_a_kernel(found: dict[str, dict[str, An
     assert "finetuning bf16, a coder and a batch" in kinds
     assert len(found) > 200
     assert {what: line["missing"] for what, line in found.items() if line["missing"]} == {}
+
+
+def test_sums_are_added_up_in_one_order(found: dict[str, dict[str, Any]]) -> None:
+    assert {what: line["any_order"] for what, line in found.items() if line["any_order"]} == {}
+    assert any(what.startswith("calibration") for what in found)
 
 
 def test_the_host_waits_no_more_than_it_has_to(found: dict[str, dict[str, Any]]) -> None:

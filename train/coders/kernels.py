@@ -22,6 +22,7 @@ from torch.nn.functional import embedding_bag
 __all__ = [
     "Entries",
     "TransposedCode",
+    "bytes_by_pieces",
     "compiled_decoder_dot",
     "decode",
     "decoder_dot",
@@ -31,6 +32,11 @@ __all__ = [
     "pre_activations",
     "transpose",
 ]
+
+_VALUES_AT_ONCE = 1 << 26
+"""Values that `decoder_dot_by_pieces` gathers at a time."""
+_LONGEST = 512
+"""Entries of a bag on a GPU."""
 
 
 class Entries(NamedTuple):
@@ -117,7 +123,7 @@ def _by_pieces(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def decoder_dot_by_pieces(
-    grad_Nd: Tensor, table_Fd: Tensor, code: TransposedCode, values_at_once: int = 1 << 26
+    grad_Nd: Tensor, table_Fd: Tensor, code: TransposedCode, values_at_once: int = _VALUES_AT_ONCE
 ) -> Tensor:
     """`decoder_dot` as gather, multiply and sum, some entries at a time.
 
@@ -170,7 +176,7 @@ def latent_sums(code: TransposedCode, weight_M: Tensor, rows_Nd: Tensor) -> Tens
 
 
 def latent_sums_by_pieces(
-    code: TransposedCode, weight_M: Tensor, rows_Nd: Tensor, longest: int = 512
+    code: TransposedCode, weight_M: Tensor, rows_Nd: Tensor, longest: int = _LONGEST
 ) -> Tensor:
     """`latent_sums` for a GPU, where one warp walks a bag: none has more than `longest` entries.
 
@@ -189,3 +195,20 @@ def latent_sums_by_pieces(
     starts = torch.where(latent < n_latents, starts, m).int()
     sums = embedding_bag(code.row, rows_Nd, starts, mode="sum", per_sample_weights=weight_M)
     return embedding_bag(number.int(), sums, (ends - pieces).int(), mode="sum")
+
+
+def bytes_by_pieces(n_latents: int, width: int, entries: int, dtype: torch.dtype) -> int:
+    """Bytes that a GPU needs for the pieces of `latent_sums` or of `decoder_dot`, beside results.
+
+    Args:
+        n_latents: F.
+        width: d of the rows that are summed.
+        entries: M.
+        dtype: of the products.
+    """
+    numbers = 8 * 8  # of a piece: int64
+    sums = (n_latents + entries // _LONGEST) * (width * dtype.itemsize + numbers)
+    if not _by_pieces(torch.device("cuda"), dtype):
+        return sums
+    gathered = min(max(_VALUES_AT_ONCE, width), entries * width)
+    return max(sums, gathered * (4 + 3 * dtype.itemsize))
