@@ -21,7 +21,9 @@ from bsc.cache.capture.estimate import estimate
 from bsc.cache.capture.source import context_length
 from bsc.cache.model.hookpoints import modules_of
 from bsc.cache.model.models import load_architecture
+from bsc.cache.store.kinds import SPLITS
 from bsc.cache.store.layout import Hookpoint
+from bsc.cache.store.store import ActivationStore
 from bsc.config import parse_config
 from bsc.errors import ConfigError, UserError, nearest
 from bsc.eval.config import EvalConfig
@@ -29,7 +31,7 @@ from bsc.eval.figures.probing import LENGTH
 from bsc.eval.passes.controls import CALIBRATION_ROWS
 from bsc.finetuning.config import FinetuneConfig
 from bsc.finetuning.values import config_without_values
-from bsc.study.commands import config_of, in_numbers
+from bsc.study.commands import config_of, in_numbers, path_of_store
 from bsc.study.config import Hardware, StudyStep
 from bsc.study.judging import JudgeWork, judge_work
 from bsc.study.study import OpenedStudy
@@ -188,12 +190,14 @@ class _Reckoning:
 
     def cache(self, step: StudyStep, where: str) -> Amount:
         """A capture: the model up to the deepest hookpoint, and writing its rows."""
+        if path := path_of_store(step):
+            return self._existing(step.name, ActivationStore(path))
         config = config_of(CaptureConfig, step.fields, where)
         folder = self.hardware.architectures.get(config.model)
         store = self.opened.folder.store(step.name)
         # The GPU that it asks for need not be here.
         config = config.but(model=folder or config.model, store=store, device="cpu")
-        model = self._model(config)
+        model = self._model(config.model, config.revision, config.context)
         made = estimate(config, disk_rate=self.hardware.disk_rate, free=1 << 62)
         grids = made.plan.grids
         rows, held_out = (grids[s].rows if s in grids else 0 for s in ("train", "held_out"))
@@ -209,17 +213,27 @@ class _Reckoning:
             through=made.disk_hours * 3600 * made.disk_rate,
         )
 
-    def _model(self, config: CaptureConfig) -> ModelCost:
-        key = (config.model, config.revision, config.context)
+    def _existing(self, name: str, store: ActivationStore) -> Amount:
+        """A store that there is: nothing is left to do for it."""
+        saved = store.attributes["model"]
+        folder = self.hardware.architectures.get(saved["name"])
+        model = self._model(folder or saved["name"], saved["revision"], store.context)
+        rows, held_out = (store.splits[s].rows if s in store.splits else 0 for s in SPLITS)
+        each = 1 if store.codec == "int8" else 2
+        self.stores[name] = _Store(list(store.hookpoints), rows, held_out, each, model)
+        return Amount(what=f"{rows + held_out:,} tokens, captured before")
+
+    def _model(self, name: str, revision: str | None, context: int | None) -> ModelCost:
+        key = (name, revision, context)
         if key not in self._models:
             try:
-                base, longest = load_architecture(config.model, revision=config.revision)
+                base, longest = load_architecture(name, revision=revision)
             except UserError as error:
                 raise UserError(
                     f"{error} A plan needs no more of it than config.json: "
-                    f'[hardware] architectures = {{ "{config.model}" = "FOLDER" }}.'
+                    f'[hardware] architectures = {{ "{name}" = "FOLDER" }}.'
                 ) from None
-            self._models[key] = ModelCost(base, context_length(config, longest))
+            self._models[key] = ModelCost(base, context_length(context, longest))
         return self._models[key]
 
     def train(self, step: StudyStep, where: str) -> Amount:

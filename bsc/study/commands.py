@@ -16,7 +16,15 @@ from bsc.errors import ConfigError, nearest
 from bsc.options import options_in
 from bsc.study.config import Command, StudyStep
 
-__all__ = ["arguments", "check_step", "config_of", "in_numbers", "inputs_of", "shown"]
+__all__ = [
+    "arguments",
+    "check_step",
+    "config_of",
+    "in_numbers",
+    "inputs_of",
+    "path_of_store",
+    "shown",
+]
 
 
 C = TypeVar("C", bound=Config)
@@ -87,6 +95,11 @@ def inputs_of(step: StudyStep) -> Iterator[tuple[str, str]]:
             yield key, name
 
 
+def path_of_store(step: StudyStep) -> str | None:
+    """Where the store of a step is that another capture made; None: the step makes one."""
+    return step.fields.get("path") if step.command == "cache" else None
+
+
 def check_step(step: StudyStep, steps: Mapping[str, StudyStep], where: str) -> None:
     """See that a step says what its command takes, and names steps that there are.
 
@@ -94,9 +107,13 @@ def check_step(step: StudyStep, steps: Mapping[str, StudyStep], where: str) -> N
         ConfigError: it does not.
     """
     kind, where = _KINDS[step.command], f"{where}: [{step.command}.{step.name}]"
+    if step.command == "cache" and "path" in step.fields:
+        _check_path(step.fields, where)
+        return
     for key in kind.needed:
         if key not in step.fields:
-            raise ConfigError(f"{where}: {key}: missing")
+            more = "; or `path`, of a store that there is" if step.command == "cache" else ""
+            raise ConfigError(f"{where}: {key}: missing{more}")
     for key, name in _named(step, where):
         wanted = kind.inputs[key]
         of = [s for s in steps.values() if s.command in wanted]
@@ -115,6 +132,16 @@ def check_step(step: StudyStep, steps: Mapping[str, StudyStep], where: str) -> N
         _check_choose(own, kind, where)
     else:
         _check_flags(own, kind, where)
+
+
+def _check_path(own: Mapping[str, Any], where: str) -> None:
+    path = own["path"]
+    if not isinstance(path, str) or not path:
+        raise ConfigError(f"{where}: path: should be where a store is, got {path!r:.100}")
+    if more := ", ".join(k for k in own if k != "path"):
+        raise ConfigError(
+            f"{where}: path: names a store that there is, so nothing is captured. Leave out {more}."
+        )
 
 
 def _named(step: StudyStep, where: str) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,8 @@
 
 A step is a table `[COMMAND.NAME]`; its keys are the flags of that command (of `train` those of a
 sweep's file), and where a command takes the folder of a store or a run, the name of the step that
-makes it. A claim is a table `[[claims]]`. docs/study.md has both in full.
+makes it. A table of cache with `path` alone is a store that was captured before.
+A claim is a table `[[claims]]`. docs/study.md has both in full.
 
     [cache.acts]
     model = "demo"

@@ -17,6 +17,7 @@ import xxhash
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import StoreError
 from bsc.eval.interp.scores import InterpFolder
+from bsc.study.commands import path_of_store
 from bsc.study.graph import Node
 from bsc.train.run import Run
 from bsc.typed import Record, read_typed, write_typed
@@ -67,9 +68,10 @@ class StudyFolder:
             label = f"{self.run(node.name).folder.name}-measured"
         return self.path / "records" / f".{label}.lock"
 
-    def store(self, name: str) -> Path:
-        """Store that a step captured."""
-        return self.path / "stores" / self.nodes[name].label
+    def store(self, name: str) -> Path | str:
+        """Store that a step captured, or names."""
+        node = self.nodes[name]
+        return path_of_store(node.step) or self.path / "stores" / node.label
 
     def run(self, name: str) -> Run:
         """The run that a step trained or finetuned, or that it measured."""

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 
-from bsc.errors import ConfigError, UserError, nearest
+from bsc.cache.store.store import ActivationStore
+from bsc.errors import ConfigError, StoreError, UserError, nearest
 from bsc.eval.interp.config import DECIDING
 from bsc.files import canonical_json
-from bsc.study.commands import check_step, inputs_of
+from bsc.study.commands import check_step, inputs_of, path_of_store
 from bsc.study.config import Study, StudyStep
 
 __all__ = ["Node", "chosen_nodes", "graph_of"]
@@ -83,7 +84,8 @@ def graph_of(study: Study, where: str) -> dict[str, Node]:
         level[name] = max((level[n] + 1 for n in needs[name]), default=0)
     for name in sorted(order, key=lambda n: (level[n], rank[n])):
         step = steps[name]
-        said = [_VERSION, step.command, step.fields, [nodes[n].digest for n in needs[name]]]
+        fields = _fields(step, f"{where}: [{step.command}.{name}]")
+        said = [_VERSION, step.command, fields, [nodes[n].digest for n in needs[name]]]
         try:
             digest = xxhash.xxh3_64_hexdigest(canonical_json(said).encode())[:8]
         except (TypeError, ValueError) as error:  # a date, a time, not a number
@@ -92,6 +94,26 @@ def graph_of(study: Study, where: str) -> dict[str, Node]:
             ) from None
         nodes[name] = Node(step, needs[name], digest)
     return nodes
+
+
+def _fields(step: StudyStep, where: str) -> dict[str, Any]:
+    """What a step says; of a store that there is, which one it is, wherever it lies.
+
+    Raises:
+        ConfigError: there is no such store, or not a whole one.
+    """
+    path = path_of_store(step)
+    if path is None:
+        return step.fields
+    try:
+        store = ActivationStore(path)
+        if store.ring is not None:
+            raise StoreError(f"{path}: a ring, whose rows are gone once they were read.")
+        if not store.complete:
+            raise StoreError(f"{path}: its capture has not ended. `bsc cache` goes on with it.")
+    except StoreError as error:
+        raise ConfigError(f"{where}: path: {error}") from None
+    return {"store_id": store.store_id}
 
 
 def _check_scores(study: Study, where: str) -> None:

@@ -19,7 +19,7 @@ from bsc.errors import ConfigError, StoreError, UserError
 from bsc.files import write_atomically
 from bsc.locks import FileLock
 from bsc.study.choose import choose, chosen_value
-from bsc.study.commands import arguments, in_numbers, inputs_of, shown
+from bsc.study.commands import arguments, in_numbers, inputs_of, path_of_store, shown
 from bsc.study.folder import RECORD_VERSION, StepRecord, StudyFolder
 from bsc.study.graph import Node
 from bsc.study.subjects import Subject, selected, subjects_of, text_of
@@ -59,7 +59,8 @@ def do_step(node: Node, folder: StudyFolder, lock: FileLock, launch: Sequence[st
         raise FailedStep(str(error)) from error
     # A run may be whole without a record: whoever wrote it was killed before it could say so.
     whole = node.step.command in ("train", "finetune") and folder.made(node) is not None
-    if chosen is None and not whole:
+    there = path_of_store(node.step) is not None
+    if chosen is None and not whole and not there:
         begun = node.step.command == "finetune" and folder.run(node.name).config_path.exists()
         now = ["finetune", str(folder.run(node.name).folder), "--resume"] if begun else line
         _call(node, folder, now, lock, launch if node.step.command in _SHARED else ())
@@ -67,6 +68,8 @@ def do_step(node: Node, folder: StudyFolder, lock: FileLock, launch: Sequence[st
     if made is None:
         raise FailedStep(f"ended without an error, but made nothing; see {folder.log(node)}")
     own = "" if chosen is not None else shown([_relative(word, folder.path) for word in line])
+    if there:
+        own = f"store {made}, captured before"
     record = StepRecord(
         version=RECORD_VERSION,
         step=node.name,
@@ -90,6 +93,8 @@ def _relative(word: str, root: Path) -> str:
 def _line(node: Node, folder: StudyFolder) -> list[str]:
     """Arguments of `bsc` that begin the step; all but those of a finetuning go on with it too."""
     step = node.step
+    if path_of_store(step):
+        return []
     if step.command == "cache":
         return arguments(step, {"--store": str(folder.store(step.name))})
     runs = str(folder.path / "runs")

@@ -186,7 +186,7 @@ def estimate(
         disk_rate = disk_rate or _measure_disk(config.store)
     hooks, longest = _shapes(config)
     device = pick_device(config.device)
-    context = context_length(config, longest)
+    context = context_length(config.context, longest)
     batch = batch_contexts(config, context, device)
     plan = plan_of(config, hooks, context, batch)
     available = open_folder(config.store).free_bytes() if free is None else free

@@ -104,7 +104,7 @@ def open_source(config: CaptureConfig) -> Source:
     if warning := warn_of_residual(lm.base, names):
         console.print(warning, markup=False, highlight=False)
     tap = RowTap(lm.base, names)
-    context = context_length(config, lm.context)
+    context = context_length(config.context, lm.context)
     rows = tap.rows({"input_ids": torch.zeros((1, 8), dtype=torch.int64, device=device)})
     hooks = tuple(
         Hookpoint(n, rows[f"{n}/input"].shape[1], rows[f"{n}/output"].shape[1]) for n in tap.names
@@ -119,13 +119,13 @@ def open_source(config: CaptureConfig) -> Source:
     return Source(lm, tap, hooks, context, batch, config.packing, separation)
 
 
-def context_length(config: CaptureConfig, longest: int) -> int:
-    """Tokens in a context, of a model that takes up to `longest`.
+def context_length(asked: int | None, longest: int) -> int:
+    """Tokens in a context, as asked for, of a model that takes up to `longest`.
 
     Raises:
         UserError: the model does not take what is asked for.
     """
-    context = config.context or min(longest, MAX_DEFAULT_CONTEXT)
+    context = asked or min(longest, MAX_DEFAULT_CONTEXT)
     if not 1 < context <= longest:
         raise UserError(f"--context {context}: the model takes contexts of 2 to {longest} tokens.")
     return context

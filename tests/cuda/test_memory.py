@@ -1,4 +1,4 @@
-"""What steps on a GPU need beside what a CPU needs: measured on a CPU, where the same functions run."""
+"""Memory that steps need on a GPU alone, measured on a CPU, which can run the same functions."""
 
 from __future__ import annotations
 

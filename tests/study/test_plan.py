@@ -248,7 +248,7 @@ def test_what_is_done_costs_nothing_and_says_how_fast_the_next_is(
     assert after["second"].rate == "measured in this study"
     assert after["run"].rate == "tflops"
     # What was planned is what was captured.
-    files = [p for p in study.folder.store("first").rglob("*") if p.is_file()]
+    files = [p for p in Path(study.folder.store("first")).rglob("*") if p.is_file()]
     assert before["first"].bytes == pytest.approx(sum(p.stat().st_size for p in files), rel=0.2)
 
 
