@@ -1,7 +1,8 @@
 """How long does a training step take beside the encoder products that it cannot do without?
 
 * step: forward and backward pass of all coders, without optimiser, over the bare product of the
-  rows with all encoders in bfloat16, into memory that is there already, in the same run.
+  rows with all encoders, in the type that training takes it in, into memory that is there already,
+  in the same run; and what it takes beside that product, in copies of the pre-activations.
 * accumulate: the same with optimiser, at 2^14 rows a batch, over the bare products of the batch.
 * scale: steps of 8, 64 and 256 small coders: is the time linear in their number?
 * parts: each kernel of a step alone, beside what else could do its work.
@@ -38,7 +39,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, from anywhere
 
 from benchmarks.measure import alternate, ceilings, machine, ratio, spread
-from bsc.devices import keep_freed_memory
+from bsc.devices import keep_freed_memory, product_dtype
 from bsc.train.coders import kernels, topk
 from bsc.train.coders.bank import Bank
 from bsc.train.coders.config import CoderConfig
@@ -65,6 +66,7 @@ def make_bank(
     ]  # fmt: skip
     x = torch.randn((rows, d), generator=generator).bfloat16().to(device)
     y = x if site == "sae" else torch.randn((rows, d), generator=generator).bfloat16().to(device)
+    how.setdefault("compute_dtype", product_dtype("bf16", device))
     bank = Bank(configs, total_variance=float(d), device=device, **how)
     bank.initialise(range(len(ks)), torch.zeros(d), torch.zeros(d))
     if site != "sae":
@@ -74,13 +76,26 @@ def make_bank(
 
 def bare_products(bank: Bank, x: Tensor, micro_rows: int) -> Callable[[], None]:
     """The product of the rows with all encoders, in pieces of `micro_rows`, into one buffer."""
-    weight = bank.parameters["encoder.weight"].flatten(0, 1).to(torch.bfloat16)
-    out = torch.empty((micro_rows, len(weight)), dtype=torch.bfloat16, device=x.device)
-    x = x.to(torch.bfloat16)
+    weight = bank.parameters["encoder.weight"].flatten(0, 1).to(bank.compute_dtype)
+    out = torch.empty((micro_rows, len(weight)), dtype=bank.compute_dtype, device=x.device)
+    x = x.to(bank.compute_dtype)
 
     def run() -> None:
         for at in range(0, len(x), micro_rows):
             torch.mm(x[at : at + micro_rows], weight.T, out=out)
+
+    return run
+
+
+def copies(bank: Bank, rows: int) -> Callable[[], None]:
+    """Pre-activations of one coder after another into memory that is there already."""
+    shape = (rows, bank.configs[0].n_latents)
+    source = torch.ones(shape, dtype=bank.compute_dtype, device=bank.parameters["b_dec"].device)
+    target = torch.empty_like(source)
+
+    def run() -> None:
+        for _ in bank.configs:
+            target.copy_(source)
 
     return run
 
@@ -155,7 +170,10 @@ def bench_step(
         bank, x, y = make_bank(site, n_latents, ks, device, rows=rows)
         micro = rows if device.type == "cpu" else min(rows, 16384)
         check(bank, x[:4096], y[:4096])
-        runs: dict[str, Callable[[], object]] = {"gemm": bare_products(bank, x, micro)}
+        runs: dict[str, Callable[[], object]] = {
+            "gemm": bare_products(bank, x, micro),
+            "copy": copies(bank, rows),
+        }
         compile_seconds = 0.0
         for name, how in variants.items():
             other = (
@@ -176,8 +194,11 @@ def bench_step(
             "site": site, "n_latents": n_latents, "k": list(ks), "rows": rows,
             "gemm_ms": spread(ms["gemm"]),
             "gemm_tflops": round(gemm / statistics.median(ms["gemm"]) / 1e9, 2),
+            "dtype": str(bank.compute_dtype), "copy_ms": spread(ms["copy"]),
         }  # fmt: skip
         for name in variants:
+            beside = [a - b for a, b in zip(ms[name], ms["gemm"], strict=True)]
+            line[f"{name}_beside_in_copies"] = ratio(beside, ms["copy"])
             line[f"{name}_ms"] = spread(ms[name])
             line[f"{name}_over_gemm"] = ratio(ms[name], ms["gemm"])
         if "compiled" in variants:

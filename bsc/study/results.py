@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import Field
+
 from bsc.errors import UserError
 from bsc.eval.evaluation import Interval
 from bsc.study.config import Bound, Claim, Part
@@ -125,6 +127,8 @@ class StudyResult(Record):
     file_sha256: str
     """Hash of the study's file."""
     claims: list[ClaimResult]
+    figures: dict[str, str] = Field(default={})
+    """What the figures are that the claims are about, in words."""
     steps: list[Done]
     versions: dict[str, str]
     at: str

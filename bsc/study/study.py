@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from bsc.errors import UserError
 from bsc.study.config import Claim, Study, read_study
+from bsc.study.definitions import definitions_of
 from bsc.study.folder import StudyFolder
 from bsc.study.graph import Node, chosen_nodes, graph_of
 from bsc.study.measures import Measures, check_figure
@@ -103,6 +104,7 @@ def decided(opened: OpenedStudy, states: Mapping[str, State] | None = None) -> S
         scale=study.scale,
         file_sha256=opened.sha256,
         claims=[claim_result(c, subjects, measures, waiting(c)) for c in study.claims],
+        figures=definitions_of(study.claims),
         steps=[_done(node, known[name]) for name, node in opened.nodes.items()],
         versions=versions(),
         at=datetime.now(UTC).isoformat(timespec="seconds"),
