@@ -39,18 +39,20 @@ from bsc.train.run import Run
 from bsc.versions import versions
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-BATCHES = (2048, 8192)
+BATCHES = (512, 2048)
 
 
 def sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One line for each coder, learning rate and batch."""
     found = []
-    for optimiser, batch, lr in itertools.product(args.optimisers, args.batches, args.rates):
+    for optimiser, batch, lr, beta1, weight in itertools.product(
+        args.optimisers, args.batches, args.rates, args.beta1, args.fvu_weights
+    ):
         with tempfile.TemporaryDirectory() as folder:
             config = FinetuneConfig(
                 name="sweep", runs=Path(folder), coders=tuple(args.coders), tokens=args.tokens,
-                batch_tokens=batch, lr=lr, optimiser=optimiser, loss=args.loss, log_every=1,
-                keep_checkpoint=False,
+                batch_tokens=batch, lr=lr, optimiser=optimiser, loss=args.loss, beta1=beta1,
+                fvu_weight=weight, log_every=1, keep_checkpoint=False,
             )  # fmt: skip
             run, summaries = finetune(args.run, config)
             metrics = list(run.metrics())
@@ -59,7 +61,8 @@ def sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
             late = [m for m in mine if m["rows"] > 0.9 * args.tokens]
             line: dict[str, Any] = {
                 "coder": summary.name.rpartition("/")[2], "optimiser": optimiser, "batch": batch,
-                "lr": lr, "kl_first": round(mine[0]["kl"], 4) if mine else None,
+                "lr": lr, "beta1": beta1, "fvu_weight": weight,
+                "kl_first": round(mine[0]["kl"], 4) if mine else None,
             }  # fmt: skip
             for figure in ("kl", "fvu", "l0", "dead"):
                 fine = late and summary.frozen_at is None
@@ -197,6 +200,8 @@ def main() -> None:
     parser.add_argument("--optimisers", nargs="+", default=["adam"])
     parser.add_argument("--loss", default="kl")
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
+    parser.add_argument("--beta1", nargs="+", type=float, default=[0.7])
+    parser.add_argument("--fvu-weights", nargs="+", type=float, default=[3.0])
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Optimisers of one coder, over its slices of a bank's stacked parameters.
 
-adam            torch's, fused
+adam            torch's, fused; betas 0.9, or as given, and 0.999
 signum          schedule-free sign SGD, what the paper's code calls Signum:
                     y_t     = (1 - beta) z_t + beta x_t           where the gradient is taken
                     z_{t+1} = z_t - lr sign(grad f(y_t))          beta = 0.95
@@ -102,13 +102,16 @@ class ClassicSignum(torch.optim.Optimizer):
             torch._foreach_sub_(params, [m.sign() for m in momenta], alpha=group["lr"])
 
 
-def _make(name: Optimiser, tensors: list[Tensor], lr: float) -> list[torch.optim.Optimizer]:
+def _make(
+    name: Optimiser, tensors: list[Tensor], lr: float, beta1: float
+) -> list[torch.optim.Optimizer]:
+    betas = (beta1, 0.999)
     if name == "signum":
         return [ScheduleFreeSignSGD(tensors, lr)]
     if name == "signum_classic":
         return [ClassicSignum(tensors, lr)]
     if name == "adam":
-        return [torch.optim.Adam(tensors, lr=lr, fused=True)]
+        return [torch.optim.Adam(tensors, lr=lr, betas=betas, fused=True)]
     muon = getattr(torch.optim, "Muon", None)
     if muon is None:
         raise ConfigError(
@@ -120,7 +123,7 @@ def _make(name: Optimiser, tensors: list[Tensor], lr: float) -> list[torch.optim
     if matrices:
         parts.append(muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     if vectors:
-        parts.append(torch.optim.Adam(vectors, lr=lr, fused=True))
+        parts.append(torch.optim.Adam(vectors, lr=lr, betas=betas, fused=True))
     return parts
 
 
@@ -133,6 +136,7 @@ class CoderOptimiser:
         tensors: Mapping[str, tuple[Tensor, Tensor]],
         lr: float,
         clip_norm: float | None = None,
+        beta1: float = 0.9,
     ) -> None:
         """Take parameters and their gradients, which it reads at every step.
 
@@ -141,6 +145,7 @@ class CoderOptimiser:
             tensors: parameter and gradient by name.
             lr: learning rate of the first step.
             clip_norm: length to which all gradients of the coder together are cut; None: any.
+            beta1: of Adam.
         """
         self.parameters: dict[str, Tensor] = {}
         for key, (parameter, gradient) in tensors.items():
@@ -148,7 +153,7 @@ class CoderOptimiser:
             parameter.grad = gradient
             self.parameters[key] = parameter
         self.clip_norm = clip_norm
-        self._parts = _make(name, list(self.parameters.values()), lr)
+        self._parts = _make(name, list(self.parameters.values()), lr, beta1)
 
     def step(self, lr: float) -> None:
         """One step with this learning rate."""

@@ -89,6 +89,8 @@ class FinetunedCoder(RunCoder):
     lr: float
     warmup: float
     decay: Decay
+    beta1: float = 0.9
+    """Of Adam."""
     clip_norm: float | None
     surrogate: str | None
     """Gradient of binary latents; None of continuous coders."""

@@ -42,9 +42,13 @@ class FinetuneConfig(Config):
     loss: Loss = option(
         "kl+fvu",
         "kl: divergence from the model as it is. ce: cross-entropy of the next token. kl+fvu: KL "
-        "and reconstruction, which weigh the same.",
+        "and reconstruction.",
         _HOW,
     )
+    fvu_weight: float = option(
+        3.0, "How much more than KL reconstruction weighs in kl+fvu.", _HOW, ge=0
+    )
+    """1: both weigh the same (Karvonen 2025)."""
     tokens: int = option(10_000_000, "Tokens to finetune on.", _HOW, ge=1, parser=parse_count)
     """More than the text has are more passes over it."""
     batch_tokens: int | None = option(
@@ -53,7 +57,7 @@ class FinetuneConfig(Config):
         _HOW,
         ge=2,
         le=2**24,
-        shown="2,048, or a context where that is longer",
+        shown="512, or a context where that is longer",
         parser=parse_count,
     )
     micro_tokens: int | None = option(
@@ -73,6 +77,14 @@ class FinetuneConfig(Config):
     )
     """paper: 1e-3 with 50 steps of warm-up, which the authors took for Adam, in the units of the
     module: `normalise = "none"` goes with it."""
+    beta1: float | None = option(
+        None,
+        "Share of the gradients before in the mean that Adam goes by.",
+        _HOW,
+        ge=0,
+        lt=1,
+        shown="0.7; 0.9 for the paper's learning rate",
+    )
     warmup: float | None = option(
         None,
         "Share of the steps over which the learning rate rises.",

@@ -242,6 +242,7 @@ def stepper_of(job: FinetuneJob, coders: Mapping[str, TunedCoder]) -> Stepper:
         job.lm,
         [[coders[name] for name in own] for own in job.sets],
         loss=job.config.loss,
+        fvu_weight=job.config.fvu_weight,
         packing=job.text.packing,
         separation=job.separation,
         without_tokens=job.without_tokens,

@@ -35,7 +35,7 @@ from bsc.versions import versions
 
 __all__ = ["FinetuneJob", "make_job"]
 
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,7 @@ def _planned(
                 lr=schedule.lr,
                 warmup=schedule.warmup,
                 decay=schedule.decay,
+                beta1=schedule.beta1,
                 clip_norm=config.clip_norm,
                 surrogate=_surrogate(own),
             )

@@ -37,6 +37,7 @@ class Stepper:
         sets: Sequence[Sequence[TunedCoder]],
         *,
         loss: Loss,
+        fvu_weight: float = 1.0,
         packing: str,
         separation: Separation,
         without_tokens: Sequence[int] = (),
@@ -48,12 +49,14 @@ class Stepper:
             lm: with its head.
             sets: coders that are spliced in together.
             loss: what is made small.
+            fvu_weight: of ``"kl+fvu"``: how much more than KL reconstruction weighs.
             packing: how contexts were filled.
             separation: how the model keeps their documents apart.
             without_tokens: token ids whose rows are left as they are.
             micro_contexts: contexts that are worked on at a time.
         """
         self.lm, self.sets, self.loss = lm, sets, loss
+        self.fvu_weight = fvu_weight
         self.packing, self.separation = packing, separation
         self.micro_contexts = micro_contexts
         lm.model.requires_grad_(False)
@@ -159,7 +162,7 @@ class Stepper:
                 for coder in own:
                     assert coder.error is not None
                     share = self._balance(coder, both, clean) * per_row / len(own)
-                    loss = loss + coder.error * share
+                    loss = loss + coder.error * (share * self.fvu_weight)
             loss.backward()
             for coder in own:
                 coder.error = None

@@ -91,6 +91,7 @@ class TunedCoder:
             ),
             planned.lr,
             planned.clip_norm,
+            planned.beta1,
         )
         self.progress = Progress()
         latents = planned.coder.n_latents

@@ -40,6 +40,8 @@ KINDS["sae binary, unit rows"] = CoderConfig(
 KINDS["sae binary, amplitudes"] = KINDS["sae binary, unit rows"].model_copy(
     update={"amplitude": "learned"}
 )
+WEIGHT = 2.0
+"""How much more than KL reconstruction weighs."""
 HOOKS = ("layers.1.mlp", "layers.2.mlp")
 UNIT_X, UNIT_Y, VARIANCE = 0.7, 1.3, 5.0
 
@@ -167,7 +169,7 @@ def reference(
     if loss == "kl+fvu":
         for error in errors:
             fvu = error / (ids.numel() * VARIANCE)
-            total = total + fvu * (kl / fvu).detach() / len(errors)
+            total = total + WEIGHT * fvu * (kl / fvu).detach() / len(errors)
     total.backward()
     found = [
         {n: t.grad if t.grad is not None else torch.zeros_like(t) for n, t in p.items()}
@@ -197,8 +199,9 @@ def expected(coder: TunedCoder, plain: dict[str, Tensor]) -> dict[str, Tensor]:
 def gradients(lm: LanguageModel, coders: list[TunedCoder], loss: Loss, micro: int = 3) -> list[Any]:
     """KL and CE of a step, and its gradients; the weights stay as they are."""
     stepper = Stepper(
-        lm, [coders], loss=loss, packing="masked", separation="positions", micro_contexts=micro
-    )
+        lm, [coders], loss=loss, fvu_weight=WEIGHT, packing="masked", separation="positions",
+        micro_contexts=micro,
+    )  # fmt: skip
     for coder in coders:
         coder.optimiser.step = lambda lr: None  # type: ignore[method-assign] # gradients alone
     assert stepper.step(batch(), 0, 10) == []
