@@ -3,10 +3,11 @@
     python benchmarks/bench_finetune.py sweep --run bsc-demo/runs/demo [--tokens 500000]
     python benchmarks/bench_finetune.py cost --run bsc-demo/runs/demo [--repeats 7]
 
-sweep: finetunes coders of a run once for each learning rate and number of tokens in a step, and
-prints KL over the last tenth of each run: of training documents, before the update that they are
-in, so of text that was not finetuned on. The figures choose the defaults of
-`bsc.finetuning.schedule`; the test documents have no part in them.
+sweep: finetunes coders of a run once for each setting (learning rate, tokens in a step, Adam's
+beta1, weight of reconstruction), and prints their KL and FVU on the training documents that follow
+those that they were finetuned on, and what share of the KL of the coders as they were is closed
+there. The figures choose the defaults of `bsc.finetuning.schedule`; the test documents have no part
+in them.
 
 cost: seconds of a step of all coders of a run, beside what it cannot do without, in turns: one
 forward pass of the model, and for each coder the passes forward and back of what comes after it,
@@ -20,7 +21,6 @@ import itertools
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bsc.finetuning.config import FinetuneConfig
-from bsc.finetuning.finetune import finetune, stepper_of, tuned_coders
+from bsc.finetuning.finetune import stepper_of, tuned_coders
 from bsc.finetuning.job import FinetuneJob, make_job
 from bsc.finetuning.step import Stepper
 from bsc.train.run import Run
@@ -43,33 +43,56 @@ BATCHES = (512, 2048)
 
 
 def sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One line for each coder, learning rate and batch."""
-    found = []
-    for optimiser, batch, lr, beta1, weight in itertools.product(
+    """One line for each setting and coder, the coders as they were first."""
+    found: list[dict[str, Any]] = []
+    before: dict[str, list[float]] = {}
+    settings = itertools.product(
         args.optimisers, args.batches, args.rates, args.beta1, args.fvu_weights
-    ):
-        with tempfile.TemporaryDirectory() as folder:
-            config = FinetuneConfig(
-                name="sweep", runs=Path(folder), coders=tuple(args.coders), tokens=args.tokens,
-                batch_tokens=batch, lr=lr, optimiser=optimiser, loss=args.loss, beta1=beta1,
-                fvu_weight=weight, log_every=1, keep_checkpoint=False,
-            )  # fmt: skip
-            run, summaries = finetune(args.run, config)
-            metrics = list(run.metrics())
-        for summary in summaries:
-            mine = [m for m in metrics if m["coder"] == summary.name]
-            late = [m for m in mine if m["rows"] > 0.9 * args.tokens]
+    )
+    for optimiser, batch, lr, beta1, weight in [(None, 0, 0.0, 0.0, 0.0), *settings]:
+        config = FinetuneConfig(
+            name="sweep", coders=tuple(args.coders), tokens=args.tokens, loss=args.loss,
+            batch_tokens=batch or None, lr=lr or None, optimiser=optimiser or "adam",
+            beta1=beta1, fvu_weight=weight,
+        )  # fmt: skip
+        for coder, (kl, fvu) in _later(args, config, train=optimiser is not None).items():
+            first = before.setdefault(coder, [kl, fvu])
             line: dict[str, Any] = {
-                "coder": summary.name.rpartition("/")[2], "optimiser": optimiser, "batch": batch,
-                "lr": lr, "beta1": beta1, "fvu_weight": weight,
-                "kl_first": round(mine[0]["kl"], 4) if mine else None,
+                "coder": coder.rpartition("/")[2], "optimiser": optimiser, "batch": batch,
+                "lr": lr, "beta1": beta1, "fvu_weight": weight, "kl": round(kl, 5),
+                "closed": round(1 - kl / first[0], 4), "fvu": round(fvu, 4),
+                "fvu_change": round(fvu / first[1] - 1, 4),
             }  # fmt: skip
-            for figure in ("kl", "fvu", "l0", "dead"):
-                fine = late and summary.frozen_at is None
-                line[figure] = round(float(np.mean([m[figure] for m in late])), 4) if fine else None
             found.append(line)
             print(f"| {' | '.join(str(v) for v in line.values())} |", file=sys.stderr, flush=True)
     return found
+
+
+def _later(
+    args: argparse.Namespace, config: FinetuneConfig, *, train: bool
+) -> dict[str, tuple[float, float]]:
+    """Mean KL and FVU by coder on the documents that follow those that it was finetuned on."""
+    job = make_job(Run.open(args.run), config)
+    coders = tuned_coders(job)
+    stepper = stepper_of(job, coders)
+    figures: dict[str, list[list[float]]] = {name: [] for name in coders}
+    later = args.tokens + args.later
+    tokens = step = 0
+    for _, batch in job.text.batches(job.lm.tokenizer, job.batch_contexts):
+        if tokens >= later:
+            break
+        measured = tokens >= args.tokens
+        if measured:
+            for coder in coders.values():
+                coder.optimiser.step = lambda lr: None  # type: ignore[method-assign] # looked at only
+        if measured or train:
+            stepper.step(batch, min(step, job.steps - 1), job.steps)
+        if measured:
+            for name, coder in coders.items():
+                figures[name].append(coder.progress.last)
+        tokens, step = tokens + batch.token_id.size, step + 1
+    means = {name: np.mean(values, axis=0).tolist() for name, values in figures.items()}
+    return {name: (kl, fvu) for name, (kl, fvu) in means.items()}
 
 
 class Plain:
@@ -203,6 +226,7 @@ def main() -> None:
     parser.add_argument("--beta1", nargs="+", type=float, default=[0.7])
     parser.add_argument("--fvu-weights", nargs="+", type=float, default=[3.0])
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--later", type=int, default=49_152, help="sweep: tokens to measure on")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     args.tokens = args.tokens or {"sweep": 500_000, "cost": 8_192}[args.what]

@@ -12,7 +12,10 @@ from bsc.counts import parse_count
 from bsc.options import MACHINE, STEERING, option
 from bsc.train.config import Decay, Optimiser, parse_lr, plain_name
 
-__all__ = ["FinetuneConfig", "Loss"]
+__all__ = ["BATCH_TOKENS", "FinetuneConfig", "Loss"]
+
+BATCH_TOKENS = 512
+"""Tokens in a step where none are given and a context is not longer."""
 
 Loss = Literal["kl", "ce", "kl+fvu"]
 _WHAT, _HOW = "What is finetuned", "Finetuning"

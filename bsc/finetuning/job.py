@@ -19,7 +19,7 @@ from bsc.errors import UserError
 from bsc.eval.passes.prefix import Prefix
 from bsc.eval.passes.setting import check_widths, matching_model, open_store, separation_in
 from bsc.files import canonical_json
-from bsc.finetuning.config import FinetuneConfig
+from bsc.finetuning.config import BATCH_TOKENS, FinetuneConfig
 from bsc.finetuning.memory import MemoryPlan, ModelSize, plan_memory
 from bsc.finetuning.schedule import schedule_of
 from bsc.finetuning.text import StoreText
@@ -34,8 +34,6 @@ from bsc.train.run_config import RUN_VERSION, Finetuned, FinetunedCoder, RunCode
 from bsc.versions import versions
 
 __all__ = ["FinetuneJob", "make_job"]
-
-_BATCH_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ def make_job(
             f"{opened.folder}: {opened.train.rows:,} training rows of store {opened.store_id}, but "
             f"the run began with {saved.rows:,} of {saved.store_id}. It can only go on with those."
         )
-    batch_tokens = config.batch_tokens or max(_BATCH_TOKENS, text.context)
+    batch_tokens = config.batch_tokens or max(BATCH_TOKENS, text.context)
     if config.batch_tokens is None:
         config = config.model_copy(update={"batch_tokens": batch_tokens})
     contexts = batch_tokens // text.context

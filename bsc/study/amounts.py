@@ -29,7 +29,7 @@ from bsc.errors import ConfigError, UserError, nearest
 from bsc.eval.config import EvalConfig
 from bsc.eval.figures.probing import LENGTH
 from bsc.eval.passes.controls import CALIBRATION_ROWS
-from bsc.finetuning.config import FinetuneConfig
+from bsc.finetuning.config import BATCH_TOKENS, FinetuneConfig
 from bsc.finetuning.values import config_without_values
 from bsc.study.commands import config_of, in_numbers, path_of_store
 from bsc.study.config import Hardware, StudyStep
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Amount", "ModelCost", "Reckoned", "encode_flop", "reckon"]
 
-FINETUNE_TOKENS = 2048
-"""Tokens in a step of finetuning where none are given and a context is not longer."""
 PROBE_TEXTS_IN_ALL = 6_000
 """Labelled texts of a set: so many has the embedded one, of 8 classes."""
 PROBE_CLASSES = 8
@@ -287,7 +285,7 @@ class _Reckoning:
         model = run.store.model
         sets = list(_alike(coders).values()) if config.together else [[c] for c in coders]
         context = model.context
-        batch = (config.batch_tokens or max(FINETUNE_TOKENS, context)) // context * context
+        batch = (config.batch_tokens or max(BATCH_TOKENS, context)) // context * context
         tokens = config.tokens // max(1, batch) * batch
         each = model.whole + model.head
         for own in sets:
