@@ -187,10 +187,6 @@ def _steps(s: Session, shape: dict[str, Any]) -> None:
     bank, x, y = make_bank(site, n_latents, ks, s.device, **how)
     if shape["d"] == 576:
         check(bank, x[:2048], y[:2048])
-    runs: dict[str, Callable[[], object]] = {
-        "products": bare_products(bank, x, shape["rows"]),
-        "eager": partial(bank.step, x, y),
-    }
     optimisers = [CoderOptimiser("adam", bank.trained(c), 1e-5) for c in range(len(ks))]
 
     def whole() -> None:
@@ -199,13 +195,13 @@ def _steps(s: Session, shape: dict[str, Any]) -> None:
             one.step(1e-5)
             bank.renormalise(c)
 
-    runs["with Adam"] = whole
     planned = _planned(bank, shape["rows"], s.device)
-    if s.cuda:
-        torch.cuda.reset_peak_memory_stats()
-        whole()
-        taken = torch.cuda.max_memory_allocated()
-        s.say("step", what="memory", **shape, planned_gb=planned, taken_gb=round(taken / 1e9, 3))
+    s.say("step", what="memory", **shape, planned_gb=planned, taken_gb=_peak(s, whole))
+    runs: dict[str, Callable[[], object]] = {
+        "products": bare_products(bank, x, shape["rows"]),
+        "eager": partial(bank.step, x, y),
+        "with Adam": whole,
+    }
     with s.attempt("step", f"compiled, {shape}"):
         other = make_bank(site, n_latents, ks, s.device, compiled=True, **(how | {"rows": 1}))[0]
         started = time.perf_counter()
@@ -232,6 +228,16 @@ def _steps(s: Session, shape: dict[str, Any]) -> None:
     _profile(s, bank, x, y, shape)
 
 
+def _peak(s: Session, work: Callable[[], object]) -> float | None:
+    """GB that a GPU holds at most during this work, with all that it holds already."""
+    if not s.cuda:
+        work()
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+
+
 def _planned(bank: Bank, rows: int, device: torch.device) -> float:
     """GB that `bsc train --plan` would plan for a step of these rows, with Adam."""
     how: dict[str, Any] = {
@@ -241,7 +247,7 @@ def _planned(bank: Bank, rows: int, device: torch.device) -> float:
     coders = [
         PlannedCoder(name=str(i), coder=c, k_init=c.k, **how) for i, c in enumerate(bank.configs)
     ]
-    config = TrainConfig(batch_rows=rows, micro_rows=rows, eval_rows=0)
+    config = TrainConfig(batch_rows=rows, micro_rows=rows, eval_rows=1)
     return round(plan_memory(coders, config, device, 1 << 50).total / 1e9, 3)
 
 

@@ -21,7 +21,13 @@ class Config(BaseModel):
     """A config is checked once, when it is made, and never changes after."""
 
     # Built at the first use, so that a command that only says what its flags are need not wait.
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, defer_build=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        defer_build=True,
+        allow_inf_nan=False,
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -23,6 +23,7 @@ CONFIGS = [
     "bsc.cache.model.text_source:TextSource",
     "bsc.train.config:TrainConfig",
     "bsc.train.config:SweepPoint",
+    "bsc.finetuning.config:FinetuneConfig",
     "bsc.eval.config:EvalConfig",
     "bsc.eval.interp.config:JudgeConfig",
     "bsc.eval.interp.config:InterpConfig",
@@ -138,6 +139,17 @@ def test_help_names_every_value_that_a_flag_takes(where: str) -> None:
                 for value in get_args(field.annotation):
                     assert value in field.description, (field.description, value)
     assert found
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+@pytest.mark.parametrize("where", [*CONFIGS, "bsc.study.config:Hardware"])
+def test_a_number_of_a_config_is_finite(where: str, number: float) -> None:
+    module, _, name = where.partition(":")
+    kind = getattr(import_module(module), name)
+    for field, info in kind.model_fields.items():
+        if {float, float | None} & {info.annotation, *get_args(info.annotation)}:
+            with pytest.raises(ConfigError, match=f"{field}: input should be a finite number"):
+                parse_config(kind, {field: number}, "a file")
 
 
 def test_flags_of_a_command_are_told_apart() -> None:

@@ -84,7 +84,7 @@ class SweepPoint(CoderChoices):
     expansion: int = Field(default=32, ge=1)
     """Latents for each channel of the output, where `n_latents` is not given."""
     optimiser: Optimiser = option("adam", "adam, signum, signum_classic, muon.", CODERS)
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["paper"] | None = option(
+    lr: Annotated[float, Field(gt=0)] | Literal["paper"] | None = option(
         None,
         "Learning rate, or 'paper'.",
         CODERS,
@@ -98,11 +98,11 @@ class SweepPoint(CoderChoices):
     """Share of the steps over which the learning rate rises; None: 0.05, 0 for signum."""
     decay: Decay | None = None
     """How it falls afterwards: linear, none; None: linear, none for signum."""
-    clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    clip_norm: float | None = Field(default=None, gt=0)
     """Length to which the gradients of the coder together are cut; None: not cut."""
     k_init: int | None = Field(default=None, ge=1)
     """First k; it goes linearly to k over `anneal` of the steps. None: k from the beginning."""
-    temperature_init: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    temperature_init: float | None = Field(default=None, gt=0)
     """First temperature; it goes linearly to the last one over `anneal` of the steps."""
     anneal: float = Field(default=0.1, gt=0, le=1)
     """Share of the steps over which k and the temperature change, where they do."""

@@ -31,8 +31,8 @@ class FinetuneConfig(Config):
     )
     values: Literal["kept", "removed"] = option(
         "kept",
-        "removed: of continuous coders, finetuned as binary ones; 1 where a latent fires, with its "
-        "mean value in the decoder row. A control.",
+        "kept: coders as they are. removed: of continuous coders, finetuned as binary ones; 1 "
+        "where a latent fires, with its mean value in the decoder row. A control.",
         _WHAT,
     )
     together: bool = option(
@@ -70,7 +70,7 @@ class FinetuneConfig(Config):
     """A step adds up the gradients of its batch. Bounds the memory, changes nothing but
     rounding."""
     optimiser: Optimiser = option("adam", "adam, signum, signum_classic, muon.", _HOW)
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["paper"] | None = option(
+    lr: Annotated[float, Field(gt=0)] | Literal["paper"] | None = option(
         None,
         "Learning rate, or 'paper'.",
         _HOW,

@@ -102,11 +102,11 @@ class Contrast(Config):
     over the logarithm, instead of against the coder of the same k."""
     ratio: bool = False
     """Whether it is the ratio of the two that is meant, not their difference."""
-    above: float | None = Field(default=None, allow_inf_nan=False)
+    above: float | None = None
     """The claim: it is above this."""
-    below: float | None = Field(default=None, allow_inf_nan=False)
+    below: float | None = None
     """The claim: it is below this."""
-    within: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    within: float | None = Field(default=None, gt=0)
     """The claim: it is at most this far from 0, or, of a ratio, from 1 in either direction."""
     weighted: bool = False
     """Scores of latents: whether each counts by its firings."""

@@ -153,6 +153,17 @@ def test_a_run_goes_on_as_it_began(
     assert saved.finetuned is not None and Path(saved.store).is_absolute()
     with pytest.raises(UserError, match=r"lr is 0\.1, but the run has 0\.003"):
         resume_finetune(tmp_path / "run", {"lr": 0.1})
+    # A run of before both parts of the loss could be weighed has no such setting: they weigh alike.
+    asked = saved.to_json()
+    asked["finetuned"]["config"].pop("fvu_weight")
+    old = Run(Path(shutil.copytree(tmp_path / "run", tmp_path / "old")))
+    write_typed(old.config_path, parse_typed(RunConfig, asked, old.config_path))
+    with pytest.raises(UserError, match=r"fvu_weight is 3\.0, but the run has 1\.0"):
+        resume_finetune(old.folder, {"fvu_weight": 3.0})
+    with monkeypatch.context() as patched:
+        patched.setattr(Stepper, "step", stop)
+        with pytest.raises(KeyboardInterrupt):  # gone on with, as the run that has the setting
+            resume_finetune(old.folder)
     coder = own.coder(own.coder_names()[0])
     coder.tensors["b_dec"] += 1
     coder.save(own.coder_folder(own.coder_names()[0]))

@@ -19,6 +19,7 @@ from bsc.eval.interp.config import InterpConfig
 from bsc.eval.interp.cost import Estimate, estimate_requests
 from bsc.eval.interp.interp import cost_of
 from bsc.eval.interp.judges.judge import NamedJudge
+from bsc.finetuning.config import BATCH_TOKENS
 from bsc.study import plan as plan_module
 from bsc.study.amounts import reckon
 from bsc.study.config import Hardware
@@ -151,7 +152,7 @@ def test_an_evaluation_is_its_passes_from_the_hookpoint_on(tmp_path: Path) -> No
 
 
 def test_finetuning_runs_forward_and_back_from_the_hookpoint_on(tmp_path: Path) -> None:
-    tokens = 100_000 // 2048 * 2048
+    tokens = 100_000 // BATCH_TOKENS * BATCH_TOKENS
     flop = planned(tmp_path, seeds=[0])["tuned"].flop
     clean, later = (n * LAYER_FLOP + 2 * 192 + HEAD_FLOP for n in (6, 3))
     assert flop == pytest.approx(tokens * (clean + 2 * later + CODER_STEP))

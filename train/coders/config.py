@@ -62,7 +62,7 @@ class CoderChoices(Config):
     )
     """Gradient of a binary latent's step. Binary coders alone read it."""
 
-    temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    temperature: float | None = Field(default=None, gt=0)
     """Temperature of the surrogate, in units of the pre-activation. None: 2, and 0.5 for gumbel.
     Binary coders alone read it."""
 
@@ -77,7 +77,7 @@ class CoderChoices(Config):
     or none per latent but for every row the one at which the sigmoids of its pre-activations add
     up to k. With `newton` every selected latent is 1. Binary coders alone read it."""
 
-    threshold_init: float = Field(default=0.004, gt=0, allow_inf_nan=False)
+    threshold_init: float = Field(default=0.004, gt=0)
     """First value of every threshold, in units of the pre-activation."""
 
     exact_k: bool = False
@@ -108,7 +108,7 @@ class CoderChoices(Config):
     for binary and hybrid coders with unit rows, which cannot express how much a latent counts
     without it; else none."""
 
-    auxk_alpha: float = option(0.0, "Weight of the AuxK loss.", CODERS, ge=0, allow_inf_nan=False)
+    auxk_alpha: float = option(0.0, "Weight of the AuxK loss.", CODERS, ge=0)
     """Weight of the AuxK loss: dead latents reconstruct what the others leave over."""
 
     auxk_k: int | None = Field(default=None, ge=1)
@@ -117,7 +117,7 @@ class CoderChoices(Config):
     multi_topk: bool = False
     """Adds an eighth of the loss that the coder has with 4 k selected latents."""
 
-    rate_penalty: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    rate_penalty: float = Field(default=0.0, ge=0)
     """Weight of a penalty on frequent latents: what a latent adds to the loss by firing on every
     row, where `rate_cap` is 0. 0: none."""
 
@@ -130,7 +130,7 @@ class CoderConfig(CoderChoices):
     """The maths of one coder, with nothing left open. Frozen, so a config that was saved is the
     config that ran."""
 
-    temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(default=2.0, gt=0)
     k: int = Field(ge=1)
     n_latents: int = Field(ge=1)
     d_in: int = Field(ge=1)

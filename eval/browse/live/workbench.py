@@ -42,7 +42,7 @@ _LARGEST = float(torch.finfo(torch.float32).max)
 _HELD = 8
 """Coders that are held in memory."""
 
-Value = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Value = Annotated[float, Field(strict=True)]
 
 
 class Question(Config):
