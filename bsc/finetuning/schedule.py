@@ -12,11 +12,11 @@ from bsc.train.schedule import default_decay, default_warmup
 __all__ = ["Schedule", "schedule_of"]
 
 _LR = {
-    ("adam", "continuous"): 1e-3,
-    ("adam", "binary"): 1e-3,
+    ("adam", "continuous"): 2e-3,
+    ("adam", "binary"): 2e-3,
 }
 """Learning rates for rows in units of rms:
-benchmarks/records/finetune_2core-xeon-amx_2026-11-22.md."""
+benchmarks/records/finetune_2core-epyc-avx2_2026-11-23.md."""
 _BETA1 = 0.7
 """Of Adam. The mean of torch's 0.9 remembers too long for so few steps."""
 _PAPER_LR, _PAPER_WARMUP, _PAPER_BETA1 = 1e-3, 50, 0.9
