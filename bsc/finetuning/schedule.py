@@ -13,7 +13,7 @@ __all__ = ["Schedule", "schedule_of"]
 
 _LR = {
     ("adam", "continuous"): 2e-3,
-    ("adam", "binary"): 2e-3,
+    ("adam", "binary"): 3e-3,
 }
 """Learning rates for rows in units of rms:
 benchmarks/records/finetune_2core-epyc-avx2_2026-11-23.md."""

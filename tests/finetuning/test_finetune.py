@@ -201,7 +201,8 @@ def test_learning_rates() -> None:
     def of(code: str = "binary", **fields: Any) -> Schedule:
         return schedule_of(FinetuneConfig(**fields), code, 1_000)
 
-    assert of() == of("continuous") == of("hybrid") == Schedule(2e-3, 0.05, "linear", 0.7)
+    assert of("continuous") == of("hybrid") == Schedule(2e-3, 0.05, "linear", 0.7)
+    assert of("binary") == Schedule(3e-3, 0.05, "linear", 0.7)
     assert of(lr="paper") == Schedule(1e-3, 0.05, "linear", 0.9)  # 50 of 1,000 steps
     assert of(lr="paper", beta1=0.5).beta1 == 0.5 and of(beta1=0.0).beta1 == 0.0
     assert schedule_of(FinetuneConfig(lr="paper"), "binary", 200).warmup == 0.25
