@@ -27,7 +27,7 @@ class FinetuneConfig(Config):
     name: str = option("finetuned", "Name of the new run.", _WHAT)
     runs: Path | None = option(None, "Folder of runs.", _WHAT, shown="the one that RUN is in")
     coders: tuple[str, ...] = option(
-        (), "Pattern of coders' names, such as '*binary*'; several times.", _WHAT, shown="all"
+        (), "Coders, by name or pattern; several times.", _WHAT, shown="all", metavar="GLOB"
     )
     values: Literal["kept", "removed"] = option(
         "kept",

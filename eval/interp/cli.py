@@ -116,5 +116,5 @@ def add_commands(app: typer.Typer) -> None:
     command(
         app,
         {name: f"bsc.eval.interp.config:{kind}" for name, kind in kinds.items()},
-        epilog="Example: bsc interp runs/run --judge http://localhost:8000/v1 --coder binary-k32",
+        epilog="Example: bsc interp runs/run --judge http://localhost:8000/v1 --coders '*k32*'",
     )(interp)

@@ -49,7 +49,7 @@ class InterpConfig(Config):
     """Which latents are scored, and what is shown of them."""
 
     coders: tuple[str, ...] = option(
-        (), "Coders, by (part of) name; several times.", _WHICH, flag="--coder", shown="all"
+        (), "Coders, by name or pattern; several times.", _WHICH, shown="all", metavar="GLOB"
     )
     latents: int = option(50, "Latents of each of a coder's two samples.", _WHICH, ge=1)
     only: tuple[int, ...] = option(

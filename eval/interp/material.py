@@ -157,11 +157,9 @@ def _just(latents: Sequence[int], counts: NDArray[np.int64]) -> Chosen:
 
 
 def _names(run: Run, wanted: Sequence[str], evaluation: Evaluation) -> list[str]:
-    asked = {run.full_name(name) for name in wanted} or set(evaluation.coders)
-    names = [name for name in run.coder_names() if name in asked]
-    if left_out := [n for n in names if n not in evaluation.coders]:
-        raise UserError(
-            f"{run.folder}: {left_out[0]} was left out of the evaluation, so there is nothing to "
-            f"score."
-        )
-    return names
+    for one in wanted:
+        if not any(name in evaluation.coders for name in run.names_of([one])):
+            raise UserError(
+                f"{run.folder}: {one} was left out of the evaluation, so there is nothing to score."
+            )
+    return [name for name in run.names_of(wanted) if name in evaluation.coders]

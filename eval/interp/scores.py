@@ -325,7 +325,7 @@ def say_what_is_left_out(folder: Path, error: UserError) -> None:
     """Say that scores of other coders cannot be kept beside new ones."""
     if any(folder.glob("*.json")):
         console.print(
-            f"{error} What it holds of other coders is not kept; score the run without --coder.",
+            f"{error} What it holds of other coders is not kept; score the run without --coders.",
             markup=False,
             highlight=False,
         )

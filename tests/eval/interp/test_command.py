@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from bsc.cache.store.store import ActivationStore
 from bsc.cli import main
+from bsc.errors import UserError
 from bsc.eval.interp.config import InterpConfig
 from bsc.eval.interp.evidence import gather
 from bsc.eval.interp.material import Materials
@@ -102,7 +103,7 @@ def test_named_latents_do_not_replace_a_sample(scored: tuple[Run, Scripted]) -> 
     offline = run.interp_folder / "offline" / "offline.json"
     before = path.read_bytes(), offline.read_bytes()
     latents = [json.loads(x)["latent"] for x in path.with_name("latents.jsonl").open()][:2]
-    main_ok("interp", run.folder, "--judge", script.url, *SMALL, "--coder", run.coder_names()[0],
+    main_ok("interp", run.folder, "--judge", script.url, *SMALL, "--coders", run.coder_names()[0],
             "--latent", latents[0], "--latent", latents[1])  # fmt: skip
     assert (
         path.read_bytes(),
@@ -125,10 +126,24 @@ def test_figures_for_a_paper_have_the_scores(scored: tuple[Run, Scripted], tmp_p
     assert {p.suffix for p in folder.glob("interp-0-0*")} == {".svg", ".pdf"}
 
 
+def chosen(run: Run, *wanted: str) -> list[str]:
+    return Materials(run, InterpConfig(coders=wanted), store=None, model=None).names
+
+
 def test_coders_are_scored_in_the_order_of_the_sweep(evaluated: Run) -> None:
     names = evaluated.coder_names()
-    config = InterpConfig(coders=(names[5], names[1]))
-    assert Materials(evaluated, config, store=None, model=None).names == [names[1], names[5]]
+    assert chosen(evaluated, names[5], names[1]) == [names[1], names[5]]
+    assert chosen(evaluated, "*-binary-*") == [name for name in names if "-binary-" in name]
+
+
+def test_coders_that_were_left_out_of_the_evaluation_are_not_scored(evaluated_copy: Run) -> None:
+    gone, *others = evaluated_copy.coder_names()
+    found = raw(evaluated_copy.eval_path)
+    del found["coders"][gone]
+    write_record(evaluated_copy.eval_path, found)
+    assert chosen(evaluated_copy) == chosen(evaluated_copy, "*") == others
+    with pytest.raises(UserError, match=f"{gone} was left out of the evaluation"):
+        chosen(evaluated_copy, others[0], gone)
 
 
 def test_coders_can_be_scored_one_by_one(scored: tuple[Run, Scripted], evaluated_copy: Run) -> None:
@@ -136,14 +151,14 @@ def test_coders_can_be_scored_one_by_one(scored: tuple[Run, Scripted], evaluated
     run, script = scored
     names = run.coder_names()[:3]
     for name in names:
-        main_ok("interp", evaluated_copy.folder, "--judge", script.url, *SMALL, "--coder", name)
+        main_ok("interp", evaluated_copy.folder, "--judge", script.url, *SMALL, "--coders", name)
     one, other = (r.interp_folder / "simulated-loopback" for r in (run, evaluated_copy))
     whole, parts = (json.loads((f / "interp.json").read_text())["coders"] for f in (one, other))
     assert {n: whole[n] for n in names} == parts
     lines = [(f / "latents.jsonl").read_text().splitlines() for f in (one, other)]
     assert set(lines[1]) == {x for x in lines[0] if json.loads(x)["coder"] in names}
     # One of them with other tests: the others stay, and what no coder has is gone.
-    main_ok("interp", evaluated_copy.folder, "--judge", script.url, *SMALL, "--coder", names[0],
+    main_ok("interp", evaluated_copy.folder, "--judge", script.url, *SMALL, "--coders", names[0],
             "--test", "detection")  # fmt: skip
     found = json.loads((other / "interp.json").read_text())
     assert list(found["coders"]) == names and list(found["coders"][names[0]]["tests"]) == [
@@ -165,7 +180,7 @@ MISTAKES = [
     (["interp", "{run}", "--judge-model", "x"], "there is no judge; name one with --judge"),
     (["interp", "{run}", "--dry-run", "--export", "x.jsonl"], "--dry-run and --export"),
     (["interp", "{run}", "--latent", "64"], "no latent 64; they are 0 to 63"),
-    (["interp", "{run}", "--coder", "nope"], "no coder 'nope'"),
+    (["interp", "{run}", "--coders", "nope"], "no coder 'nope'"),
     (["interp", "{run}", "--test", "detektion"], "detektion"),
     (["interp", "{run}", "--marks", "some"], "marks"),
     (["interp", "{run}", "--budget", "5"], "needs the prices"),

@@ -46,14 +46,14 @@ def test_a_local_model_answers_by_its_logits(judge_model: Path) -> None:
 
 def test_a_local_judge_scores_a_run(judge_model: Path, evaluated_copy: Run) -> None:
     name = evaluated_copy.coder_names()[0]
-    main_ok("interp", evaluated_copy.folder, "--judge", judge_model, *SMALL, "--coder", name)
+    main_ok("interp", evaluated_copy.folder, "--judge", judge_model, *SMALL, "--coders", name)
     (path,) = evaluated_copy.interp_folder.glob("*/interp.json")
     result = json.loads(path.read_text())
     assert result["config"]["items"] == 1 and result["judge"]["probabilities"]
     test = result["coders"][name]["tests"]["fuzzing"]
     assert 0 <= test["auc"]["unweighted"]["mean"] <= 1
     before = path.read_bytes()
-    main_ok("interp", evaluated_copy.folder, "--judge", judge_model, *SMALL, "--coder", name)
+    main_ok("interp", evaluated_copy.folder, "--judge", judge_model, *SMALL, "--coders", name)
     assert path.read_bytes() == before
 
 
