@@ -128,7 +128,7 @@ def _entries_of_row(coder: PlannedCoder) -> int:
     return max(coder.coder.k, coder.k_init) * (4 if wide else 1)
 
 
-def _row_bytes(coder: PlannedCoder, bytes_each: int) -> int:
+def _row_bytes(coder: PlannedCoder, bytes_each: int, device: torch.device) -> int:
     """Workspace of one row beside its pre-activations, at the widest point of a pass."""
     config, k = coder.coder, _entries_of_row(coder)
     wide = 4 * k if config.select == "batch_topk" else k
@@ -141,7 +141,8 @@ def _row_bytes(coder: PlannedCoder, bytes_each: int) -> int:
         pre += config.n_latents * 4 * 4
     if config.auxk_alpha:
         pre += config.n_latents * bytes_each
-    candidates = 8 * wide * 28
+    # Columns and values; of bfloat16 keys and their parts too, and what a GPU sorts with.
+    candidates = 8 * wide * (16 if bytes_each == 4 and device.type == "cpu" else 28)
     if config.select == "batch_topk":
         candidates += wide * 48  # sorted together over the rows
     entries = k * 64
@@ -170,7 +171,7 @@ def plan_memory(
     weights, optimisers, products = (sum(p[i] for p in parts) for i in range(3))
     # Every bank keeps its buffers; what a pass makes on its way is freed before the next one.
     kept = sum(bank[0].coder.n_latents * bytes_each for bank in banks)
-    passing = max(_row_bytes(c, bytes_each) for c in planned)
+    passing = max(_row_bytes(c, bytes_each, device) for c in planned)
     step, evaluation = max(p.step for p in parts), max(p.evaluation for p in parts)
     widths = {
         (c.hookpoint, side): width
