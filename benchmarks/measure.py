@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from bsc.devices import product_dtype
+
 
 def sync(device: torch.device) -> None:
     """Wait for the device."""
@@ -47,17 +49,19 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What the device can do: TFLOP/s of a large bf16 product, GB/s of a large copy."""
+    """What the device can do: TFLOP/s of a large product as training takes it, GB/s of a copy."""
     n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn((n, n), device=device).bfloat16()
+    dtype = product_dtype("bf16", device)
+    a = torch.randn((n, n), device=device).to(dtype)
     out = torch.empty_like(a)
     source = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
     ms = alternate(
         {"mm": lambda: torch.mm(a, a, out=out), "copy": lambda: target.copy_(source)}, device, 7
     )
+    kind = "bf16" if dtype == torch.bfloat16 else "fp32"
     return {
-        "tflops_bf16": round(2 * n**3 / statistics.median(ms["mm"]) / 1e9, 2),
+        f"tflops_{kind}": round(2 * n**3 / statistics.median(ms["mm"]) / 1e9, 2),
         "gb_per_s_copy": round(8 * len(source) / statistics.median(ms["copy"]) / 1e6, 1),
     }
 
