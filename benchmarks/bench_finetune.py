@@ -84,7 +84,8 @@ def _later(
         measured = tokens >= args.tokens
         if measured:
             for coder in coders.values():
-                coder.optimiser.step = lambda lr: None  # type: ignore[method-assign] # looked at only
+                # Measured from here on, not changed; a method has no other place to stand.
+                coder.optimiser.step = lambda lr: None  # type: ignore[method-assign]
         if measured or train:
             stepper.step(batch, min(step, job.steps - 1), job.steps)
         if measured:

@@ -54,8 +54,6 @@ _COLUMNS: Columns = {
 _FREE = frozenset({"name", "runs", "device", "checkpoint_every", "keep_checkpoint", "tensorboard",
                    "wandb"})  # fmt: skip
 """Settings that change nothing in the result."""
-_BEFORE: dict[str, Any] = {"fvu_weight": 1.0, "beta1": 0.9}
-"""Settings of runs that began before these could be given."""
 
 
 class FinetuneSummary(NamedTuple):
@@ -153,9 +151,8 @@ def _same(saved: RunConfig, changes: Mapping[str, Any]) -> FinetuneConfig:
     """
     assert saved.finetuned is not None
     where = "bsc finetune --resume"
-    begun = _BEFORE | saved.finetuned.config
-    old = parse_config(FinetuneConfig, begun, where)
-    new = parse_config(FinetuneConfig, begun | dict(changes), where)
+    begun = {"fvu_weight": 1.0, "beta1": 0.9} | saved.finetuned.config  # not in older runs
+    old, new = (parse_config(FinetuneConfig, begun | c, where) for c in ({}, dict(changes)))
     for name in changes:
         a, b = getattr(old, name), getattr(new, name)
         if name not in _FREE and str(a) != str(b):

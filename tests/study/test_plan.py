@@ -152,8 +152,7 @@ def test_an_evaluation_is_its_passes_from_the_hookpoint_on(tmp_path: Path) -> No
 
 
 def test_finetuning_runs_forward_and_back_from_the_hookpoint_on(tmp_path: Path) -> None:
-    tokens = 100_000 // BATCH_TOKENS * BATCH_TOKENS
-    flop = planned(tmp_path, seeds=[0])["tuned"].flop
+    flop, tokens = planned(tmp_path, seeds=[0])["tuned"].flop, 100_000 - 100_000 % BATCH_TOKENS
     clean, later = (n * LAYER_FLOP + 2 * 192 + HEAD_FLOP for n in (6, 3))
     assert flop == pytest.approx(tokens * (clean + 2 * later + CODER_STEP))
     assert planned(tmp_path, seeds=[0], layer=5)["tuned"].flop < flop
