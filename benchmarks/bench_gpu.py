@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, from a
 
 from benchmarks.bench_train import bare_products, bench_parts, bench_uneven, check, make_bank
 from benchmarks.measure import alternate, ceilings, machine, ratio, spread, sync
-from bsc.train.coders.bank import Bank
+from bsc.train.coders.bank import Bank, StepResult
 from bsc.train.config import TrainConfig
 from bsc.train.memory import plan_memory
 from bsc.train.optim import CoderOptimiser
@@ -190,28 +190,31 @@ def _steps(s: Session, shape: dict[str, Any]) -> None:
     optimisers = [CoderOptimiser("adam", bank.trained(c), 1e-5) for c in range(len(ks))]
 
     def whole() -> None:
-        bank.step(x, y)
+        step()
         for c, one in enumerate(optimisers):
             one.step(1e-5)
             bank.renormalise(c)
 
-    planned = _planned(bank, shape["rows"], s.device)
+    # As many rows at a time as training would take: kernels of CUDA count in 32 bits.
+    micro = min(shape["rows"], 1 << ((2**31 - 1) // n_latents).bit_length() - 1) if s.cuda else None
+    step = partial(bank.step, x, y, micro_rows=micro)
+    planned = _planned(bank, shape["rows"], micro, s.device)
     s.say("step", what="memory", **shape, planned_gb=planned, taken_gb=_peak(s, whole))
     runs: dict[str, Callable[[], object]] = {
-        "products": bare_products(bank, x, shape["rows"]),
-        "eager": partial(bank.step, x, y),
+        "products": bare_products(bank, x, micro or shape["rows"]),
+        "eager": step,
         "with Adam": whole,
     }
     with s.attempt("step", f"compiled, {shape}"):
         other = make_bank(site, n_latents, ks, s.device, compiled=True, **(how | {"rows": 1}))[0]
         started = time.perf_counter()
-        other.step(x, y)
+        other.step(x, y, micro_rows=micro)
         sync(s.device)
         s.say("step", what="compiling", **shape, seconds=round(time.perf_counter() - started, 1))
-        runs["compiled"] = partial(other.step, x, y)
+        runs["compiled"] = partial(other.step, x, y, micro_rows=micro)
     if s.cuda:
         with s.attempt("step", f"graph, {shape}"):
-            runs["graph"] = _graph(bank, x, y)
+            runs["graph"] = _graph(step)
         torch.cuda.reset_peak_memory_stats()
     ms = alternate(runs, s.device, 3 if s.tiny else 9)
     line: dict[str, Any] = {f"{name}_ms": spread(v) for name, v in ms.items()}
@@ -225,7 +228,7 @@ def _steps(s: Session, shape: dict[str, Any]) -> None:
     if s.cuda:
         line["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     s.say("step", what="steps", **shape, **line)
-    _profile(s, bank, x, y, shape)
+    _profile(s, step, shape)
 
 
 def _peak(s: Session, work: Callable[[], object]) -> float | None:
@@ -238,7 +241,7 @@ def _peak(s: Session, work: Callable[[], object]) -> float | None:
     return round(torch.cuda.max_memory_allocated() / 1e9, 3)
 
 
-def _planned(bank: Bank, rows: int, device: torch.device) -> float:
+def _planned(bank: Bank, rows: int, micro_rows: int | None, device: torch.device) -> float:
     """GB that `bsc train --plan` would plan for a step of these rows, with Adam."""
     how: dict[str, Any] = {
         "optimiser": "adam", "lr": 1e-5, "warmup": 0.0, "decay": "none", "clip_norm": None,
@@ -247,41 +250,41 @@ def _planned(bank: Bank, rows: int, device: torch.device) -> float:
     coders = [
         PlannedCoder(name=str(i), coder=c, k_init=c.k, **how) for i, c in enumerate(bank.configs)
     ]
-    config = TrainConfig(batch_rows=rows, micro_rows=rows, eval_rows=1)
+    config = TrainConfig(batch_rows=rows, micro_rows=micro_rows, eval_rows=1)
     return round(plan_memory(coders, config, device, 1 << 50).total / 1e9, 3)
 
 
-def _graph(bank: Bank, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+def _graph(step: Callable[[], StepResult]) -> Callable[[], None]:
     """A step as a CUDA graph: what launches cost. Its result is that of the step before it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        expected = bank.step(x, y).loss.clone()
+        expected = step().loss.clone()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = bank.step(x, y)
+        result = step()
     graph.replay()
     assert _apart(result.loss, expected) < 1e-6, "the graph gives another loss"
     return graph.replay
 
 
-def _profile(
-    s: Session, bank: Bank, x: torch.Tensor, y: torch.Tensor, shape: dict[str, Any]
-) -> None:
+def _profile(s: Session, step: Callable[[], object], shape: dict[str, Any]) -> None:
     """The kernels that a step spends its time in."""
     from torch.profiler import ProfilerActivity, profile
 
     activity = ProfilerActivity.CUDA if s.cuda else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiled:
-        bank.step(x, y)
+        step()
         sync(s.device)
-    events = profiled.key_averages()
+    events = list(profiled.key_averages())
+    if s.cuda:  # calls of the runtime are listed beside the kernels that they start
+        events = [e for e in events if e.device_type.name == "CUDA"]
     name = "self_device_time_total" if s.cuda else "self_cpu_time_total"
     events.sort(key=lambda event: -getattr(event, name))
     top = [
         {"kernel": e.key[:90], "ms": round(getattr(e, name) / 1e3, 3), "calls": e.count}
-        for e in list(events)[:16]
+        for e in events[:16]
     ]
     calls = sum(e.count for e in events)
     s.say("step", what="profile", **shape, launches=calls, top=top)

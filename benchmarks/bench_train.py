@@ -296,9 +296,6 @@ def bench_parts(device: torch.device, repeats: int, quick: bool) -> list[dict[st
         runs: dict[str, Callable[[], object]] = {
             "gemm": lambda: torch.mm(x, narrow.T, out=pre),
             "select: ours": partial(topk.select_topk, pre, k),
-            "select: by values": partial(
-                topk._descended_by_keys, pre, k, topk._folds(n_latents, k), by_bits=False
-            ),
             "select: torch.topk": partial(pre.topk, k, sorted=False),
             "groupmax": partial(topk.groupmax, pre, k),
             "decode: bf16": partial(kernels.decode, entries, code, narrow),
@@ -311,6 +308,10 @@ def bench_parts(device: torch.device, repeats: int, quick: bool) -> list[dict[st
             "sums: fp32": partial(kernels.latent_sums, transposed, weights, wide_x),
             "sums: index_add": by_index_add,
         }
+        if device.type == "cpu":  # numpy finds them
+            runs["select: by values"] = partial(
+                topk._descended_by_keys, pre, k, topk._folds(n_latents, k), by_bits=False
+            )
         ms = alternate(runs, device, repeats)
         line = {"k": k, **{n: round(statistics.median(v), 2) for n, v in ms.items()}}
         print(line, file=sys.stderr, flush=True)
@@ -321,19 +322,20 @@ def bench_parts(device: torch.device, repeats: int, quick: bool) -> list[dict[st
 def bench_uneven(device: torch.device, repeats: int, quick: bool) -> list[dict[str, Any]]:
     """Sums over the rows of each latent, by how unevenly latents fire; k = 32."""
     rows, n_latents = (65536, 36864) if device.type == "cuda" else (8192, 9216)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn((rows, D), generator=generator).bfloat16().to(device)
+    generator = torch.Generator(device=device).manual_seed(0)
+    x = torch.randn((rows, D), generator=generator, device=device).bfloat16()
     k, often = 32, n_latents // 100
     weights = torch.ones(rows * k, dtype=torch.bfloat16, device=device)
     codes = {}
     for name in ("even", "one in every row", "half of the firings from 1 %"):
-        score = torch.rand((rows, n_latents), generator=generator)
+        score = torch.rand((rows, n_latents), generator=generator, device=device)
         if name.startswith("one"):
             score[:, 0] = 2
         if name.startswith("half"):
-            drawn = torch.rand((rows, often), generator=generator).topk(k // 2).indices
+            drawn = torch.rand((rows, often), generator=generator, device=device)
+            drawn = drawn.topk(k // 2).indices
             score.scatter_(1, drawn, 2.0)
-        entries = Entries.of(score.topk(k, sorted=False).indices.to(device))
+        entries = Entries.of(score.topk(k, sorted=False).indices)
         codes[name] = kernels.transpose(entries, n_latents)
     runs: dict[str, Callable[[], object]] = {}
     for name, code in codes.items():
@@ -341,7 +343,9 @@ def bench_uneven(device: torch.device, repeats: int, quick: bool) -> list[dict[s
         runs[f"{name}: whole bags"] = partial(
             lambda whole, code: whole(per_sample_weights=weights[code.order]), whole, code
         )
-        runs[f"{name}: by pieces"] = partial(kernels.latent_sums_by_pieces, code, weights, x)
+        pieces = code.pieces or kernels.pieces_of(code.offsets, len(code.row))
+        by_pieces = partial(kernels.latent_sums_by_pieces, code, pieces, weights, x)
+        runs[f"{name}: by pieces"] = by_pieces
     ms = alternate(runs, device, repeats)
     line = {"rows": rows, "n_latents": n_latents, **{n: spread(v) for n, v in ms.items()}}
     print(line, file=sys.stderr, flush=True)

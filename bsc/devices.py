@@ -17,6 +17,7 @@ __all__ = [
     "pick_device",
     "product_dtype",
     "rank_and_world",
+    "sum_in_float32",
 ]
 
 
@@ -87,6 +88,15 @@ def product_dtype(precision: str, device: torch.device) -> torch.dtype:
     slow."""
     fast = precision == "bf16" and multiplies_bfloat16(device)
     return torch.bfloat16 if fast else torch.float32
+
+
+def sum_in_float32() -> None:
+    """Have products of bfloat16 on a GPU summed in float32 to the end, as on a CPU.
+
+    By default the sums of parts of a long product are added in bfloat16. Holds for the whole
+    process.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def keep_freed_memory() -> None:

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,14 @@ def make_durable_folder(folder: Path) -> None:
         fsync_folder(new.parent)
 
 
-def write_atomically(path: Path, data: bytes | str) -> None:
+def write_atomically(path: Path, data: bytes | str | Iterable[str]) -> None:
     """Replace `path` by `data`: temporary file, fsync, rename, fsync of the folder."""
-    raw = data.encode() if isinstance(data, str) else data
+    parts = (data,) if isinstance(data, (bytes, str)) else data
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with temporary.open("xb") as file:
-            file.write(raw)
+            for part in parts:
+                file.write(part.encode() if isinstance(part, str) else part)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

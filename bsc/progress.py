@@ -22,7 +22,10 @@ from rich.progress import (
 )
 from rich.text import Text
 
-__all__ = ["Stage", "console", "format_bytes", "stage"]
+__all__ = ["ESTIMATED_OVER", "Stage", "console", "format_bytes", "stage"]
+
+ESTIMATED_OVER = 600.0
+"""Seconds over which a bar takes the rate. With a step that takes longer there would be none."""
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -92,6 +95,7 @@ def stage(label: str, total: int, unit: str, *, done: int = 0) -> Iterator[Stage
         console=console,
         transient=True,
         disable=not console.is_terminal,
+        speed_estimate_period=ESTIMATED_OVER,
     )
     started = time.perf_counter()
     with progress:

@@ -44,7 +44,7 @@ from bsc.eval.figures.loss import loss_figures, loss_sums, loss_variants, togeth
 from bsc.eval.figures.probing import probing_figures
 from bsc.eval.figures.stability import run_stability
 from bsc.eval.passes.batches import document_numbers, piece_ranges
-from bsc.eval.passes.codes import Codes
+from bsc.eval.passes.codes import SORTED_IN_MEMORY, Codes
 from bsc.eval.passes.context_pass import CLEAN, LossSums
 from bsc.eval.passes.contexts import Contexts, contexts_of
 from bsc.eval.passes.controls import CALIBRATION_ROWS, TOLERANCE, Calibration, calibrate
@@ -123,10 +123,13 @@ def _first_training_row(store: ActivationStore, hook: str) -> int:
 
 def _check_room(setting: Setting, rows: int) -> None:
     """See that the codes fit on the disk before they are made."""
+    firings = {name: int(rows * _on(setting, name)) for name in setting.coders}
     needed = sum(
-        int(rows * _on(setting, name) * (8 + (4 if c.config.n_latents > 1 << 16 else 2)))
+        firings[name] * (8 + (4 if c.config.n_latents > 1 << 16 else 2))
         for name, c in setting.coders.items()
     )
+    if (most := max(firings.values())) > SORTED_IN_MEMORY:  # those of one coder, by latent
+        needed += 8 * most
     folder = EvaluationFolder(setting.run).path
     folder.mkdir(parents=True, exist_ok=True)
     there = sum(path.stat().st_size for path in folder.glob("codes/**/*.safetensors"))

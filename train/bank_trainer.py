@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, NamedTuple
@@ -16,10 +16,9 @@ from bsc.devices import product_dtype
 from bsc.errors import UserError
 from bsc.train.coders.bank import Bank, StepResult
 from bsc.train.coders.coder import SparseCoder
-from bsc.train.coders.config import CoderConfig
 from bsc.train.config import TrainConfig
 from bsc.train.memory import EVALUATION_ROWS
-from bsc.train.optim import CoderOptimiser
+from bsc.train.optim import CoderOptimiser, adam_eps
 from bsc.train.run_config import PlannedCoder
 from bsc.train.schedule import annealed, lr_scale
 from bsc.train.team import ALONE, Team
@@ -32,25 +31,26 @@ _IMPROVEMENT = 0.999
 
 
 def check_compiler(device: torch.device) -> None:
-    """Try once what `Bank(compiled=True)` compiles.
+    """See that torch.compile works at all.
+
+    On a function of its own: what `Bank` compiles is made for the sizes that it is first called
+    with, and would stay made for those of a trial.
 
     Raises:
-        UserError: torch.compile does not work here.
+        UserError: it does not work here.
     """
-    config = CoderConfig(
-        site="sae", code="binary", decoder_norm="unit", k=2, n_latents=6, d_in=4, d_out=4
-    )
-    rows = torch.ones((3, 4), device=device)
     try:
-        bank = Bank([config], total_variance=1.0, device=device, compiled=True)
-        bank.initialise([0], rows[0], rows[0])
-        bank.step(rows, rows)
+        torch.compile(_doubled)(torch.ones(4, device=device))
     except Exception as error:  # whatever a compiler's absence or a strange path makes of it
         lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
         raise UserError(
             f"--compile: torch.compile does not work here ({lines[0]}). It needs a C++ compiler, "
             f"and an installation whose path has no blanks. Leave the flag out."
         ) from None
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return x + x
 
 
 @dataclass
@@ -132,14 +132,19 @@ class BankTrainer:
             compiled=config.compile,
         )
         self.bank.initialise([c.seed for c in coders], self.scale.mean_x, self.scale.mean_y)
+        eps = adam_eps(config.batch_rows, self.scale.variance_y)
         self.optimisers = [
-            CoderOptimiser(c.optimiser, self.bank.trained(i), c.lr, c.clip_norm)
+            CoderOptimiser(
+                c.optimiser, self.bank.trained(i), c.lr, c.clip_norm, eps=c.adam_eps or eps
+            )
             for i, c in enumerate(coders)
         ]
         n = len(coders)
         self.progress = [Progress() for _ in coders]
         self.last_fired = torch.zeros((n, self.bank.n_latents), dtype=torch.int64, device=device)
         """Rows that each coder had seen when a latent last fired."""
+        self._rows = torch.zeros(n, dtype=torch.int64, device=device)
+        """`Progress.rows` of each, for the device."""
         self._aux = any(c.coder.auxk_alpha > 0 for c in coders)
         self._noisy = any(c.coder.surrogate == "gumbel" for c in coders)
         if self._noisy:
@@ -171,19 +176,23 @@ class BankTrainer:
         result = self.bank.step(x, y, micro_rows=self.micro_rows, active=active, of_rows=rows_taken)
         if self.team.size > 1:
             result = self._add_up(result)
-        # All that the host has to know of a step, read at once: each read waits for the device.
-        known = torch.stack([result.loss, result.l0, self._finite(result.loss).double()])
-        losses, l0s, finite = known.tolist()
+        # What waits for the device stands together, before the optimisers are started: what the
+        # device has to know of the host, and all that the host has to know of a step, read at once.
+        after = [p.rows + rows_taken if p.active else -1 for p in self.progress]
+        seen = torch.tensor(after, device=self.device)
+        finite = self._finite(result.loss) & (seen >= 0)
+        self._rows = seen.where(finite, self._rows)
+        fired = result.fired & finite.unsqueeze(1)
+        self.last_fired = self._rows.unsqueeze(1).where(fired, self.last_fired)
+        losses, l0s, right = torch.stack([result.loss, result.l0, finite.double()]).tolist()
         frozen = []
-        rows = torch.zeros(len(self.coders), dtype=torch.int64)
         for c in active:
             coder, progress, loss, l0 = self.coders[c], self.progress[c], losses[c], l0s[c]
-            if not finite[c]:
+            if not right[c]:
                 progress.frozen_at = step
                 frozen.append(coder.name)
                 continue
-            progress.rows += rows_taken
-            rows[c] = progress.rows
+            progress.rows = after[c]
             progress.sums = [s + v for s, v in zip(progress.sums, (loss, l0, 1.0), strict=True)]
             own, whole = step - progress.first_step, steps - progress.first_step
             progress.lr = coder.lr * lr_scale(own, whole, coder.warmup, coder.decay)
@@ -191,8 +200,6 @@ class BankTrainer:
             lengths = self.bank.renormalise(c)
             if lengths is not None:
                 self.optimisers[c].rescale("W_dec", lengths)
-        seen = rows.to(self.device).unsqueeze(1).expand_as(self.last_fired)
-        self.last_fired = torch.where(result.fired & (seen > 0), seen, self.last_fired)
         return frozen
 
     def _add_up(self, result: StepResult) -> StepResult:
@@ -224,8 +231,7 @@ class BankTrainer:
 
     def _silent_rows(self) -> Tensor:
         """(C, F): rows of its coder since a latent last fired."""
-        rows = torch.tensor([p.rows for p in self.progress], device=self.device)
-        return rows.unsqueeze(1) - self.last_fired
+        return self._rows.unsqueeze(1) - self.last_fired
 
     def _finite(self, loss: Tensor) -> Tensor:
         """Which coders have a finite loss and finite gradients, (C,) bool.
@@ -326,11 +332,13 @@ class BankTrainer:
         )
         self.last_fired[c].copy_(tensors["last_fired"])
         self.bank.select_minimum[c].copy_(tensors["select_minimum"])
-        self.progress[c] = progress
+        self.progress[c], self._rows[c] = progress, progress.rows
 
-    def finish(self, about: dict[str, Any], step: int) -> list[SparseCoder]:
-        """The trained coders in the units of the store, after `step` steps."""
-        trained = []
+    def finish(self, about: dict[str, Any], step: int) -> Iterator[SparseCoder]:
+        """The trained coders in the units of the store, after `step` steps, on the CPU.
+
+        One at a time, so that memory does not have to hold them all once more.
+        """
         for c, (coder, progress) in enumerate(zip(self.coders, self.progress, strict=True)):
             self.optimisers[c].finish()
             exported = self.bank.export(c)
@@ -347,5 +355,6 @@ class BankTrainer:
                 "stopped_at_step": progress.stopped_at,
             }
             exported.about.update(facts)
-            trained.append(exported.in_units(x=self.scale.x, y=self.scale.y))
-        return trained
+            trained = exported.to("cpu").in_units(x=self.scale.x, y=self.scale.y)
+            del exported
+            yield trained

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,48 @@ from bsc.errors import StoreError, UserError
 from bsc.files import fsync_folder, make_durable_folder, write_json
 from bsc.records import parse_json, read_record, write_record
 
-__all__ = ["CHECKPOINT_VERSION", "checkpoint_step", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "CHECKPOINT_VERSION",
+    "Checkpoint",
+    "checkpoint_step",
+    "load_checkpoint",
+    "save_checkpoint",
+]
 
 CHECKPOINT_VERSION = 1
 _LATEST, _STATE = "latest.json", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that counts, whose files are those that were written."""
+
+    folder: Path
+    state: dict[str, Any]
+    numbers: dict[str, int]
+    """By the names of the coders which file is whose."""
+
+    def coder(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Progress and tensors of a coder; None where there is none of that name.
+
+        The tensors are mapped from the file. Copy them and let them go: for as long as they are
+        held the file has its place on the disk, also after it was removed.
+
+        Raises:
+            StoreError: the file cannot be read.
+        """
+        number = self.numbers.get(name)
+        if number is None:
+            return None
+        path = _tensors(self.folder, number)
+        try:
+            return self.state["coders"][number]["progress"], load_file(path)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise StoreError(f"{path}: cannot be read ({error!r}).") from None
+
+
+def _tensors(folder: Path, number: int) -> Path:
+    return folder / f"{number}.safetensors"
 
 
 def save_checkpoint(
@@ -50,7 +89,7 @@ def save_checkpoint(
     target.mkdir()
     write_json(target / _STATE, state)
     for number, tensors in enumerate(coders):
-        path = target / f"{number}.safetensors"
+        path = _tensors(target, number)
         try:
             save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path)
         except SafetensorError as error:  # its form of what the file system refuses
@@ -75,8 +114,8 @@ def save_checkpoint(
             shutil.rmtree(other, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[dict[str, Tensor]]] | None:
-    """State and tensors of the checkpoint that counts; None where none was written.
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint that counts; None where none was written.
 
     Raises:
         StoreError: it is damaged, cut short, or of another version.
@@ -95,17 +134,17 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], list[dict[str, Tensor
         if not str(name).isdigit():
             raise ValueError(f"folder {name!r}")
         target = folder / str(name)
-        for file in (_STATE, *(f"{i}.safetensors" for i in range(count))):
-            size, digest = files[file]
-            if (target / file).stat().st_size != size or _digest(target / file) != digest:
+        for file in (target / _STATE, *(_tensors(target, i) for i in range(count))):
+            size, digest = files[file.name]
+            if file.stat().st_size != size or _digest(file) != digest:
                 raise StoreError(
-                    f"{target / file}: damaged or cut short. This checkpoint cannot be resumed; "
+                    f"{file}: damaged or cut short. This checkpoint cannot be resumed; "
                     f"train the run again under another --name."
                 )
         state = parse_json((target / _STATE).read_bytes())
         if len(state["coders"]) != count:
             raise ValueError(f"{count} coders' tensors, {len(state['coders'])} coders")
-        return state, [load_file(target / f"{i}.safetensors") for i in range(count)]
+        return Checkpoint(target, state, {c["name"]: i for i, c in enumerate(state["coders"])})
     except StoreError:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -100,6 +100,10 @@ class SweepPoint(CoderChoices):
     """How it falls afterwards: linear, none; None: linear, none for signum."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Length to which the gradients of the coder together are cut; None: not cut."""
+    adam_eps: float | None = Field(default=None, gt=0)
+    """Epsilon of Adam, of Muon's for vectors too, which is added to the size of a gradient; None:
+    1e-6 / (rows in a step * total variance). Gradients get smaller as batches and modules get
+    larger, so that a constant would in the end be all of that size."""
     k_init: int | None = Field(default=None, ge=1)
     """First k; it goes linearly to k over `anneal` of the steps. None: k from the beginning."""
     temperature_init: float | None = Field(default=None, gt=0)

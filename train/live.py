@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bsc.formats import percent
-from bsc.progress import console
+from bsc.progress import ESTIMATED_OVER, console
 
 __all__ = ["TRAINING", "Columns", "TrainingView", "training_view"]
 
@@ -40,6 +40,7 @@ class TrainingView:
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(),
             TextColumn("{task.fields[note]}"), TimeRemainingColumn(compact=True), console=console,
+            speed_estimate_period=ESTIMATED_OVER,
         )  # fmt: skip
         self._task = self._bar.add_task(label, total=total, completed=done, note="")
         self._columns = columns

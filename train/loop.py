@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import islice
@@ -17,7 +17,7 @@ from bsc.cache.store.loader import START, Cursor, Loader
 from bsc.cache.store.ring_room import SHARDS_AT_ONCE
 from bsc.progress import console
 from bsc.train.bank_trainer import BankTrainer, HeldOut, Progress
-from bsc.train.checkpoint import save_checkpoint
+from bsc.train.checkpoint import Checkpoint, save_checkpoint
 from bsc.train.job import Job
 from bsc.train.live import TrainingView, training_view
 from bsc.train.metrics import MetricsWriter
@@ -29,6 +29,9 @@ from bsc.train.training_rows import left_out_tokens
 __all__ = ["CoderSummary", "Loop", "Passed"]
 
 _CHECKPOINT_SECONDS = 600.0
+_SAVES = 20
+"""Between two checkpoints there is so many times what writing one takes: large ones on slow storage
+would otherwise be all that a run does."""
 _EVALUATIONS = 10
 
 Passed = Callable[[int], None]
@@ -76,6 +79,9 @@ class Loop:
         self._metrics_bytes = 0
         self._saved_step: int | None = None
         self._saved_at = time.perf_counter()
+        """When the last checkpoint was written."""
+        self._save_seconds = 0.0
+        """What it took."""
         self._held = 0
         """First shard of a ring that the last checkpoint needs."""
         self._waited = 0.0
@@ -116,26 +122,29 @@ class Loop:
                 batches.close()  # type: ignore[attr-defined]
         return self._held_out
 
-    def restore(self, state: dict[str, Any], tensors: Sequence[Mapping[str, Tensor]]) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
         """Go to where a checkpoint was taken. Coders that it does not know begin there."""
+        state = checkpoint.state
         self.step, self.cursor = int(state["step"]), Cursor(*state["cursor"])
         self.seconds, self._waited = float(state["seconds"]), float(state["waited"])
         self._metrics_bytes = int(state["metrics_bytes"])
         self._saved_step = self.step
-        known = {
-            c["name"]: (c["progress"], t) for c, t in zip(state["coders"], tensors, strict=True)
-        }
         for bank in self.banks:
             for c, coder in enumerate(bank.coders):
-                if coder.name in known:
-                    progress, mine = known[coder.name]
+                if (known := checkpoint.coder(coder.name)) is not None:
+                    progress, mine = known
                     bank.load_state(c, mine, Progress(**progress))
                 else:
                     bank.progress[c] = Progress(first_step=self.step)
 
     def _save(self, writer: MetricsWriter | None) -> None:
         """Write a checkpoint, unless the one of this step is there."""
+        began = time.perf_counter()
+        self._save_what_is_new(writer)
         self._saved_at = time.perf_counter()
+        self._save_seconds = self._saved_at - began
+
+    def _save_what_is_new(self, writer: MetricsWriter | None) -> None:
         if self._saved_step == self.step:
             return
         self._saved_step = self.step
@@ -281,7 +290,8 @@ class Loop:
                 return True
         if every:
             return self.step % every == 0
-        return time.perf_counter() - self._saved_at > _CHECKPOINT_SECONDS
+        pause = max(_CHECKPOINT_SECONDS, _SAVES * self._save_seconds)
+        return time.perf_counter() - self._saved_at > pause
 
     def begin_at(self, shard: int) -> None:
         """Begin with this shard of a ring, where no checkpoint says where."""

@@ -13,7 +13,7 @@ import torch
 from bsc.devices import product_dtype
 from bsc.errors import ConfigError
 from bsc.progress import format_bytes
-from bsc.train.coders import kernels
+from bsc.train.coders import kernels, topk
 from bsc.train.coders.bank import EXTRA_COLUMNS
 from bsc.train.coders.coder import parameter_shapes
 from bsc.train.coders.config import CoderConfig
@@ -93,8 +93,8 @@ class _Fixed(NamedTuple):
     products: int
     step: int
     """Workspace of a step."""
-    evaluation: int
-    """Workspace of an evaluation, which comes between steps."""
+    between: int
+    """Workspace between steps: of an evaluation, or of saving a coder."""
 
 
 def _fixed(bank: Sequence[PlannedCoder], bytes_each: int) -> _Fixed:
@@ -114,25 +114,29 @@ def _fixed(bank: Sequence[PlannedCoder], bytes_each: int) -> _Fixed:
     if any(c.coder.decoder_norm == "unit" for c in bank):
         products += latents * (4 + 4) * n
     # Signs or steps of one coder's gradients; when coders are evaluated, a copy of one, and for
-    # signum one of its weights.
+    # signum one of its weights; when they are saved, one and the bytes of its file.
     step = max((parameters for c in bank if c.optimiser in ("signum_classic", "muon")), default=0)
     copies = 2 if any(c.optimiser == "signum" for c in bank) else 1
     wide = 4 if any(c.coder.select == "batch_topk" for c in bank) else 1
     evaluation = copies * parameters + EVALUATION_ROWS * latents * 4 * wide
-    return _Fixed(weights, optimisers, products, max(sums, step), evaluation)
+    between = max(evaluation, 2 * parameters)
+    return _Fixed(weights, optimisers, products, max(sums, step), between)
 
 
 def _entries_of_row(coder: PlannedCoder) -> int:
     """Latents that are selected for a row, at most."""
-    wide = coder.coder.multi_topk or coder.coder.surrogate == "gumbel"
-    return max(coder.coder.k, coder.k_init) * (4 if wide else 1)
+    config = coder.coder
+    wide = config.multi_topk or config.surrogate == "gumbel"
+    dead = min(config.auxk_k or max(1, config.d_out // 2), config.n_latents)
+    most = max(config.k, coder.k_init) * (4 if wide else 1)
+    return max(most, dead if config.auxk_alpha > 0 else 0)
 
 
 def _row_bytes(coder: PlannedCoder, bytes_each: int, device: torch.device) -> int:
     """Workspace of one row beside its pre-activations, at the widest point of a pass."""
     config, k = coder.coder, _entries_of_row(coder)
     wide = 4 * k if config.select == "batch_topk" else k
-    pre = config.n_latents * bytes_each // 6  # the folds
+    pre = max(topk.folded_values(p.stop - p.start, p.k) for p in config.parts) * bytes_each
     if config.surrogate == "gumbel":
         pre += config.n_latents * (4 + 4 + bytes_each)
     if config.gumbel_support == "full":  # products and softmax of all latents, in float32
@@ -172,7 +176,7 @@ def plan_memory(
     # Every bank keeps its buffers; what a pass makes on its way is freed before the next one.
     kept = sum(bank[0].coder.n_latents * bytes_each for bank in banks)
     passing = max(_row_bytes(c, bytes_each, device) for c in planned)
-    step, evaluation = max(p.step for p in parts), max(p.evaluation for p in parts)
+    step, between = max(p.step for p in parts), max(p.between for p in parts)
     widths = {
         (c.hookpoint, side): width
         for c in planned
@@ -189,24 +193,33 @@ def plan_memory(
         entries = rows * _entries_of_row(coder)
         return kernels.bytes_by_pieces(coder.coder.n_latents, width, entries, dtype)
 
+    def countable(rows: int) -> bool:
+        """Whether kernels of CUDA, which count in 32 bits, can take so many rows at a time."""
+        entries = rows * max(map(_entries_of_row, planned))
+        fits = rows * widest < _COUNTED and entries < kernels.MOST_ENTRIES
+        return device.type != "cuda" or fits
+
     def plan(rows: int) -> MemoryPlan:
         a_pass = step + rows * passing + max(pieces(c, rows) for c in planned)
-        work = _LIBRARIES + rows * kept + max(a_pass, evaluation)
+        work = _LIBRARIES + rows * kept + max(a_pass, between)
         return MemoryPlan(weights, optimisers, products, work, batches, rows)
 
     widest = max(c.coder.n_latents for c in planned)
     if config.micro_rows is not None:
         rows = min(config.micro_rows, config.batch_rows)
-        if device.type == "cuda" and rows * widest >= _COUNTED:
+        if not countable(rows):
+            most = max(map(_entries_of_row, planned))
+            fewer = min((_COUNTED - 1) // widest, (kernels.MOST_ENTRIES - 1) // most)
             raise ConfigError(
-                f"micro_rows: {rows:,} rows of {widest:,} latents at a time are more than 2^31 "
-                f"pre-activations, which kernels of CUDA count in 32 bits. Give "
-                f"{(_COUNTED - 1) // widest:,} or fewer, or leave it out."
+                f"micro_rows: {rows:,} rows at a time have {rows * widest:,} pre-activations, of "
+                f"which {rows * most:,} are selected; kernels of CUDA, which count in 32 bits, "
+                f"take {_COUNTED:,} and {kernels.MOST_ENTRIES:,}. Give {fewer:,} or fewer, or "
+                f"leave it out."
             )
         made = plan(rows)
     else:
         rows = min(_MICRO_ROWS.get(device.type, 8192), config.batch_rows)
-        while device.type == "cuda" and rows * widest >= _COUNTED and rows > _LEAST_ROWS:
+        while not countable(rows) and rows > _LEAST_ROWS:
             rows //= 2
         while plan(rows).total > free and rows > _LEAST_ROWS:
             rows //= 2

@@ -1,6 +1,6 @@
 """Optimisers of one coder, over its slices of a bank's stacked parameters.
 
-adam            torch's, fused; betas 0.9, or as given, and 0.999
+adam            torch's, fused; betas 0.9, or as given, and 0.999; epsilon by the gradients' scale
 signum          schedule-free sign SGD, what the paper's code calls Signum:
                     y_t     = (1 - beta) z_t + beta x_t           where the gradient is taken
                     z_{t+1} = z_t - lr sign(grad f(y_t))          beta = 0.95
@@ -32,8 +32,24 @@ __all__ = [
     "ClassicSignum",
     "CoderOptimiser",
     "ScheduleFreeSignSGD",
+    "adam_eps",
     "state_bytes",
 ]
+
+_ADAM_EPS = 1e-6
+
+
+def adam_eps(rows: int, total_variance: float) -> float:
+    """Epsilon of Adam for a loss that is a squared error over `rows * total_variance`.
+
+    Gradients of that loss fall as 1 / (rows * total variance), so that with torch's 1e-8 weights
+    step less the larger batch and module are, first of all those of latents that fire rarely. With
+    this one a step does not depend on the unit of the loss.
+
+    >>> adam_eps(2048, 192.0) / adam_eps(65536, 4096.0)
+    682.6666666666666
+    """
+    return _ADAM_EPS / (rows * total_variance)
 
 
 class ScheduleFreeSignSGD(torch.optim.Optimizer):
@@ -103,15 +119,15 @@ class ClassicSignum(torch.optim.Optimizer):
 
 
 def _make(
-    name: Optimiser, tensors: list[Tensor], lr: float, beta1: float
+    name: Optimiser, tensors: list[Tensor], lr: float, beta1: float, eps: float
 ) -> list[torch.optim.Optimizer]:
-    betas = (beta1, 0.999)
+    adam: dict[str, Any] = {"lr": lr, "betas": (beta1, 0.999), "eps": eps, "fused": True}
     if name == "signum":
         return [ScheduleFreeSignSGD(tensors, lr)]
     if name == "signum_classic":
         return [ClassicSignum(tensors, lr)]
     if name == "adam":
-        return [torch.optim.Adam(tensors, lr=lr, betas=betas, fused=True)]
+        return [torch.optim.Adam(tensors, **adam)]
     muon = getattr(torch.optim, "Muon", None)
     if muon is None:
         raise ConfigError(
@@ -123,7 +139,7 @@ def _make(
     if matrices:
         parts.append(muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     if vectors:
-        parts.append(torch.optim.Adam(vectors, lr=lr, betas=betas, fused=True))
+        parts.append(torch.optim.Adam(vectors, **adam))
     return parts
 
 
@@ -137,6 +153,7 @@ class CoderOptimiser:
         lr: float,
         clip_norm: float | None = None,
         beta1: float = 0.9,
+        eps: float = 1e-8,
     ) -> None:
         """Take parameters and their gradients, which it reads at every step.
 
@@ -146,6 +163,7 @@ class CoderOptimiser:
             lr: learning rate of the first step.
             clip_norm: length to which all gradients of the coder together are cut; None: any.
             beta1: of Adam.
+            eps: of Adam.
         """
         self.parameters: dict[str, Tensor] = {}
         for key, (parameter, gradient) in tensors.items():
@@ -153,7 +171,7 @@ class CoderOptimiser:
             parameter.grad = gradient
             self.parameters[key] = parameter
         self.clip_norm = clip_norm
-        self._parts = _make(name, list(self.parameters.values()), lr, beta1)
+        self._parts = _make(name, list(self.parameters.values()), lr, beta1, eps)
 
     def step(self, lr: float) -> None:
         """One step with this learning rate."""
@@ -209,14 +227,14 @@ class CoderOptimiser:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave; without any tensors, from the beginning."""
+        """Go on from copies of what `state` gave; without any tensors, from the beginning."""
         for name, p in self.parameters.items():
             mine = {k.rsplit("/", 1)[1]: v for k, v in state.items() if k.rsplit("/", 1)[0] == name}
             for part in self._parts:
                 if mine and any(p is q for g in part.param_groups for q in g["params"]):
                     # Counters of steps live on the CPU unless the optimiser is fused on a GPU.
                     part.state[p] = {
-                        k: v.to(p.device) if v.ndim or (p.is_cuda and k == "step") else v
+                        k: v.to(p.device if v.ndim or k == "step" else v.device, copy=True)
                         for k, v in mine.items()
                     }
 

@@ -17,6 +17,8 @@ Preset = Literal["paper"]
 _RUN: dict[str, Any] = {"normalise": "none", "batch_rows": 2**20}
 _WARMUP_STEPS, _STEPS = 1_000, 10_000
 """Steps over which Adam's learning rate rises, of about so many."""
+_ADAM_EPS = 1e-8
+"""Torch's."""
 
 
 def run_defaults(preset: str | None) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def coder_defaults(preset: str | None, point: Mapping[str, Any]) -> dict[str, An
     >>> coder_defaults("paper", {"site": "sae", "code": "binary"})["optimiser"]
     'signum'
     >>> coder_defaults("paper", {"code": "continuous"})
-    {'expansion': 64, 'optimiser': 'adam', 'lr': 'paper', 'warmup': 0.1}
+    {'expansion': 64, 'optimiser': 'adam', 'lr': 'paper', 'warmup': 0.1, 'adam_eps': 1e-08}
     """
     if preset != "paper":
         return {}
@@ -56,5 +58,5 @@ def coder_defaults(preset: str | None, point: Mapping[str, Any]) -> dict[str, An
     if optimiser in ("adam", "signum") and not hybrid and not (gumbel and optimiser == "adam"):
         found["lr"] = "paper"  # for others the paper has no rule, so ours holds
     if optimiser == "adam":
-        found["warmup"] = _WARMUP_STEPS / _STEPS
+        found |= {"warmup": _WARMUP_STEPS / _STEPS, "adam_eps": _ADAM_EPS}
     return found

@@ -8,7 +8,10 @@ they are started by torchrun or by a job array, nor when.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 from bsc.errors import StoreError, UserError
 from bsc.files import canonical_json, write_atomically
@@ -130,10 +133,12 @@ def merge_parts(run: Run, world: int) -> bool:
         if any(goal != goals[0] for goal in goals):
             return False  # one was trained on, the others are to follow
         order = {c.name: i for i, c in enumerate(first.coders)}
-        lines = [m for rank in records for m in Run(run.part(rank, world)).metrics()]
-        lines.sort(key=lambda m: (m["step"], order[m["coder"]]))
-        text = "".join(canonical_json(m, indent=None) for m in lines)
-        write_atomically(run.metrics_path, text)
+        # Each is by step; line by line, for those of a long run are gigabytes.
+        parts = [Run(run.part(rank, world)).metrics() for rank in records]
+        by_step = itemgetter("step")
+        steps = groupby(heapq.merge(*parts, key=by_step), key=by_step)
+        lines = (m for _, of in steps for m in sorted(of, key=lambda m: order[m["coder"]]))
+        write_atomically(run.metrics_path, (canonical_json(m, indent=None) for m in lines))
         ended = [r.completed for r in records.values() if r.completed]
         completed = Completed(
             at=max(e.at for e in ended),

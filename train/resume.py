@@ -98,14 +98,14 @@ def resume(
     checkpoint = load_checkpoint(job.part / "checkpoint")
     old = {c.name for c in record.coders}
     if checkpoint is not None:
-        lost = {c.name for c in job.mine} & old - {c["name"] for c in checkpoint[0]["coders"]}
+        lost = {c.name for c in job.mine} & old - {*checkpoint.numbers}
         if lost:
             raise StoreError(f"{job.part}: its checkpoint has no coder {min(lost)}.")
     if record.completed:
         if checkpoint is None and not ended:
             raise UserError(f"{folder}: this run is complete, and its checkpoint was not kept.")
         over = job.store.ring is not None and job.steps == record.steps  # it gave all its rows
-        if checkpoint is None or over or not _has_work(job, checkpoint[0]):
+        if checkpoint is None or over or not _has_work(job, checkpoint.state):
             if world > 1 and not run.config().completed and merge_parts(run, world):
                 return run, []
             if ended:

@@ -64,6 +64,8 @@ class PlannedCoder(RunCoder):
     warmup: float
     decay: Decay
     clip_norm: float | None
+    adam_eps: float | None = 1e-8
+    """None: in proportion to the gradients. Runs that do not say have torch's."""
     k_init: int
     temperature_init: float
     anneal: float

@@ -11,19 +11,18 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from bsc.cache.store.loader import Cursor
 from bsc.cache.store.ring_reader import RingReader, reading
 from bsc.cache.store.split import Moments
-from bsc.devices import keep_freed_memory
+from bsc.devices import keep_freed_memory, sum_in_float32
 from bsc.errors import StoreError, UserError
 from bsc.files import make_folder
 from bsc.progress import console
 from bsc.train.bank_trainer import BankTrainer
+from bsc.train.checkpoint import Checkpoint
 from bsc.train.config import TrainConfig
 from bsc.train.job import Job, make_job
 from bsc.train.loop import CoderSummary, Loop
@@ -46,8 +45,6 @@ __all__ = ["CoderSummary", "run_job", "train_sweep"]
 _MOMENTS = "moments.safetensors"
 """Of a run on a ring: means and variances of the rows that it began with."""
 _POLL_SECONDS = 0.1
-
-Checkpoint = tuple[dict[str, Any], list[dict[str, Tensor]]]
 
 
 def train_sweep(
@@ -89,17 +86,19 @@ def run_job(
             console.quiet = True
         if not new and job.leads:
             stack.enter_context(claim(job.part))
-        team = _team(job, -1 if checkpoint is None else int(checkpoint[0]["step"]))
+        team = _team(job, -1 if checkpoint is None else int(checkpoint.state["step"]))
         # A ring may have moved on while they were started.
         job = replace(job, steps=team.agree(job.steps)[0])
         ring = None
         if job.store.ring is not None and job.leads:
-            wanted = None if checkpoint is None else Cursor(*checkpoint[0]["cursor"]).group
+            wanted = None if checkpoint is None else Cursor(*checkpoint.state["cursor"]).group
             ring = stack.enter_context(reading(_join_ring(job, wanted, new=new)))
         elif job.store.ring is None and not job.store.complete:
             console.print(f"{job.store.folder}: the capture of this store has not ended")
         if job.device.type == "cpu":
             keep_freed_memory()
+        else:
+            sum_in_float32()
         first = ring.next_shard if ring else 0
         moments = _moments(job, team, first, going_on=checkpoint is not None)
         # Memory is taken before anything is written.
@@ -111,7 +110,7 @@ def run_job(
         ]
         loop = Loop(job, banks, team)
         if checkpoint is not None:
-            loop.restore(*checkpoint)
+            loop.restore(checkpoint)
         if job.store.ring is not None:
             (first,) = team.agree(first)
             loop.begin_at(first)

@@ -12,8 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from bsc.cache.store.kept import kept_moments
 from bsc.config import parse_config
 from bsc.devices import keep_freed_memory
@@ -26,7 +24,7 @@ from bsc.finetuning.text import Place
 from bsc.finetuning.tuned_coder import FIGURES, Progress, TunedCoder
 from bsc.prefetch import prefetched
 from bsc.progress import console
-from bsc.train.checkpoint import load_checkpoint, save_checkpoint
+from bsc.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bsc.train.live import Columns, training_view
 from bsc.train.metrics import MetricsWriter
 from bsc.train.run import Run, as_run, claim
@@ -165,7 +163,7 @@ def _same(saved: RunConfig, changes: Mapping[str, Any]) -> FinetuneConfig:
 
 def run_job(
     job: FinetuneJob,
-    checkpoint: tuple[dict[str, Any], list[dict[str, Tensor]]] | None,
+    checkpoint: Checkpoint | None,
     *,
     new: bool = True,
 ) -> tuple[Run, list[FinetuneSummary]]:
@@ -182,7 +180,7 @@ def run_job(
         coders = tuned_coders(job)
         loop = _Loop(job, coders)
         if checkpoint is not None:
-            loop.restore(*checkpoint)
+            loop.restore(checkpoint)
         batches = loop.batches()
         stack.callback(batches.close)
         if new:
@@ -276,21 +274,20 @@ class _Loop:
             next(source)  # the last one that was taken
         return prefetched(source, _AHEAD)
 
-    def restore(self, state: dict[str, Any], tensors: Sequence[Mapping[str, Tensor]]) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
         """Go to where a checkpoint was taken."""
+        state = checkpoint.state
         self.step, self.place = int(state["step"]), Place(*state["place"])
         self.tokens = int(state["tokens"])
         self.seconds, self._metrics_bytes = float(state["seconds"]), int(state["metrics_bytes"])
         self._saved_step = self.step
-        known = {
-            c["name"]: (c["progress"], t) for c, t in zip(state["coders"], tensors, strict=True)
-        }
         for coder in self.coders:
-            if coder.planned.name not in known:
+            known = checkpoint.coder(coder.planned.name)
+            if known is None:
                 raise StoreError(
                     f"{self.job.run.folder}: no {coder.planned.name} in its checkpoint."
                 )
-            progress, mine = known[coder.planned.name]
+            progress, mine = known
             coder.load_state(mine, Progress(**progress))
 
     def save(self, writer: MetricsWriter) -> None:

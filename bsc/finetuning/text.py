@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from bsc.cache.model.text import fingerprint, read_text
 from bsc.cache.model.text_source import Packing, TextSource
 from bsc.cache.model.tokens import ContextBatch, context_batches
-from bsc.cache.store.manifest import TextPoint, windows
+from bsc.cache.store.manifest import TextPoint, committed_windows, read_window
 from bsc.cache.store.store import ActivationStore
 from bsc.config import parse_config
 from bsc.errors import UserError
@@ -141,8 +141,10 @@ class StoreText:
 def _end_of_capture(store: ActivationStore) -> tuple[Place, int]:
     """Place of the first batch that the capture did not keep all of, and what it kept of it."""
     ends = []
-    for rank in range(store.writers):
-        ends += [window.next for window in windows(store.folder, "train", rank)][-1:]
+    counts = committed_windows(store.folder, "train", store.writers)
+    for rank, count in enumerate(counts):
+        last = read_window(store.folder, "train", rank, count - 1) if count else None
+        ends += [last.next] if last is not None else []
     if len(ends) == 1:
         (end,) = ends
         return Place(0, end.document, end.offset, end.rows), end.skip

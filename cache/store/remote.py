@@ -30,6 +30,7 @@ from bsc.cache.store.folder import PARTIAL, Claim, StoreFolder, process_is_gone
 from bsc.cache.store.layout import DATA, PROVENANCE
 from bsc.counts import parse_count
 from bsc.errors import StoreError, UserError
+from bsc.progress import console, format_bytes
 
 __all__ = ["RemoteFolder"]
 
@@ -91,6 +92,7 @@ class RemoteFolder(StoreFolder):
         )
         self._answered = False
         self._copies: Path | None = None
+        self._told = False
         self._mutex = threading.Lock()
 
     def __str__(self) -> str:
@@ -217,12 +219,20 @@ class RemoteFolder(StoreFolder):
 
     @override
     def fetch(self, keys: Sequence[str]) -> None:
-        def one(key: str) -> None:
+        def one(key: str) -> Path | None:
             with contextlib.suppress(FileNotFoundError):
-                self.local(key)
+                return self.local(key)
+            return None
 
         with ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch") as pool:
-            list(pool.map(one, keys))
+            copies = list(pool.map(one, keys))
+        if not self._told and any(path is not None and not path.exists() for path in copies):
+            self._told = True
+            console.print(
+                f"{self.url}: the shards that are read at a time are more than the "
+                f"{format_bytes(self.cache_bytes)} that their copies may take, so that they are "
+                f"fetched twice. Set {CACHE_BYTES_VARIABLE} to twice as much or more."
+            )
 
     @override
     def fresh(self, key: str) -> Path:

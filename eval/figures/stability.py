@@ -66,7 +66,7 @@ def match_latents(
     """Match decoder rows, (F_a, d) and (F_b, d), of latents that are alive."""
     of_a, of_b = np.flatnonzero(alive_a), np.flatnonzero(alive_b)
     rows = [
-        torch.nn.functional.normalize(w.detach().cpu().float()[torch.from_numpy(i)], dim=1)
+        torch.nn.functional.normalize(w.detach().float()[torch.from_numpy(i).to(w.device)], dim=1)
         for w, i in ((W_a, of_a), (W_b, of_b))
     ]
     if not len(of_a) or not len(of_b):
@@ -74,13 +74,14 @@ def match_latents(
         return Matching(empty, empty, np.empty(0), "hungarian", 0.0)
     nearest, back, mmcs = _nearest(*rows)
     if max(len(of_a), len(of_b)) <= HUNGARIAN_LIMIT:
-        i, j = linear_sum_assignment(-(rows[0] @ rows[1].T).numpy())
+        i, j = linear_sum_assignment(-(rows[0] @ rows[1].T).cpu().numpy())
         method = "hungarian"
     else:
         i = np.flatnonzero(back[nearest] == np.arange(len(of_a)))
         j, method = nearest[i], "mutual nearest"
-    cosine = (rows[0][torch.from_numpy(i)] * rows[1][torch.from_numpy(j)]).sum(dim=1)
-    return Matching(of_a[i], of_b[j], cosine.double().numpy(), method, mmcs)
+    pairs = (w[torch.from_numpy(n).to(w.device)] for w, n in zip(rows, (i, j), strict=True))
+    cosine = torch.mul(*pairs).sum(dim=1)
+    return Matching(of_a[i], of_b[j], cosine.double().cpu().numpy(), method, mmcs)
 
 
 def _nearest(a: Tensor, b: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64], float]:
@@ -89,8 +90,8 @@ def _nearest(a: Tensor, b: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]
     Some rows at a time: the matrix of all cosines of wide coders would be gigabytes.
     """
     forth, forth_cosine = [], []
-    back_cosine = torch.full((len(b),), -torch.inf)
-    back = torch.zeros(len(b), dtype=torch.int64)
+    back_cosine = torch.full((len(b),), -torch.inf, device=b.device)
+    back = torch.zeros(len(b), dtype=torch.int64, device=b.device)
     for start in range(0, len(a), 2048):
         cosine = a[start : start + 2048] @ b.T
         best = cosine.max(dim=1)
@@ -101,7 +102,7 @@ def _nearest(a: Tensor, b: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]
         back = torch.where(better, best.indices + start, back)
         back_cosine = torch.where(better, best.values, back_cosine)
     mmcs = (float(torch.cat(forth_cosine).mean()) + float(back_cosine.mean())) / 2
-    return torch.cat(forth).numpy(), back.numpy(), mmcs
+    return torch.cat(forth).cpu().numpy(), back.cpu().numpy(), mmcs
 
 
 def firing_jaccard(a: Codes, b: Codes, matching: Matching) -> NDArray[np.float64]:
@@ -142,7 +143,8 @@ def stability_figures(
     generator = torch.Generator().manual_seed(seed)
     width = b.W_dec.shape[1]
     rotation = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
-    chance = match_latents(a.W_dec, b.W_dec.detach().cpu().float() @ rotation, *alive)
+    turned = b.W_dec.detach().float() @ rotation.to(b.W_dec.device)
+    chance = match_latents(a.W_dec, turned, *alive)
     n = int(alive[0].sum())
     weights = counts[0][matching.a].astype(np.float64)
     jaccard = firing_jaccard(*codes, matching) if codes is not None else None

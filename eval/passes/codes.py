@@ -11,6 +11,7 @@ latent that is its value, of a binary one how far above its threshold it was.
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ from numpy.typing import NDArray
 from bsc.errors import StoreError
 from bsc.eval.passes.pieces import Pieces
 
-__all__ = ["Codes", "Firings", "LatentCode"]
+__all__ = ["SORTED_IN_MEMORY", "Codes", "Firings", "LatentCode"]
 
-_IN_MEMORY = 1 << 26
+SORTED_IN_MEMORY = 1 << 26
 """Firings that are sorted in memory; more of them go by way of a file without a name."""
 
 
@@ -116,8 +117,15 @@ class Codes:
         return LatentCode(offsets, row, margin)
 
     def _array(self, n: int, dtype: type[Any]) -> NDArray[Any]:
-        if n <= _IN_MEMORY:
+        if n <= SORTED_IN_MEMORY:
             return np.empty(n, dtype)
-        # Beside the codes, where there is room; gone when it is closed.
+        # Beside the codes; gone when it is closed.
         with tempfile.TemporaryFile(dir=Path(self.pieces.folder)) as file:
-            return np.memmap(file, dtype=dtype, mode="w+", shape=(n,))
+            try:  # a map of a file that the disk has no room for would end the process
+                os.posix_fallocate(file.fileno(), 0, n * np.dtype(dtype).itemsize)
+            except OSError as error:
+                raise StoreError(
+                    f"{self.pieces.folder}: no room to sort {n:,} firings by latent ({error}). "
+                    f"Make room, or evaluate on fewer rows with --rows."
+                ) from None
+            return np.memmap(file, dtype=dtype, mode="r+", shape=(n,))

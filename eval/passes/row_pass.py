@@ -43,8 +43,9 @@ class _CoderPiece:
         }
         self.unseen = torch.zeros(documents, dtype=torch.float64, device=device)
         self.counts = torch.zeros(coder.config.n_latents, dtype=torch.int64)
-        empty = torch.empty(0, dtype=torch.int64)
-        self.entries = [(empty, empty, torch.empty(0))]
+        none = torch.empty(0, dtype=torch.int64)
+        self.entries = [(none, none, none.int(), none.float())]
+        """By batch: numbers of its rows, firings of each, and of each firing latent and margin."""
 
     def add(self, batch: RowBatch, x: Tensor, y: Tensor, document: Tensor, unseen: Tensor) -> None:
         coder, calibration = self.coder, self.calibration
@@ -70,9 +71,10 @@ class _CoderPiece:
         if latent.device.type != "cpu":
             latent, bits = torch.stack([latent, margin.view(torch.int32)]).cpu()
             margin = bits.view(torch.float32)
-        on, latent = latent >= 0, latent.long()
-        self.counts += torch.bincount(latent[on], minlength=len(self.counts))
-        self.entries.append((index.repeat_interleave(on.sum(dim=1)), latent[on], margin[on]))
+        on = latent >= 0
+        latent, margin = latent[on], margin[on]
+        self.counts += torch.bincount(latent, minlength=len(self.counts))
+        self.entries.append((index, on.sum(dim=1), latent, margin))
 
     def sums(self) -> Arrays:
         found = {f"{k}/channel": v.cpu().numpy() for k, v in self.channel.items()}
@@ -81,10 +83,12 @@ class _CoderPiece:
 
     def code(self, start: int) -> Arrays:
         wide = self.coder.config.n_latents > 1 << 16
-        row, latent, margin = (torch.cat([e[i] for e in self.entries]).numpy() for i in range(3))
+        index, firings, latent, margin = (
+            torch.cat([e[i] for e in self.entries]).numpy() for i in range(4)
+        )
         return {
             "first_row": np.array([start]),
-            "row": (row - start).astype(np.uint32),
+            "row": (index - start).astype(np.uint32).repeat(firings),
             "latent": latent.astype(np.uint32 if wide else np.uint16),
             "margin": margin,
         }

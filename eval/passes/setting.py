@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from bsc.cache.model.models import LanguageModel, load_model
 from bsc.cache.store.split import StoreSplit
 from bsc.cache.store.store import ActivationStore
 from bsc.devices import pick_device
-from bsc.errors import StoreError
+from bsc.errors import StoreError, UserError
 from bsc.eval.passes.contexts import contexts_of
-from bsc.progress import console
-from bsc.train.coders.coder import SparseCoder
+from bsc.progress import console, format_bytes
+from bsc.train.coders.coder import SparseCoder, parameter_shapes
+from bsc.train.memory import available_bytes
 from bsc.train.run import Run
 
 __all__ = [
@@ -161,6 +163,7 @@ def open_setting(
     opened.held_out  # noqa: B018 - says so where there are no held-out rows, before a model is loaded
     on = pick_device(device)
     lm = matching_model(opened, model, on)
+    _check_memory(run, on)
     coders: dict[str, SparseCoder] = {}
     left_out = []
     for name in run.coder_names():
@@ -177,6 +180,23 @@ def open_setting(
     separation = separation_in(opened, lm, run.config().hookpoints)
     without = tuple(run.config().without_tokens)
     return Setting(run, opened, lm, coders, left_out, separation, without)
+
+
+def _check_memory(run: Run, device: torch.device) -> None:
+    """See that all coders of a run fit, before the first is loaded.
+
+    Raises:
+        UserError: they do not.
+    """
+    shapes = [parameter_shapes(c.coder).values() for c in run.config().coders]
+    needed = sum(4 * prod(shape) for of in shapes for shape in of)
+    free = available_bytes(device)
+    if needed > free:
+        raise UserError(
+            f"{run.folder}: its {len(shapes)} coders take {format_bytes(needed)}, but "
+            f"{format_bytes(free)} may be used on {device}. Measure them where there is more"
+            + (", or with --device cpu." if device.type != "cpu" else ".")
+        )
 
 
 def separation_in(store: ActivationStore, lm: LanguageModel, hookpoints: list[str]) -> Separation:

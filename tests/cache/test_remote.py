@@ -108,6 +108,22 @@ def test_a_shard_is_got_once_and_the_cache_stays_within_its_bound(
     assert 0 < most <= bound
 
 
+def test_a_cache_too_small_for_what_is_read_at_a_time_is_said_once(
+    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_store(tmp_path / "s", 960, GRID, window=4)
+    monkeypatch.setenv("BSC_SHARD_CACHE_BYTES", str(3 * 96 * 12))
+    split = ActivationStore(upload(bucket, tmp_path / "s")).train
+    names = ("layers.0.mlp/input", "layers.0.mlp/output")
+    loader = Loader(split, names, batch_rows=48, seed=0, shards_at_once=4)
+    rows = [torch.cat([*b], dim=1).clone() for b in islice(loader.batches(), 20)]
+    local = Loader(ActivationStore(tmp_path / "s").train, names, batch_rows=48, seed=0)
+    for a, b in zip(rows, local.batches(), strict=False):
+        assert torch.equal(a, torch.cat([*b], dim=1))
+    said = capsys.readouterr().err
+    assert said.count("fetched twice") == 1 and "Set BSC_SHARD_CACHE_BYTES" in said
+
+
 def test_shards_that_come_at_the_same_time_are_within_the_bound_together(
     bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

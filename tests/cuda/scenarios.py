@@ -187,7 +187,7 @@ def trainers(machine: Machine, found: Found) -> None:
             note(found, f"metrics: {label}", machine)
             trainer.held_out({name: drawn(512, WIDTH, seed=9).bfloat16()})
             trainer.state(0)
-            trainer.finish({}, 3)
+            list(trainer.finish({}, 3))
 
 
 def evaluation(machine: Machine, found: Found) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from tests.eval.planted import latent_code, saved_codes
 def test_a_code_sorted_by_latent_is_the_plain_transpose(
     tmp_path: Path, in_memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bsc.eval.passes.codes, "_IN_MEMORY", in_memory)
+    monkeypatch.setattr(bsc.eval.passes.codes, "SORTED_IN_MEMORY", in_memory)
     rng = np.random.default_rng(0)
     dense = (rng.normal(size=(300, 17)) * (rng.random((300, 17)) < 0.2)).astype(np.float32)
     dense[:, 3] = 0  # a latent that never fires
@@ -27,6 +29,21 @@ def test_a_code_sorted_by_latent_is_the_plain_transpose(
     assert np.array_equal(found.of(5)[0], np.flatnonzero(dense[:, 5]))
     # Nothing is left beside the code.
     assert {p.suffix for p in (tmp_path / "codes").iterdir()} == {".json", ".safetensors"}
+
+
+def test_a_full_disk_is_said_where_firings_are_sorted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A map of a file that there is no room for would end the process by a signal."""
+    monkeypatch.setattr(bsc.eval.passes.codes, "SORTED_IN_MEMORY", 0)
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, f"No space left for {size} bytes")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    codes = saved_codes(tmp_path / "codes", np.ones((30, 4), np.float32), pieces=2)
+    with pytest.raises(StoreError, match=r"no room to sort 120 firings .*480 bytes.*--rows"):
+        codes.by_latent()
 
 
 def test_blocks_cover_every_latent_once() -> None:

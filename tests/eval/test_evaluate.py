@@ -177,6 +177,17 @@ def test_codes_that_the_disk_cannot_hold_are_not_begun(
     assert not copy.eval_path.exists()
 
 
+def test_coders_that_memory_cannot_hold_are_not_loaded(
+    run: Run, tmp_path: Path, small: EvalConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Run(Path(shutil.copytree(run.folder, tmp_path / "run")))
+    monkeypatch.setattr("bsc.eval.passes.setting.available_bytes", lambda _: 10_000)
+    said = r"its 8 coders take \d+\.\d kB, but 10\.0 kB may be used on cpu\. Measure them where"
+    with pytest.raises(UserError, match=said):
+        evaluate(copy, small)
+    assert not copy.eval_path.exists()
+
+
 def test_room_is_asked_for_what_thresholds_let_through(store: ActivationStore) -> None:
     """A coder of another tool has k = 1, and as many latents on as are above their thresholds."""
     hook = store.hookpoint("layers.2.mlp")

@@ -16,8 +16,10 @@ from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.model.text_source import TextSource
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import UserError
-from bsc.train import live
+from bsc.progress import console
+from bsc.train import live, loop
 from bsc.train.bank_trainer import BankTrainer
+from bsc.train.checkpoint import save_checkpoint
 from bsc.train.config import TrainConfig
 from bsc.train.metrics import MetricsWriter
 from bsc.train.trainer import train_sweep
@@ -244,3 +246,42 @@ def test_what_is_not_installed_is_said_before_anything_is_written(
     with pytest.raises(UserError, match="--wandb: not installed"):
         train_sweep(config(store_path, tmp_path, wandb="project"))
     assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_leave_time_for_training(
+    store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where writing one takes longer than what is between two, the next step would not be one."""
+    clock = [0.0]
+
+    class Clock:
+        @staticmethod
+        def perf_counter() -> float:
+            clock[0] += 30
+            return clock[0]
+
+    saved = []
+
+    def slow(folder: Path, step: int, *what: Any) -> None:
+        clock[0] += 900
+        saved.append(step)
+        save_checkpoint(folder, step, *what)
+
+    monkeypatch.setattr(loop, "time", Clock)
+    monkeypatch.setattr(loop, "save_checkpoint", slow)
+    train_sweep(config(store_path, tmp_path))
+    assert len(saved) == 2 and saved[-1] == 20, "one by the clock, one at the end"
+
+
+def test_the_time_that_is_left_is_known_where_a_step_takes_minutes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(console, "get_time", lambda: clock[0])
+    view = live.TrainingView("train", 1000, 0)
+    for _ in range(4):
+        clock[0] += 90
+        view.advance(10, 0.0)
+    (task,) = view._bar.tasks
+    view._bar.start_task(task.id)
+    assert task.time_remaining is not None

@@ -1,13 +1,24 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import schedulefree
 import torch
 
 from bsc.errors import ConfigError
-from bsc.train.config import OPTIMISERS, Optimiser
-from bsc.train.optim import ClassicSignum, CoderOptimiser, ScheduleFreeSignSGD, state_bytes
+from bsc.train import bank_trainer
+from bsc.train.config import OPTIMISERS, Optimiser, TrainConfig
+from bsc.train.optim import (
+    ClassicSignum,
+    CoderOptimiser,
+    ScheduleFreeSignSGD,
+    adam_eps,
+    state_bytes,
+)
 from bsc.train.schedule import annealed, default_lr, lr_scale, paper_lr
+from bsc.train.trainer import train_sweep
 
 
 class SignSGD(torch.optim.Optimizer):
@@ -208,3 +219,42 @@ def test_the_average_of_signum_follows_rows_that_are_normalised() -> None:
         optimiser.rescale("W_dec", lengths)
         with optimiser.averaged():
             torch.testing.assert_close(w.detach(), before / lengths)
+
+
+def test_a_step_of_adam_does_not_depend_on_the_unit_of_the_loss() -> None:
+    """Powers of two, so that it is the same bits. With a constant epsilon it is not."""
+    start = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+
+    def trained(unit: float, eps: float) -> torch.Tensor:
+        weight, g = start.clone(), torch.zeros_like(start)
+        optimiser = CoderOptimiser("adam", {"w": (weight, g)}, 0.01, eps=eps)
+        for step in range(20):
+            g.copy_(gradient(weight, step) * unit)
+            optimiser.step(0.01)
+        return weight.detach()
+
+    small, rows, variance = 2.0**-30, 2**16, 2.0**12
+    eps = adam_eps(1, 1.0)
+    assert adam_eps(rows, variance) == eps / (rows * variance)
+    assert torch.equal(trained(1.0, eps), trained(small, eps * small))
+    moved = (trained(small, 1e-8) - start).norm() / (trained(1.0, 1e-8) - start).norm()
+    assert moved < 0.5
+
+
+def test_training_takes_epsilon_by_the_scale_of_the_loss(
+    store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[float] = []
+
+    def noted(*given: Any, **named: Any) -> CoderOptimiser:
+        used.append(named["eps"])
+        return CoderOptimiser(*given, **named)
+
+    monkeypatch.setattr(bank_trainer, "CoderOptimiser", noted)
+    table = {"hookpoint": "layers.2.mlp", "k": 4, "n_latents": 64, "adam_eps": [None, 1e-3]}
+    config = TrainConfig(
+        store=store_path, runs=tmp_path, batch_rows=256, tokens=512, coders=(table,),
+    )  # fmt: skip
+    run, _ = train_sweep(config)
+    assert used == [pytest.approx(1e-6 / (256 * 32)), 1e-3]  # in units of rms each channel has 1
+    assert [c.adam_eps for c in run.config().planned] == [None, 1e-3]

@@ -56,6 +56,9 @@ for step in range(3):
     for bank in banks:
         bank.step(batch, step, 3)
         bank.held_out(held_out)
+for bank in banks:
+    for coder in bank.finish({}, 3):
+        coder.save(sys.argv[2])
 # Less what is mapped of files, which only grows.
 print(planned, status("VmHWM") - status("RssFile") - status("RssShmem") - before)
 """
@@ -70,11 +73,14 @@ print(planned, status("VmHWM") - status("RssFile") - status("RssShmem") - before
                      "optimiser": "signum"},), "batch_rows": 256},
         {"coders": ({"code": "hybrid", "k": 128, "n_latents": 65536, "seed": [0, 1]},),
          "batch_rows": 4096, "micro_rows": 4096},
+        # Nearly all latents are dead from the second step on.
+        {"coders": ({"code": "continuous", "k": 16, "n_latents": 65536, "auxk_alpha": 0.03,
+                     "auxk_k": 1024},), "dead_after": 1},
     ],
-    ids=["transcoders", "unit SAEs with signum", "many rows at a time"],
+    ids=["transcoders", "unit SAEs with signum", "many rows at a time", "dead latents"],
 )  # fmt: skip
 def test_peak_memory_is_the_planned_one_within_ten_percent(
-    store_path: Path, fields: dict[str, Any]
+    store_path: Path, tmp_path: Path, fields: dict[str, Any]
 ) -> None:
     values: dict[str, Any] = {
         "store": str(store_path),
@@ -83,8 +89,8 @@ def test_peak_memory_is_the_planned_one_within_ten_percent(
     } | fields
     values["coders"] = tuple({"hookpoint": "layers.2.mlp"} | c for c in values["coders"])
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, repr(values)], capture_output=True, text=True, timeout=300,
-        check=False,
+        [sys.executable, "-c", PEAK, repr(values), str(tmp_path / "coder")], capture_output=True,
+        text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     planned, peak = map(int, done.stdout.split())
@@ -110,9 +116,23 @@ def test_pre_activations_of_a_pass_are_counted_in_32_bits_on_a_gpu(store: Any) -
     rows = plan_memory(planned, config, torch.device("cuda"), 2**50).micro_rows
     assert rows == 8_192 and rows * 131_072 < 2**31 <= 2 * rows * 131_072
     asked = config.model_copy(update={"micro_rows": 16_384})
-    with pytest.raises(UserError, match=r"more than 2\^31 pre-activations.*Give 16,383 or fewer"):
+    with pytest.raises(UserError, match=r"2,147,483,648 pre-activations.*Give 16,383 or fewer"):
         plan_memory(planned, asked, torch.device("cuda"), 2**50)
     assert plan_memory(planned, asked, CPU, 2**50).micro_rows == 16_384
+
+
+def test_selected_entries_of_a_pass_are_counted_in_32_bits_on_a_gpu(store: Any) -> None:
+    """Those of dead latents too, which are many more than k."""
+    point = SweepPoint(
+        hookpoint="layers.2.mlp", n_latents=8_192, k=16, auxk_alpha=0.03, auxk_k=4_096
+    )
+    planned = plan_coders([point], store)
+    config = TrainConfig(batch_rows=65_536)
+    rows = plan_memory(planned, config, torch.device("cuda"), 2**50).micro_rows
+    assert rows == 8_192 and rows * 4_096 < 2**26 <= 2 * rows * 4_096
+    asked = config.model_copy(update={"micro_rows": 16_384})
+    with pytest.raises(UserError, match=r"67,108,864 are selected; .* Give 16,383 or fewer"):
+        plan_memory(planned, asked, torch.device("cuda"), 2**50)
 
 
 def test_the_plan_of_a_sweep_in_words_and_figures(store_path: Path) -> None:

@@ -91,7 +91,7 @@ def _step(folder: Path) -> int:
         found = checkpoint.load_checkpoint(folder / "checkpoint")
     except StoreError:  # it is being replaced
         return -1
-    return int(found[0]["step"]) if found else 0
+    return int(found.state["step"]) if found else 0
 
 
 def test_stopped_between_any_two_writes_of_a_checkpoint_it_ends_with_the_same_bytes(
@@ -364,3 +364,26 @@ def test_figures_of_an_evaluation_do_not_outlive_more_training(
     with pytest.raises(StoreError, match="not evaluated yet"):
         EvaluationFolder(run).read()
     assert not run.eval_folder.exists()
+
+
+def test_a_removed_checkpoint_does_not_keep_its_place_on_the_disk(
+    store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it is mapped once the run goes on."""
+    run, _ = train_sweep(config(store_path, tmp_path))
+    real = loop.Loop.run
+    mapped: list[str] = []
+
+    def noted(self: loop.Loop, passed: Any) -> Any:
+        mapped.extend(m for m in Path("/proc/self/maps").read_text().split() if "checkpoint" in m)
+        return real(self, passed)
+
+    found = checkpoint.load_checkpoint(run.folder / "checkpoint")
+    assert found is not None
+    held = found.coder(run.coder_names()[0])
+    assert "checkpoint" in Path("/proc/self/maps").read_text(), "what is held is mapped"
+    del held
+    monkeypatch.setattr(loop.Loop, "run", noted)
+    record = run.config()
+    resume(run.folder, {"tokens": 2 * (record.steps or 0) * (record.batch_rows or 0)})
+    assert mapped == []

@@ -161,9 +161,10 @@ class CoderPass:
     def _code_gradients(self, g_y: Tensor, g_rounded: Tensor, by_latent: TransposedCode) -> Tensor:
         """Gradients of the code, (M,) by latent, in the dtype of `g_y`.
 
-        On a CPU from what was not rounded, which takes no longer there.
+        From what was not rounded where that takes no longer.
         """
-        if g_y.device.type != "cpu":
+        exact = kernels.dots_in_float32(g_y.device, self.w_dec.dtype)
+        if self.dot is not kernels.decoder_dot or not exact:  # compiled: in any dtype
             return self.dot(g_rounded, self.w_dec, by_latent).to(g_y.dtype)
         g_code = self.dot(g_y, self.parameters["W_dec"], by_latent)
         return g_code if self.gain is None else g_code.mul_(self.gain[by_latent.latent])

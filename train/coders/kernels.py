@@ -20,23 +20,26 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 __all__ = [
+    "MOST_ENTRIES",
     "Entries",
+    "Pieces",
     "TransposedCode",
     "bytes_by_pieces",
     "compiled_decoder_dot",
     "decode",
     "decoder_dot",
-    "decoder_dot_by_pieces",
+    "dots_in_float32",
     "latent_sums",
     "latent_sums_by_pieces",
+    "pieces_of",
     "pre_activations",
     "transpose",
 ]
 
-_VALUES_AT_ONCE = 1 << 26
-"""Values that `decoder_dot_by_pieces` gathers at a time."""
 _LONGEST = 512
 """Entries of a bag on a GPU."""
+MOST_ENTRIES = 1 << 26
+"""Entries of a pass on CUDA: `decoder_dot` counts 32 threads for each, in 32 bits."""
 
 
 class Entries(NamedTuple):
@@ -76,6 +79,18 @@ def decode(entries: Entries, code_M: Tensor, table_Fd: Tensor) -> Tensor:
     )
 
 
+class Pieces(NamedTuple):
+    """Where pieces of a transposed code begin, of bounded length, for `latent_sums` on a GPU."""
+
+    starts: Tensor
+    """(P,) int32: where the entries of each piece begin. The last ones are none: they are empty."""
+    number: Tensor
+    """(P,) int32: 0 to P - 1."""
+    offsets: Tensor
+    """(F + P / longest + 1,) int32: where the pieces of each latent begin, and afterwards
+    those that are none, divided like the others."""
+
+
 class TransposedCode(NamedTuple):
     """The entries of a batch ordered by latent, for sums over the rows of each latent."""
 
@@ -87,6 +102,8 @@ class TransposedCode(NamedTuple):
     """(M,) int32: the row of each."""
     offsets: Tensor
     """(F,) int32: where those of each latent begin; an unselected latent has none."""
+    pieces: Pieces | None = None
+    """For a GPU alone."""
 
 
 def transpose(entries: Entries, n_latents: int) -> TransposedCode:
@@ -94,7 +111,34 @@ def transpose(entries: Entries, n_latents: int) -> TransposedCode:
     latent, order = entries.latent.sort(stable=True)
     every = torch.arange(n_latents, dtype=torch.int32, device=latent.device)
     offsets = torch.searchsorted(latent, every, out_int32=True)
-    return TransposedCode(order, latent, entries.row[order], offsets)
+    pieces = pieces_of(offsets, len(latent)) if latent.device.type == "cuda" else None
+    return TransposedCode(order, latent, entries.row[order], offsets, pieces)
+
+
+def pieces_of(offsets: Tensor, entries: int, longest: int = _LONGEST) -> Pieces:
+    """Divide the entries of every latent into pieces of `longest` at most.
+
+    There are P = F + M / longest pieces at most, so nothing has to be known on the host.
+
+    Args:
+        offsets: (F,) where the entries of each latent begin.
+        entries: M.
+        longest: entries of a piece.
+    """
+    n_latents, device = len(offsets), offsets.device
+    counts = torch.diff(offsets, append=offsets.new_full((1,), entries))
+    pieces = (counts + longest - 1) // longest
+    ends = pieces.cumsum(0)
+    most = n_latents + entries // longest
+    number = torch.arange(most, device=device)
+    latent = torch.searchsorted(ends, number, right=True)  # n_latents for pieces that are none
+    of = latent.clamp(max=n_latents - 1)
+    starts = offsets[of] + (number - (ends - pieces)[of]) * longest
+    starts = torch.where(latent < n_latents, starts, entries)
+    # The bag of the last latent would have all that are none: one warp would walk them.
+    rest = ends[-1] + longest * torch.arange(most // longest + 1, device=device)
+    offsets = torch.cat([ends - pieces, rest.clamp(max=most)])
+    return Pieces(starts.int(), number.int(), offsets.int())
 
 
 def decoder_dot(grad_Nd: Tensor, table_Fd: Tensor, code: TransposedCode) -> Tensor:
@@ -104,8 +148,6 @@ def decoder_dot(grad_Nd: Tensor, table_Fd: Tensor, code: TransposedCode) -> Tens
     its latent, and all gradients fit into a cache where the table does not. On a CPU in float32 as
     fast as in bfloat16 or faster, and 1.4 to 1.8 times as fast as row by row.
     """
-    if _by_pieces(table_Fd.device, table_Fd.dtype):
-        return decoder_dot_by_pieces(grad_Nd, table_Fd, code)
     out: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         table_Fd, grad_Nd, code.row, code.offsets, code.latent, 0, -1
     )
@@ -113,31 +155,14 @@ def decoder_dot(grad_Nd: Tensor, table_Fd: Tensor, code: TransposedCode) -> Tens
 
 
 @cache
-def _by_pieces(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `decoder_dot` has no kernel of torch: in bfloat16 on CUDA before torch 2.13.
+def dots_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `decoder_dot` is taken of what was not rounded to `dtype`.
 
-    https://github.com/pytorch/pytorch/issues/185808. No GPU has run either yet.
+    On a CPU, where it takes no longer, and in bfloat16 on CUDA before torch 2.13, which has no
+    kernel for it: https://github.com/pytorch/pytorch/issues/185808. No GPU has run either yet.
     """
     old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
-    return device.type == "cuda" and dtype == torch.bfloat16 and old
-
-
-def decoder_dot_by_pieces(
-    grad_Nd: Tensor, table_Fd: Tensor, code: TransposedCode, values_at_once: int = _VALUES_AT_ONCE
-) -> Tensor:
-    """`decoder_dot` as gather, multiply and sum, some entries at a time.
-
-    Products in the dtype given, sums in float32 or better. Makes pieces of size
-    `values_at_once`, twice: 256 MiB each in bfloat16 widened to float32.
-    """
-    wide = torch.promote_types(table_Fd.dtype, torch.float32)
-    size = max(1, values_at_once // table_Fd.shape[1])
-    out = table_Fd.new_empty(len(code.latent))
-    for start in range(0, len(out), size):
-        latent, row = (t[start : start + size] for t in (code.latent, code.row))
-        products = table_Fd[latent].to(wide).mul_(grad_Nd[row])
-        out[start : start + size] = products.sum(1)
-    return out
+    return device.type == "cpu" or (dtype == torch.bfloat16 and old)
 
 
 @cache
@@ -170,35 +195,26 @@ def latent_sums(code: TransposedCode, weight_M: Tensor, rows_Nd: Tensor) -> Tens
     2 M d FLOPs; reads M rows, writes F. On a CPU about 14 times as fast as `index_add`,
     deterministic and without atomics.
     """
-    if rows_Nd.device.type == "cuda":
-        return latent_sums_by_pieces(code, weight_M, rows_Nd)
+    if code.pieces is not None:
+        return latent_sums_by_pieces(code, code.pieces, weight_M, rows_Nd)
     return embedding_bag(code.row, rows_Nd, code.offsets, mode="sum", per_sample_weights=weight_M)
 
 
 def latent_sums_by_pieces(
-    code: TransposedCode, weight_M: Tensor, rows_Nd: Tensor, longest: int = _LONGEST
+    code: TransposedCode, pieces: Pieces, weight_M: Tensor, rows_Nd: Tensor
 ) -> Tensor:
-    """`latent_sums` for a GPU, where one warp walks a bag: none has more than `longest` entries.
+    """`latent_sums` for a GPU, where one warp walks a bag: none has many entries.
 
-    Else the time of a step would be that of the latent that fires most. The entries of a latent are
-    divided into pieces, whose sums are summed. There are F + M / longest pieces at most, so nothing
-    has to be known on the host. No GPU has timed it yet.
+    Else the time of a step would be that of the latent that fires most. The sums of pieces are
+    summed. No GPU has timed it yet.
     """
-    m, n_latents = len(code.row), len(code.offsets)
-    counts = torch.diff(code.offsets, append=code.offsets.new_full((1,), m))
-    pieces = (counts + longest - 1) // longest
-    ends = pieces.cumsum(0)
-    number = torch.arange(n_latents + m // longest, device=ends.device)
-    latent = torch.searchsorted(ends, number, right=True)  # n_latents for pieces that are none
-    of = latent.clamp(max=n_latents - 1)
-    starts = code.offsets[of] + (number - (ends - pieces)[of]) * longest
-    starts = torch.where(latent < n_latents, starts, m).int()
-    sums = embedding_bag(code.row, rows_Nd, starts, mode="sum", per_sample_weights=weight_M)
-    return embedding_bag(number.int(), sums, (ends - pieces).int(), mode="sum")
+    sums = embedding_bag(code.row, rows_Nd, pieces.starts, mode="sum", per_sample_weights=weight_M)
+    of_latents: Tensor = embedding_bag(pieces.number, sums, pieces.offsets, mode="sum")
+    return of_latents[: len(code.offsets)]
 
 
 def bytes_by_pieces(n_latents: int, width: int, entries: int, dtype: torch.dtype) -> int:
-    """Bytes that a GPU needs for the pieces of `latent_sums` or of `decoder_dot`, beside results.
+    """Bytes that a GPU needs for the pieces of `latent_sums`, beside results.
 
     Args:
         n_latents: F.
@@ -206,9 +222,5 @@ def bytes_by_pieces(n_latents: int, width: int, entries: int, dtype: torch.dtype
         entries: M.
         dtype: of the products.
     """
-    numbers = 8 * 8  # of a piece: int64
-    sums = (n_latents + entries // _LONGEST) * (width * dtype.itemsize + numbers)
-    if not _by_pieces(torch.device("cuda"), dtype):
-        return sums
-    gathered = min(max(_VALUES_AT_ONCE, width), entries * width)
-    return max(sums, gathered * (4 + 3 * dtype.itemsize))
+    kept, passing = 20, 48  # of a piece: int32, and int64 while they are worked out
+    return (n_latents + entries // _LONGEST) * (kept + max(width * dtype.itemsize, passing))

@@ -103,8 +103,7 @@ class _Decoded(torch.autograd.Function):
         dtype, selected = ctx.how
         g_value = g_table = None
         if ctx.needs_input_grad[0]:
-            # On a CPU from what was not rounded, which takes no longer there.
-            exact = grads[0].device.type == "cpu"
+            exact = kernels.dots_in_float32(grads[0].device, dtype)
             rows, table = (t if exact else t.to(dtype) for t in (grads[0].contiguous(), table_Fd))
             dot = kernels.decoder_dot(rows, table, selected.by_latent).to(value_Nk.dtype)
             g_value = torch.empty_like(dot).index_copy_(0, selected.by_latent.order, dot)

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from bsc.train.coders.kernels import Entries
 
-__all__ = ["batch_topk", "group_topk", "groupmax", "newton_shift", "select_topk"]
+__all__ = [
+    "batch_topk",
+    "folded_values",
+    "group_topk",
+    "groupmax",
+    "newton_shift",
+    "select_topk",
+]
 
 _NEWTON_STEPS = 7
 _LOOKED_AT = 16
@@ -47,6 +54,19 @@ def _folds(n_latents: int, k: int) -> tuple[int, ...]:
     while total < 64 and n_latents % (2 * total) == 0 and n_latents // (2 * total) >= 4 * k:
         total *= 2
     return {64: (8, 8), 32: (4, 4), 16: (4, 4), 8: (8,), 4: (4,)}.get(total, ())
+
+
+def folded_values(n_latents: int, k: int) -> int:
+    """Maxima that `select_topk` makes of a row on its way.
+
+    >>> folded_values(9216, 16), folded_values(9216, 64), folded_values(9215, 2)
+    (1296, 2880, 0)
+    """
+    made, size = 0, n_latents
+    for fold in _folds(n_latents, k):
+        size //= fold
+        made += size
+    return made
 
 
 def _cascade(pre_NF: Tensor, k: int, folds: tuple[int, ...]) -> tuple[Tensor, Tensor]:
