@@ -12,6 +12,7 @@ import torch
 from bsc.errors import UserError
 
 __all__ = [
+    "available_bytes",
     "keep_freed_memory",
     "multiplies_bfloat16",
     "pick_device",
@@ -49,6 +50,23 @@ def pick_device(name: str | None) -> torch.device:
             f"a GPU."
         ) from None
     return device
+
+
+_SHARE = 0.9
+"""Share of the free memory that a plan may use."""
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a run may plan with: 0.9 of what is free now."""
+    if device.type == "cuda":
+        return int(_SHARE * torch.cuda.mem_get_info(device)[0])
+    with open("/proc/meminfo") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                # Processes that torchrun starts on one machine share its memory.
+                local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+                return int(_SHARE * 1024 * int(line.split()[1])) // local
+    return 2**62
 
 
 def rank_and_world(rank: int | None, world: int | None) -> tuple[int, int]:

@@ -12,17 +12,18 @@ import torch
 from bsc.cache.store.ring import first_kept, readers
 from bsc.cache.store.ring_room import RingRoom
 from bsc.cache.store.store import ActivationStore
-from bsc.devices import pick_device
+from bsc.devices import available_bytes, pick_device
 from bsc.errors import UserError
+from bsc.progress import format_bytes
 from bsc.train.config import TrainConfig
-from bsc.train.memory import MemoryPlan, available_bytes, plan_memory
+from bsc.train.memory import MemoryPlan, plan_memory
 from bsc.train.metrics import check_targets
 from bsc.train.ranks import divide
 from bsc.train.run import Run
 from bsc.train.run_config import RUN_VERSION, PlannedCoder, RunConfig
 from bsc.train.sweep import expand, plan_coders
 from bsc.train.team import teams_of
-from bsc.train.training_rows import left_out_tokens
+from bsc.train.training_rows import left_out_tokens, open_bytes
 from bsc.versions import versions
 
 __all__ = ["Job", "make_job"]
@@ -178,6 +179,16 @@ def make_job(
     part_rows = -(-config.batch_rows // len(team))
     device = pick_device(config.device)
     free = available_bytes(device)
+    if store.train.codec == "lz4":  # others are mapped: the system drops what it has no room for
+        decoded, here = open_bytes(store, mine), available_bytes(torch.device("cpu"))
+        if decoded > here:
+            raise UserError(
+                f"{store.folder}: the shards that are read at a time take {format_bytes(decoded)} "
+                f"decoded, but {format_bytes(here)} may be used. Train on fewer hookpoints in a "
+                f"process, or capture with another codec."
+            )
+        if device.type == "cpu":
+            free -= decoded
     bounded = config.model_copy(
         update={"micro_rows": micro_rows or config.micro_rows, "batch_rows": part_rows}
     )

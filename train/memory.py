@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -24,7 +23,6 @@ from bsc.train.run_config import PlannedCoder
 __all__ = [
     "EVALUATION_ROWS",
     "MemoryPlan",
-    "available_bytes",
     "flops_per_row",
     "group_banks",
     "plan_memory",
@@ -39,8 +37,6 @@ _LIBRARIES = 64 << 20
 """What torch and its libraries take for themselves at their first products; measured."""
 EVALUATION_ROWS = 256
 """Rows of an evaluation that are worked on at a time, in float32."""
-_SHARE = 0.9
-"""Share of the free memory that a plan may use."""
 
 
 def group_banks(planned: Sequence[PlannedCoder]) -> list[list[PlannedCoder]]:
@@ -234,16 +230,3 @@ def plan_memory(
             f"micro_rows, or divide the sweep over processes (torchrun, or --rank and --world)."
         )
     return made
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that a run may plan with: 0.9 of what is free now."""
-    if device.type == "cuda":
-        return int(_SHARE * torch.cuda.mem_get_info(device)[0])
-    with open("/proc/meminfo") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                # Processes that torchrun starts on one machine share its memory.
-                local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-                return int(_SHARE * 1024 * int(line.split()[1])) // local
-    return 2**62

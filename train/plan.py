@@ -13,6 +13,7 @@ from bsc.progress import format_bytes
 from bsc.train.bank_trainer import BankTrainer
 from bsc.train.job import Job
 from bsc.train.memory import flops_per_row, group_banks
+from bsc.train.training_rows import open_bytes
 
 __all__ = ["SweepPlan", "plan_sweep"]
 
@@ -34,6 +35,10 @@ class SweepPlan:
     """Bytes by purpose, and their total."""
     free: int
     """Bytes that may be used."""
+    open_shards: int
+    """Bytes of the shards that are open at a time."""
+    decoded: bool
+    """Whether those are in memory, decoded; else the system keeps them there while it has room."""
     checkpoint: int
     """Bytes of a checkpoint on disk."""
     checkpoint_rows: int | None
@@ -60,6 +65,9 @@ class SweepPlan:
             f"{self.batch_rows:,}, {self.micro_rows:,} at a time",
             f"memory      {format_bytes(self.memory['total'])} of {format_bytes(self.free)} "
             f"({parts})",
+            f"shards      {format_bytes(self.open_shards)} open at a time, "
+            + ("decoded in memory" if self.decoded else "mapped: quick while memory has room")
+            + " beside that",
             f"checkpoint  {format_bytes(self.checkpoint)} on disk, twice while one is written"
             + (
                 f"; every {self.checkpoint_rows:,} rows at least, for the ring"
@@ -101,6 +109,8 @@ def plan_sweep(job: Job, *, measure: bool = True) -> SweepPlan:
         micro_rows=memory.micro_rows,
         memory=parts | {"total": memory.total},
         free=job.free,
+        open_shards=open_bytes(job.store, job.mine),
+        decoded=job.store.train.codec == "lz4",
         checkpoint=memory.weights // 2 + memory.optimisers,
         checkpoint_rows=_checkpoint_rows(job),
         flops_per_row=sum(flops_per_row(c.coder) for c in job.mine),

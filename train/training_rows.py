@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from bsc.cache.store.kept import MOMENT_ROWS, kept_moments
+from bsc.cache.store.ring_room import SHARDS_AT_ONCE
 from bsc.cache.store.split import Moments
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import ConfigError, StoreError
 from bsc.files import write_atomically
 from bsc.train.config import TrainConfig
+from bsc.train.run_config import PlannedCoder
 
 __all__ = [
     "Scale",
@@ -24,6 +26,7 @@ __all__ = [
     "load_moments",
     "measure_moments",
     "moment_shards",
+    "open_bytes",
     "save_moments",
 ]
 
@@ -65,6 +68,20 @@ class Scale:
             y.mean / units[1],
             y.total_variance / units[1] ** 2,
         )
+
+
+def open_bytes(store: ActivationStore, planned: Sequence[PlannedCoder]) -> int:
+    """Bytes of the shards that training has open at a time: a group and the next one.
+
+    Args:
+        store: the rows.
+        planned: the coders that are trained on them.
+    """
+    split, room = store.train, store.room
+    at_once = SHARDS_AT_ONCE if room is None else room.shards_at_once
+    sides = {f"{c.hookpoint}/{side}" for c in planned for side in (c.coder.side, "output")}
+    of_one = sum(split.spec(name).shard_bytes(split.grid) for name in sides)
+    return min(2 * at_once, split.grid.shards) * of_one
 
 
 def moment_shards(store: ActivationStore, first: int) -> range:

@@ -14,7 +14,7 @@ import xxhash
 from bsc.cache.model.attention import Separation
 from bsc.cache.model.models import LanguageModel
 from bsc.cache.store.store import ActivationStore
-from bsc.devices import pick_device
+from bsc.devices import available_bytes, pick_device
 from bsc.errors import UserError
 from bsc.eval.passes.prefix import Prefix
 from bsc.eval.passes.setting import check_widths, matching_model, open_store, separation_in
@@ -27,7 +27,6 @@ from bsc.finetuning.values import config_without_values, without_values
 from bsc.progress import console
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
-from bsc.train.memory import available_bytes
 from bsc.train.metrics import check_targets
 from bsc.train.run import Run
 from bsc.train.run_config import RUN_VERSION, Finetuned, FinetunedCoder, RunCoder, RunConfig

@@ -14,12 +14,11 @@ from bsc.cache.model.hookpoints import RowTap
 from bsc.cache.model.models import LanguageModel, load_model
 from bsc.cache.store.split import StoreSplit
 from bsc.cache.store.store import ActivationStore
-from bsc.devices import pick_device
+from bsc.devices import available_bytes, pick_device
 from bsc.errors import StoreError, UserError
 from bsc.eval.passes.contexts import contexts_of
 from bsc.progress import console, format_bytes
 from bsc.train.coders.coder import SparseCoder, parameter_shapes
-from bsc.train.memory import available_bytes
 from bsc.train.run import Run
 
 __all__ = [

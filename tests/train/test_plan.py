@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from bsc.cache.capture.capture import capture
+from bsc.cache.capture.config import CaptureConfig
+from bsc.cache.model.text_source import TextSource
 from bsc.errors import UserError
 from bsc.train.config import SweepPoint, TrainConfig
 from bsc.train.job import make_job
@@ -159,3 +162,31 @@ def test_banks_are_coders_of_one_shape(store: Any) -> None:
     ]
     banks = group_banks(plan_coders(points, store))
     assert len(banks) == 8 and all(len(b) == 2 for b in banks)
+
+
+def test_shards_that_are_open_are_planned_and_decoded_ones_need_memory(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for codec in ("raw", "lz4"):
+        capture(
+            CaptureConfig(
+                model=str(tiny_model), store=tmp_path / codec, text=TextSource(corpus="stdlib"),
+                hookpoints=("layers.2.mlp",), tokens=600, context=32, batch_tokens=64, codec=codec,
+            )
+        )  # fmt: skip
+    raw, lz4 = (
+        TrainConfig(store=tmp_path / codec, batch_rows=64, coders=({"k": 2, "n_latents": 64},))
+        for codec in ("raw", "lz4")
+    )
+    plan = plan_sweep(make_job(raw, "test"), measure=False)
+    files = [p for p in (tmp_path / "raw").rglob("*put/c/3/0") if "held_out" not in p.parts]
+    assert plan.open_shards == 8 * sum(p.stat().st_size for p in files) > 8 * 35 * 2 * 64
+    assert "open at a time, mapped" in "\n".join(plan.lines())
+    decoded = plan_sweep(make_job(lz4, "test"), measure=False)
+    assert "open at a time, decoded in memory" in "\n".join(decoded.lines())
+    assert decoded.open_shards == plan.open_shards
+    monkeypatch.setattr("bsc.train.job.available_bytes", lambda _: 10_000)
+    with pytest.raises(UserError, match=r"read at a time take .* decoded, but 10\.0 kB may be"):
+        make_job(lz4, "test")
+    monkeypatch.setattr("bsc.train.job.available_bytes", lambda _: 10**9)
+    assert make_job(raw, "test").free - make_job(lz4, "test").free == plan.open_shards
