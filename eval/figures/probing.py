@@ -218,11 +218,13 @@ def _tokenise(lm: LanguageModel, texts: Sequence[str], length: int) -> list[list
     return found
 
 
-def _stacked(parts: Mapping[str, list[Features]]) -> dict[str, Features]:
-    return {
-        name: {p: sparse.vstack([f[p] for f in found]).tocsr() for p in POOLINGS}
-        for name, found in parts.items()
-    }
+def _stacked(parts: dict[str, list[Features]]) -> dict[str, Features]:
+    """One matrix of many. Takes the parts out, which together would be as much memory again."""
+    stacked: dict[str, Features] = {}
+    for name in list(parts):
+        found = parts.pop(name)
+        stacked[name] = {p: sparse.vstack([f.pop(p) for f in found]).tocsr() for p in POOLINGS}
+    return stacked
 
 
 def _pool(
