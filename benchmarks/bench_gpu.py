@@ -245,6 +245,7 @@ def _planned(bank: Bank, rows: int, micro_rows: int | None, device: torch.device
     """GB that `bsc train --plan` would plan for a step of these rows, with Adam."""
     how: dict[str, Any] = {
         "optimiser": "adam", "lr": 1e-5, "warmup": 0.0, "decay": "none", "clip_norm": None,
+        "adam_eps": None,
         "temperature_init": 1.0, "anneal": 0.0, "patience": None, "seed": 0, "hookpoint": "h",
     }  # fmt: skip
     coders = [

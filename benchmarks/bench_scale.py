@@ -183,13 +183,14 @@ def play_ring(folder: Path, shards: int, hookpoints: int) -> dict[str, Any]:
     points = [max(2 * SLOTS, round(shards * p) - SLOTS) for p in POINTS]
     checkpoints, rows, places = 0, 0, []
     tensors = {"w": torch.zeros((64, 64))}
+    state = {"coders": [{"name": "c", "progress": {}}]}
     for (batch,) in loader.ring_batches(Cursor(0, 0, 0), lambda: store.complete):
         rows += len(batch)
         at = loader.cursor
         if at.group - reader.next_shard >= room.checkpoint_shards:
             checkpoints += 1
             started_place = time.perf_counter()
-            save_checkpoint(folder / "run", checkpoints, {"coders": ["c"], "cursor": at}, [tensors])
+            save_checkpoint(folder / "run", checkpoints, state | {"cursor": at}, [tensors])
             reader.passed(at.group)
             places.append(time.perf_counter() - started_place)
         if points and at.group >= points[0]:
@@ -218,8 +219,8 @@ def _go_on(folder: Path, played: Played) -> None:
     """What a training run does that was killed: open, take its place up, load its checkpoint."""
     store = ActivationStore(folder / "acts")
     assert store.room is not None and not store.complete
-    state = load_checkpoint(folder / "run")
-    assert state is not None
+    found = load_checkpoint(folder / "run")
+    assert found is not None and found.coder("c") is not None
     ring = RingReader(store.folder, played.specs, played.grid, "again")
     ring.close(leave=True)
 

@@ -358,3 +358,4 @@ class BankTrainer:
             trained = exported.to("cpu").in_units(x=self.scale.x, y=self.scale.y)
             del exported
             yield trained
+            del trained

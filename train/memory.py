@@ -93,7 +93,7 @@ class _Fixed(NamedTuple):
     """Workspace between steps: of an evaluation, or of saving a coder."""
 
 
-def _fixed(bank: Sequence[PlannedCoder], bytes_each: int) -> _Fixed:
+def _fixed(bank: Sequence[PlannedCoder], bytes_each: int, device: torch.device) -> _Fixed:
     first = bank[0].coder
     shapes = parameter_shapes(first.model_copy(update={"code": "continuous", "select": "topk"}))
     if any(c.coder.has_threshold for c in bank):
@@ -110,29 +110,53 @@ def _fixed(bank: Sequence[PlannedCoder], bytes_each: int) -> _Fixed:
     if any(c.coder.decoder_norm == "unit" for c in bank):
         products += latents * (4 + 4) * n
     # Signs or steps of one coder's gradients; when coders are evaluated, a copy of one, and for
-    # signum one of its weights; when they are saved, one and the bytes of its file.
+    # signum one of its weights; unit rows are copied twice on the way. When they are saved, on the
+    # host, a copy and twice the bytes of its file.
     step = max((parameters for c in bank if c.optimiser in ("signum_classic", "muon")), default=0)
     copies = 2 if any(c.optimiser == "signum" for c in bank) else 1
     wide = 4 if any(c.coder.select == "batch_topk" for c in bank) else 1
     evaluation = copies * parameters + EVALUATION_ROWS * latents * 4 * wide
-    between = max(evaluation, 2 * parameters)
+    unit = any(c.coder.decoder_norm == "unit" for c in bank)
+    copied = max(copies + unit, 3 if device.type == "cpu" else 0) * parameters
+    between = max(evaluation, copied)
     return _Fixed(weights, optimisers, products, max(sums, step), between)
 
 
-def _entries_of_row(coder: PlannedCoder) -> int:
-    """Latents that are selected for a row, at most."""
+def _most_selected(coder: PlannedCoder) -> int:
+    """Latents that are selected for a row, at most, AuxK's left out."""
+    wide = coder.coder.multi_topk or coder.coder.surrogate == "gumbel"
+    return max(coder.coder.k, coder.k_init) * (4 if wide else 1)
+
+
+def _dead_selected(coder: PlannedCoder) -> int:
+    """Dead latents that AuxK selects for a row, at most."""
     config = coder.coder
-    wide = config.multi_topk or config.surrogate == "gumbel"
-    dead = min(config.auxk_k or max(1, config.d_out // 2), config.n_latents)
-    most = max(config.k, coder.k_init) * (4 if wide else 1)
-    return max(most, dead if config.auxk_alpha > 0 else 0)
+    wanted = config.auxk_k or max(1, config.d_out // 2)
+    return min(wanted, config.n_latents) if config.auxk_alpha > 0 else 0
+
+
+def _entries_of_row(coder: PlannedCoder) -> int:
+    """Entries that a row has in a pass, at most."""
+    return max(_most_selected(coder), _dead_selected(coder))
+
+
+def _folded(coder: PlannedCoder) -> int:
+    """Maxima that selection makes of a row, at most: with k, and with the most it selects."""
+    config, most = coder.coder, _most_selected(coder)
+    if config.select == "groupmax":
+        return 0
+    most *= 4 if config.select == "batch_topk" else 1
+    return max(
+        topk.folded_values(p.stop - p.start, max(1, round(p.k * k / config.k)))
+        for p in config.parts
+        for k in (config.k, most)
+    )
 
 
 def _row_bytes(coder: PlannedCoder, bytes_each: int, device: torch.device) -> int:
     """Workspace of one row beside its pre-activations, at the widest point of a pass."""
-    config, k = coder.coder, _entries_of_row(coder)
-    wide = 4 * k if config.select == "batch_topk" else k
-    pre = max(topk.folded_values(p.stop - p.start, p.k) for p in config.parts) * bytes_each
+    config, most, dead = coder.coder, _most_selected(coder), _dead_selected(coder)
+    pre = _folded(coder) * bytes_each
     if config.surrogate == "gumbel":
         pre += config.n_latents * (4 + 4 + bytes_each)
     if config.gumbel_support == "full":  # products and softmax of all latents, in float32
@@ -142,10 +166,11 @@ def _row_bytes(coder: PlannedCoder, bytes_each: int, device: torch.device) -> in
     if config.auxk_alpha:
         pre += config.n_latents * bytes_each
     # Columns and values; of bfloat16 keys and their parts too, and what a GPU sorts with.
-    candidates = 8 * wide * (16 if bytes_each == 4 and device.type == "cpu" else 28)
-    if config.select == "batch_topk":
-        candidates += wide * 48  # sorted together over the rows
-    entries = k * 64
+    each = 8 * (16 if bytes_each == 4 and device.type == "cpu" else 28)
+    # Of batch top-k four times as many, which are sorted together over the rows.
+    first = 4 * most * (each + 48) if config.select == "batch_topk" else most * each
+    candidates = max(first, dead * each)
+    entries = max(most, dead) * 64
     rows = (config.d_in + EXTRA_COLUMNS) * bytes_each + config.d_out * 4 * 4
     return pre + max(candidates, entries) + rows
 
@@ -167,7 +192,7 @@ def plan_memory(
     dtype = product_dtype(config.precision, device)
     bytes_each = dtype.itemsize
     banks = group_banks(planned)
-    parts = [_fixed(bank, bytes_each) for bank in banks]
+    parts = [_fixed(bank, bytes_each, device) for bank in banks]
     weights, optimisers, products = (sum(p[i] for p in parts) for i in range(3))
     # Every bank keeps its buffers; what a pass makes on its way is freed before the next one.
     kept = sum(bank[0].coder.n_latents * bytes_each for bank in banks)

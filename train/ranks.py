@@ -9,6 +9,7 @@ they are started by torchrun or by a job array, nor when.
 from __future__ import annotations
 
 import heapq
+import resource
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -106,6 +107,15 @@ def has_begun(run: Run, rank: int, world: int) -> bool:
     return Run(run.part(part_of(run, rank, world), world)).config_path.exists()
 
 
+def _allow_open_files(files: int) -> None:
+    """Allow this process so many more open files, as far as the system does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = files + 128  # libraries have some open, too
+    if soft < needed:
+        most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def merge_parts(run: Run, world: int) -> bool:
     """Make one run of its parts, if all have ended and have the same coders and steps.
 
@@ -134,6 +144,7 @@ def merge_parts(run: Run, world: int) -> bool:
             return False  # one was trained on, the others are to follow
         order = {c.name: i for i, c in enumerate(first.coders)}
         # Each is by step; line by line, for those of a long run are gigabytes.
+        _allow_open_files(len(records))
         parts = [Run(run.part(rank, world)).metrics() for rank in records]
         by_step = itemgetter("step")
         steps = groupby(heapq.merge(*parts, key=by_step), key=by_step)

@@ -15,7 +15,7 @@ from bsc.train.job import Job, make_job
 from bsc.train.loop import CoderSummary
 from bsc.train.ranks import merge_parts, part_of
 from bsc.train.run import Run
-from bsc.train.run_config import PlannedCoder, RunConfig
+from bsc.train.run_config import TORCH_EPS, PlannedCoder, RunConfig
 from bsc.train.sweep import expand, plan_coders
 from bsc.train.trainer import run_job
 
@@ -77,6 +77,7 @@ def resume(
     config = _same_but_tokens(record.config, changes, where)
     if tables is not None:
         given = plan_coders(expand(tables, where, config.preset), ActivationStore(config.store))
+        given = _as_begun(given, planned)
         planned = _added(planned, given) if add_coders else _same_coders(planned, given, where)
     job = make_job(
         config,
@@ -188,6 +189,18 @@ def _same_but_tokens(saved: TrainConfig, changes: dict[str, Any], where: str) ->
                 f"other settings train a new run, under another --name."
             )
     return saved.model_copy(update=update)
+
+
+def _as_begun(given: list[PlannedCoder], planned: list[PlannedCoder]) -> list[PlannedCoder]:
+    """Coders of tables as a run has them that began before `adam_eps` was a setting."""
+    have = {c.model_copy(update={"name": ""}) for c in planned}
+
+    def begun(coder: PlannedCoder) -> PlannedCoder:
+        older = coder.model_copy(update={"adam_eps": TORCH_EPS})
+        unsaid = coder.adam_eps is None and older.model_copy(update={"name": ""}) in have
+        return older if unsaid else coder
+
+    return [begun(c) for c in given]
 
 
 def _same_coders(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Any, Self
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from bsc.config import Config
 from bsc.train.coders.config import CoderConfig
@@ -14,6 +14,7 @@ from bsc.typed import Record
 
 __all__ = [
     "RUN_VERSION",
+    "TORCH_EPS",
     "Completed",
     "Finetuned",
     "FinetunedCoder",
@@ -25,6 +26,8 @@ __all__ = [
 ]
 
 RUN_VERSION = 2
+TORCH_EPS = 1e-8
+"""Epsilon of Adam where nothing is said, in torch and in runs from before it was a setting."""
 _LONGEST_NAME = 240
 """Bytes: what file systems take."""
 
@@ -64,13 +67,21 @@ class PlannedCoder(RunCoder):
     warmup: float
     decay: Decay
     clip_norm: float | None
-    adam_eps: float | None = 1e-8
-    """None: in proportion to the gradients. Runs that do not say have torch's."""
+    adam_eps: float | None
+    """None: by the scale of the loss, or no Adam. In runs from before it was a setting torch's."""
     k_init: int
     temperature_init: float
     anneal: float
     patience: int | None
     seed: int
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "adam_eps" not in values:
+            adam = values.get("optimiser") in ("adam", "muon")
+            return values | {"adam_eps": TORCH_EPS if adam else None}
+        return values
 
     @property
     def but_for_the_seed(self) -> Self:

@@ -65,7 +65,7 @@ def plan_coder(point: SweepPoint, hook: Hookpoint) -> PlannedCoder:
         warmup=default_warmup(point.optimiser) if point.warmup is None else point.warmup,
         decay=point.decay or default_decay(point.optimiser),
         clip_norm=point.clip_norm,
-        adam_eps=point.adam_eps,
+        adam_eps=point.adam_eps if point.optimiser in ("adam", "muon") else None,
         k_init=point.k_init or config.k,
         temperature_init=(point.temperature_init if binary else None) or config.temperature,
         anneal=point.anneal,

@@ -156,6 +156,7 @@ def _finish(job: Job, record: RunConfig, banks: list[BankTrainer], loop: Loop) -
     for bank in banks:
         for coder in bank.finish(about, loop.step):
             coder.save(job.run.coder_folder(str(coder.about["name"])))
+            del coder  # before the next one is made
     completed = Completed(
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(loop.seconds, 1),

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from bsc.devices import available_bytes
 from bsc.eval.evaluation import Likeness, Pair
 from bsc.eval.figures.fidelity import fvu_difference
 from bsc.eval.figures.loss import added_loss
@@ -139,12 +140,16 @@ def stability_figures(
         seed: of the rotation.
     """
     alive = (counts[0] > 0, counts[1] > 0)
-    matching = match_latents(a.W_dec, b.W_dec, *alive)
+    # Beside coders that fill a GPU there may be no room for copies of their rows.
+    device = a.W_dec.device
+    largest = max(w.numel() for w in (a.W_dec, b.W_dec))
+    where = device if available_bytes(device) > 5 * 4 * largest else "cpu"
+    rows_a, rows_b = (w.detach().to(where).float() for w in (a.W_dec, b.W_dec))
+    matching = match_latents(rows_a, rows_b, *alive)
     generator = torch.Generator().manual_seed(seed)
-    width = b.W_dec.shape[1]
+    width = rows_b.shape[1]
     rotation = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
-    turned = b.W_dec.detach().float() @ rotation.to(b.W_dec.device)
-    chance = match_latents(a.W_dec, turned, *alive)
+    chance = match_latents(rows_a, rows_b @ rotation.to(where), *alive)
     n = int(alive[0].sum())
     weights = counts[0][matching.a].astype(np.float64)
     jaccard = firing_jaccard(*codes, matching) if codes is not None else None

@@ -182,19 +182,23 @@ def open_setting(
 
 
 def _check_memory(run: Run, device: torch.device) -> None:
-    """See that all coders of a run fit, before the first is loaded.
+    """See that all coders of a run fit on a GPU, before the first is loaded.
+
+    On a CPU they are mapped, and the system drops what it has no room for.
 
     Raises:
         UserError: they do not.
     """
+    if device.type == "cpu":
+        return
     shapes = [parameter_shapes(c.coder).values() for c in run.config().coders]
     needed = sum(4 * prod(shape) for of in shapes for shape in of)
     free = available_bytes(device)
     if needed > free:
         raise UserError(
             f"{run.folder}: its {len(shapes)} coders take {format_bytes(needed)}, but "
-            f"{format_bytes(free)} may be used on {device}. Measure them where there is more"
-            + (", or with --device cpu." if device.type != "cpu" else ".")
+            f"{format_bytes(free)} may be used on {device}. Measure them where there is more, or "
+            f"with --device cpu."
         )
 
 

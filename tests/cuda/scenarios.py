@@ -168,7 +168,7 @@ def trainers(machine: Machine, found: Found) -> None:
             PlannedCoder(
                 name=f"c{i}", hookpoint="layers.0.mlp", coder=config, optimiser="adam", lr=1e-3,
                 clip_norm=None, seed=i, warmup=0.05, decay="linear", anneal=0.1, k_init=config.k,
-                temperature_init=config.temperature, patience=None,
+                temperature_init=config.temperature, patience=None, adam_eps=None,
             )
             for i in range(3)
         ]  # fmt: skip

@@ -21,6 +21,7 @@ from bsc.errors import StoreError, UserError
 from bsc.eval.compare import compare_runs
 from bsc.eval.config import EvalConfig
 from bsc.eval.evaluate import evaluate
+from bsc.eval.passes import setting as setting_module
 from bsc.eval.passes.context_pass import CLEAN, joined, pass_over_contexts
 from bsc.eval.passes.contexts import contexts_of
 from bsc.eval.passes.setting import matching_model, open_setting
@@ -177,15 +178,14 @@ def test_codes_that_the_disk_cannot_hold_are_not_begun(
     assert not copy.eval_path.exists()
 
 
-def test_coders_that_memory_cannot_hold_are_not_loaded(
-    run: Run, tmp_path: Path, small: EvalConfig, monkeypatch: pytest.MonkeyPatch
+def test_coders_that_a_gpu_cannot_hold_are_not_loaded(
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = Run(Path(shutil.copytree(run.folder, tmp_path / "run")))
-    monkeypatch.setattr("bsc.eval.passes.setting.available_bytes", lambda _: 10_000)
-    said = r"its 8 coders take \d+\.\d kB, but 10\.0 kB may be used on cpu\. Measure them where"
+    monkeypatch.setattr(setting_module, "available_bytes", lambda _: 10_000)
+    said = r"its 8 coders take \d+\.\d kB, but 10\.0 kB may be used on cuda.* --device cpu"
     with pytest.raises(UserError, match=said):
-        evaluate(copy, small)
-    assert not copy.eval_path.exists()
+        setting_module._check_memory(run, torch.device("cuda"))
+    setting_module._check_memory(run, torch.device("cpu"))  # there they are mapped
 
 
 def test_room_is_asked_for_what_thresholds_let_through(store: ActivationStore) -> None:

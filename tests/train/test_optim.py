@@ -8,6 +8,7 @@ import schedulefree
 import torch
 
 from bsc.errors import ConfigError
+from bsc.records import write_record
 from bsc.train import bank_trainer
 from bsc.train.config import OPTIMISERS, Optimiser, TrainConfig
 from bsc.train.optim import (
@@ -17,8 +18,10 @@ from bsc.train.optim import (
     adam_eps,
     state_bytes,
 )
+from bsc.train.resume import resume
 from bsc.train.schedule import annealed, default_lr, lr_scale, paper_lr
 from bsc.train.trainer import train_sweep
+from tests.raw import raw
 
 
 class SignSGD(torch.optim.Optimizer):
@@ -258,3 +261,25 @@ def test_training_takes_epsilon_by_the_scale_of_the_loss(
     run, _ = train_sweep(config)
     assert used == [pytest.approx(1e-6 / (256 * 32)), 1e-3]  # in units of rms each channel has 1
     assert [c.adam_eps for c in run.config().planned] == [None, 1e-3]
+
+
+def test_a_run_from_before_epsilon_was_a_setting_goes_on_with_its_tables(
+    store_path: Path, tmp_path: Path
+) -> None:
+    table = {"hookpoint": "layers.2.mlp", "k": 4, "n_latents": 64, "optimiser": list(OPTIMISERS)}
+    config = TrainConfig(
+        store=store_path, runs=tmp_path, batch_rows=256, tokens=512, coders=(table,),
+    )  # fmt: skip
+    run, _ = train_sweep(config)
+    record = raw(run.config_path)
+    for coder in record["coders"]:
+        del coder["adam_eps"]
+    write_record(run.config_path, record)
+    older = [1e-8 if c.optimiser in ("adam", "muon") else None for c in run.config().planned]
+    assert [c.adam_eps for c in run.config().planned] == older
+    resume(run.folder, {"coders": (table,), "tokens": 1_024})
+    assert [c.adam_eps for c in run.config().planned] == older
+    new = {**table, "k": [4, 8]}
+    resume(run.folder, {"coders": (new,), "tokens": 1_536}, add_coders=True)
+    assert [c.adam_eps for c in run.config().planned] == [*older, None, None, None, None]
+    assert len({c.name for c in run.config().planned}) == 8
