@@ -97,7 +97,9 @@ def test_peak_memory_is_the_planned_one_within_ten_percent(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     planned, peak = map(int, done.stdout.split())
-    assert 0.9 < peak / planned < 1.1, (planned, peak)
+    # The plan allows for all latents being dead at once, which they are not.
+    least = 0.7 if "dead_after" in fields else 0.9
+    assert least < peak / planned < 1.1, (planned, peak)
 
 
 def test_less_memory_means_fewer_rows_at_a_time_and_then_a_refusal(store: Any) -> None:
