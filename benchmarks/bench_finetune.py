@@ -85,7 +85,7 @@ def _later(
         if measured:
             for coder in coders.values():
                 # Measured from here on, not changed; a method has no other place to stand.
-                coder.optimiser.step = lambda lr: None  # type: ignore[method-assign]
+                coder.optimiser.step = lambda lr: None  # type: ignore[method-assign] # looked at
         if measured or train:
             stepper.step(batch, min(step, job.steps - 1), job.steps)
         if measured:

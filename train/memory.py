@@ -234,8 +234,8 @@ def plan_memory(
             raise ConfigError(
                 f"micro_rows: {rows:,} rows at a time have {rows * widest:,} pre-activations, of "
                 f"which {rows * most:,} are selected; kernels of CUDA, which count in 32 bits, "
-                f"take {_COUNTED:,} and {kernels.MOST_ENTRIES:,}. Give {fewer:,} or fewer, or "
-                f"leave it out."
+                f"take fewer than {_COUNTED:,} and {kernels.MOST_ENTRIES:,}. Give {fewer:,} or "
+                f"fewer, or leave it out."
             )
         made = plan(rows)
     else:

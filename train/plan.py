@@ -65,9 +65,8 @@ class SweepPlan:
             f"{self.batch_rows:,}, {self.micro_rows:,} at a time",
             f"memory      {format_bytes(self.memory['total'])} of {format_bytes(self.free)} "
             f"({parts})",
-            f"shards      {format_bytes(self.open_shards)} open at a time, "
-            + ("decoded in memory" if self.decoded else "mapped: quick while memory has room")
-            + " beside that",
+            f"shards      {format_bytes(self.open_shards)} open at a time beside that, "
+            + ("decoded in memory" if self.decoded else "mapped: reads are quick while they fit"),
             f"checkpoint  {format_bytes(self.checkpoint)} on disk, twice while one is written"
             + (
                 f"; every {self.checkpoint_rows:,} rows at least, for the ring"

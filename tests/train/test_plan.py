@@ -115,29 +115,26 @@ def test_less_memory_means_fewer_rows_at_a_time_and_then_a_refusal(store: Any) -
         plan_memory(planned, config.model_copy(update={"micro_rows": 8192}), CPU, some.total)
 
 
-def test_pre_activations_of_a_pass_are_counted_in_32_bits_on_a_gpu(store: Any) -> None:
-    planned = plan_coders([SweepPoint(hookpoint="layers.2.mlp", n_latents=131_072)], store)
-    config = TrainConfig(batch_rows=65_536)
-    rows = plan_memory(planned, config, torch.device("cuda"), 2**50).micro_rows
-    assert rows == 8_192 and rows * 131_072 < 2**31 <= 2 * rows * 131_072
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"n_latents": 131_072}, r"2,147,483,648 pre-activations.*Give 16,383 or fewer"),
+        # Of dead latents many more than k are selected.
+        ({"n_latents": 8_192, "k": 16, "auxk_alpha": 0.03, "auxk_k": 4_096},
+         r"67,108,864 are selected; .* Give 16,383 or fewer"),
+    ],
+    ids=["pre-activations", "entries"],
+)  # fmt: skip
+def test_what_a_pass_has_on_a_gpu_is_counted_in_32_bits(
+    store: Any, fields: dict[str, Any], said: str
+) -> None:
+    planned = plan_coders([SweepPoint(hookpoint="layers.2.mlp", **fields)], store)
+    config, cuda = TrainConfig(batch_rows=65_536), torch.device("cuda")
+    assert plan_memory(planned, config, cuda, 2**50).micro_rows == 8_192
     asked = config.model_copy(update={"micro_rows": 16_384})
-    with pytest.raises(UserError, match=r"2,147,483,648 pre-activations.*Give 16,383 or fewer"):
-        plan_memory(planned, asked, torch.device("cuda"), 2**50)
+    with pytest.raises(UserError, match=said):
+        plan_memory(planned, asked, cuda, 2**50)
     assert plan_memory(planned, asked, CPU, 2**50).micro_rows == 16_384
-
-
-def test_selected_entries_of_a_pass_are_counted_in_32_bits_on_a_gpu(store: Any) -> None:
-    """Those of dead latents too, which are many more than k."""
-    point = SweepPoint(
-        hookpoint="layers.2.mlp", n_latents=8_192, k=16, auxk_alpha=0.03, auxk_k=4_096
-    )
-    planned = plan_coders([point], store)
-    config = TrainConfig(batch_rows=65_536)
-    rows = plan_memory(planned, config, torch.device("cuda"), 2**50).micro_rows
-    assert rows == 8_192 and rows * 4_096 < 2**26 <= 2 * rows * 4_096
-    asked = config.model_copy(update={"micro_rows": 16_384})
-    with pytest.raises(UserError, match=r"67,108,864 are selected; .* Give 16,383 or fewer"):
-        plan_memory(planned, asked, torch.device("cuda"), 2**50)
 
 
 def test_the_plan_of_a_sweep_in_words_and_figures(store_path: Path) -> None:
@@ -183,9 +180,9 @@ def test_shards_that_are_open_are_planned_and_decoded_ones_need_memory(
     plan = plan_sweep(make_job(raw, "test"), measure=False)
     files = [p for p in (tmp_path / "raw").rglob("*put/c/3/0") if "held_out" not in p.parts]
     assert plan.open_shards == 8 * sum(p.stat().st_size for p in files) > 8 * 35 * 2 * 64
-    assert "open at a time, mapped" in "\n".join(plan.lines())
+    assert "open at a time beside that, mapped" in "\n".join(plan.lines())
     decoded = plan_sweep(make_job(lz4, "test"), measure=False)
-    assert "open at a time, decoded in memory" in "\n".join(decoded.lines())
+    assert "open at a time beside that, decoded in memory" in "\n".join(decoded.lines())
     assert decoded.open_shards == plan.open_shards
     monkeypatch.setattr("bsc.train.job.available_bytes", lambda _: 10_000)
     with pytest.raises(UserError, match=r"read at a time take .* decoded, but 10\.0 kB may be"):
