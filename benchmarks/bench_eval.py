@@ -33,6 +33,7 @@ import torch
 from benchmarks.bench_capture import smollm2_shape
 from bsc.cache.capture.capture import capture
 from bsc.cache.capture.config import CaptureConfig
+from bsc.cache.model.attention import BY_POSITIONS
 from bsc.cache.model.models import LanguageModel, load_model
 from bsc.cache.model.text_source import TextSource
 from bsc.cache.store.store import ActivationStore
@@ -74,7 +75,7 @@ def random_contexts(lm: LanguageModel, tokens: int, length: int) -> Contexts:
     position = np.broadcast_to(np.arange(length), (n, length)).copy()
     ones = np.ones((n, length), bool)
     new = ones[:, 1:]
-    return Contexts(ids, position, ones, new, "joined", "positions", position[:, 1:] * 0, new)
+    return Contexts(ids, position, ones, new, "joined", BY_POSITIONS, position[:, 1:] * 0, new)
 
 
 def synchronise(device: torch.device) -> None:

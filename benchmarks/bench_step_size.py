@@ -6,6 +6,10 @@ they were seen before). The last line is JSON. The figures choose the defaults o
 `bsc.train.schedule`; they are not test figures.
 
     python benchmarks/bench_step_size.py --store bsc-demo/acts [--settings base wide narrow ...]
+
+The settings of 1,000 steps and more read a store of 6M rows once:
+
+    bsc cache --model demo --text env --hookpoints layers.3.mlp --tokens 6M --store acts-6M
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ RATES = {
     "muon": [3e-3, 1e-2, 3e-2, 1e-1],
 }
 TWO = ("adam", "signum")
+BINARY = [2e-3, 4e-3, 8e-3, 1.6e-2, 3.27e-2]
 SETTINGS: dict[str, dict[str, Any]] = {
     "base": {"n_latents": 1536, "batch_rows": 2048, "passes": 1, "optimisers": tuple(RATES)},
     "narrow": {"n_latents": 384, "batch_rows": 2048, "passes": 1, "optimisers": TWO},
@@ -39,12 +44,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "long": {"n_latents": 1536, "batch_rows": 2048, "passes": 4, "optimisers": TWO},
     "large batch": {"n_latents": 1536, "batch_rows": 8192, "passes": 4, "optimisers": TWO},
     "sae": {"n_latents": 1536, "batch_rows": 2048, "passes": 1, "optimisers": TWO, "site": "sae"},
+    "1,000 steps": {"n_latents": 1536, "batch_rows": 2048, "rows": 2_048_000,
+                    "optimisers": ("adam",), "rates": BINARY[:5], "codes": ("binary",)},
+    "3,000 steps": {"n_latents": 1536, "batch_rows": 2048, "rows": 5_980_000,
+                    "optimisers": ("adam",), "rates": BINARY[1:5], "codes": ("binary",)},
+    "3,000 steps, continuous": {"n_latents": 1536, "batch_rows": 2048, "rows": 5_980_000,
+                                "optimisers": ("adam",), "rates": [1.25e-3, 2.5e-3, 5e-3, 1e-2],
+                                "codes": ("continuous",)},
+    "3,000 steps, sae": {"n_latents": 1536, "batch_rows": 2048, "rows": 5_980_000, "site": "sae",
+                         "optimisers": ("adam",), "rates": BINARY[1:5], "codes": ("binary",)},
+    "12,000 steps": {"n_latents": 1536, "batch_rows": 512, "rows": 5_980_000,
+                     "optimisers": ("adam",), "rates": [1e-3, *BINARY[:3]], "codes": ("binary",)},
 }  # fmt: skip
 
 
 def run_setting(store: Path, k: int, setting: dict[str, Any]) -> list[dict[str, Any]]:
     """Train a setting's grid; one line per coder."""
-    rows = setting["passes"] * 655_360
+    rows = setting.get("rows") or setting["passes"] * 655_360
+    codes = list(setting.get("codes", ("binary", "continuous")))
     with tempfile.TemporaryDirectory() as folder:
         run, summaries = train_sweep(
             TrainConfig(
@@ -57,8 +74,8 @@ def run_setting(store: Path, k: int, setting: dict[str, Any]) -> list[dict[str, 
                 log_every=4,
                 coders=tuple(
                     {"site": setting.get("site", "skip_transcoder"), "k": k, "optimiser": o,
-                     "n_latents": setting["n_latents"], "code": ["binary", "continuous"],
-                     "lr": RATES[o]}
+                     "n_latents": setting["n_latents"], "code": codes,
+                     "lr": setting.get("rates") or RATES[o]}
                     for o in setting["optimisers"]
                 ),
             )
@@ -84,9 +101,10 @@ def run_setting(store: Path, k: int, setting: dict[str, Any]) -> list[dict[str, 
 
 def main() -> None:
     """Run the settings, print Markdown tables and one line of JSON."""
+    usual = [name for name, setting in SETTINGS.items() if "passes" in setting]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--store", type=Path, default=Path("bsc-demo/acts"))
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=usual)
     parser.add_argument("--k", type=int, default=32)
     args = parser.parse_args()
     results = {}

@@ -11,7 +11,8 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "fsync_folder",
     "make_durable_folder",
     "make_folder",
+    "replacing",
     "write_atomically",
     "write_json",
 ]
@@ -48,13 +50,17 @@ def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames and new names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new names in `folder` survive a power cut."""
+    _fsync(folder)
 
 
 def make_durable_folder(folder: Path) -> None:
@@ -69,15 +75,24 @@ def make_durable_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes | str | Iterable[str]) -> None:
-    """Replace `path` by `data`: temporary file, fsync, rename, fsync of the folder."""
+    """Replace `path` by `data`, as `replacing` does."""
     parts = (data,) if isinstance(data, (bytes, str)) else data
+    with replacing(path) as temporary, temporary.open("xb") as file:
+        for part in parts:
+            file.write(part.encode() if isinstance(part, str) else part)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Replace `path` by the file that the block writes: fsync, rename, fsync of the folder.
+
+    Yields:
+        Where to write. Nothing of it stays if the block raises.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with temporary.open("xb") as file:
-            for part in parts:
-                file.write(part.encode() if isinstance(part, str) else part)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _fsync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -239,7 +240,7 @@ def _identity(setting: Setting) -> dict[str, Any]:
         "store_id": setting.store.store_id,
         "coders": {n: _coder_hash(setting.run, n) for n in setting.coders},
         "rows": {split: part.rows for split, part in setting.store.splits.items()},
-        "separation": setting.separation,
+        "separation": asdict(setting.separation),
         "without_tokens": list(setting.without_tokens),
         "overlap": setting.store.overlap,
         "checked": setting.store.check,

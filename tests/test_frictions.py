@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 import bsc
 from bsc.cache.model.architectures import MLPS, default_hookpoints, list_modules, warn_of_residual
-from bsc.cache.model.attention import document_separation, forward_inputs
+from bsc.cache.model.attention import BY_POSITIONS, forward_inputs
 from bsc.cache.model.hookpoints import RowTap
+from bsc.cache.model.separation import document_separation
 from bsc.cache.store.folder import LocalFolder
 from bsc.cache.store.store import ActivationStore
 from bsc.cli import main
@@ -49,7 +50,12 @@ MODELS = {
     "transformer.layer.*.ffn": transformers.DistilBertConfig(
         dim=32, n_layers=10, n_heads=2, hidden_dim=48, vocab_size=128
     ),
-    "blocks.*.ffn": transformers.MptConfig(d_model=32, n_layers=10, n_heads=2, vocab_size=128),
+    "blocks.*.ffn.up_proj@blocks.*.ffn.down_proj": transformers.MptConfig(
+        d_model=32, n_layers=10, n_heads=2, vocab_size=128
+    ),
+    "h.*.mlp.dense_h_to_4h@h.*.mlp.dense_4h_to_h": transformers.BloomConfig(
+        hidden_size=32, n_layer=10, n_head=2, vocab_size=128
+    ),
 }
 
 
@@ -77,6 +83,8 @@ def test_a_model_without_mlps_gets_a_value_to_paste() -> None:
 
 
 def test_a_hookpoint_that_takes_the_residual_stream_in_is_warned_of() -> None:
+    bloom = on_meta(MODELS["h.*.mlp.dense_h_to_4h@h.*.mlp.dense_4h_to_h"])
+    assert "after the residual stream was added" in str(warn_of_residual(bloom, ["h.1.mlp"]))
     base = on_meta(MODELS["encoder.layer.*.intermediate@encoder.layer.*.output.dense"])
     said = warn_of_residual(base, ["encoder.layer.1.intermediate@encoder.layer.1.output"])
     assert (
@@ -102,7 +110,7 @@ def test_experts_round_and_a_leak_is_still_found() -> None:
     )  # fmt: skip
     tap = RowTap(transformers.MixtralModel(config).eval(), ["layers.0.mlp", "layers.5.mlp"])
     options: Any = {"vocabulary": 128, "dtype": torch.float32, "device": torch.device("cpu")}
-    assert document_separation(tap.rows, **options) == "positions"
+    assert document_separation(tap.rows, **options) == BY_POSITIONS
 
     def leaking(inputs: Any) -> Any:
         ids = inputs["input_ids"]

@@ -10,7 +10,6 @@ the last one is removed: at every instant a whole one counts.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,13 @@ from typing import Any
 
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from bsc.errors import StoreError, UserError
+from bsc.errors import StoreError
 from bsc.files import fsync_folder, make_durable_folder, write_json
 from bsc.records import parse_json, read_record, write_record
+from bsc.tensor_file import write_tensors
 
 __all__ = [
     "CHECKPOINT_VERSION",
@@ -36,6 +36,7 @@ __all__ = [
 
 CHECKPOINT_VERSION = 1
 _LATEST, _STATE = "latest.json", "state.json"
+_REMEDY = "The checkpoint before it counts: once there is room, --resume goes on from there."
 
 
 @dataclass(frozen=True)
@@ -89,20 +90,7 @@ def save_checkpoint(
     target.mkdir()
     write_json(target / _STATE, state)
     for number, tensors in enumerate(coders):
-        path = _tensors(target, number)
-        try:
-            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path)
-        except SafetensorError as error:  # its form of what the file system refuses
-            raise UserError(
-                f"{path}: the checkpoint cannot be written ({error}). The one before it counts: "
-                f"once there is room, --resume goes on from there."
-            ) from None
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    fsync_folder(target)
+        write_tensors(_tensors(target, number), tensors, _REMEDY)
     fsync_folder(folder)
     files = {p.name: [p.stat().st_size, _digest(p)] for p in sorted(target.iterdir())}
     write_record(

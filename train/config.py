@@ -177,7 +177,7 @@ class TrainConfig(Config):
     )
     """A multiple of log_every is taken."""
     eval_rows: int = Field(default=4096, ge=1)
-    """Held-out rows of such an evaluation: the first of the store's held-out split."""
+    """Held-out rows of such an evaluation: drawn once, the same every time; of a ring the first."""
     check: bool = option(
         True,
         "Whether shards are compared with the store's manifest when they are first read.",

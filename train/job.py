@@ -21,12 +21,13 @@ from bsc.train.metrics import check_targets
 from bsc.train.ranks import divide
 from bsc.train.run import Run
 from bsc.train.run_config import RUN_VERSION, PlannedCoder, RunConfig
+from bsc.train.schedule import comparable_steps
 from bsc.train.sweep import expand, plan_coders
 from bsc.train.team import teams_of
 from bsc.train.training_rows import left_out_tokens, open_bytes
 from bsc.versions import versions
 
-__all__ = ["Job", "make_job"]
+__all__ = ["Job", "make_job", "run_length"]
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,10 @@ def make_job(
         UserError: the request cannot be carried out.
     """
     store = ActivationStore(config.store, check=config.check)
-    if planned is None:
-        planned = plan_coders(expand(config.coders, where, config.preset), store)
     rows = store.train.rows if store.ring is None else store.planned_rows
+    if planned is None:
+        points = expand(config.coders, where, config.preset)
+        planned = plan_coders(points, store, run_length(config, store))
     if steps is None or store.ring is None:
         gone = 0 if store.ring is None else _rows_gone(store, reader_name(config.name, rank, world))
         steps = (config.tokens or rows - gone) // config.batch_rows
@@ -208,6 +210,15 @@ def make_job(
         rows=rows,
         steps=steps,
     )
+
+
+def run_length(config: TrainConfig, store: ActivationStore) -> float:
+    """Length of a run as its default learning rates take it (`comparable_steps`).
+
+    Of a ring with the rows that have passed, for its processes begin one after the other.
+    """
+    rows = store.train.rows if store.ring is None else store.planned_rows
+    return comparable_steps((config.tokens or rows) // config.batch_rows, config.batch_rows)
 
 
 def _check_ring(store: ActivationStore, room: RingRoom, config: TrainConfig) -> None:

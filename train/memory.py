@@ -111,13 +111,13 @@ def _fixed(bank: Sequence[PlannedCoder], bytes_each: int, device: torch.device) 
         products += latents * (4 + 4) * n
     # Signs or steps of one coder's gradients; when coders are evaluated, a copy of one, and for
     # signum one of its weights; unit rows are copied twice on the way. When they are saved, on the
-    # host, a copy and twice the bytes of its file.
+    # host, a copy and (safetensors before 0.8) the bytes of its file.
     step = max((parameters for c in bank if c.optimiser in ("signum_classic", "muon")), default=0)
     copies = 2 if any(c.optimiser == "signum" for c in bank) else 1
     wide = 4 if any(c.coder.select == "batch_topk" for c in bank) else 1
     evaluation = copies * parameters + EVALUATION_ROWS * latents * 4 * wide
     unit = any(c.coder.decoder_norm == "unit" for c in bank)
-    copied = max(copies + unit, 3 if device.type == "cpu" else 0) * parameters
+    copied = max(copies + unit, 2 if device.type == "cpu" else 0) * parameters
     between = max(evaluation, copied)
     return _Fixed(weights, optimisers, products, max(sums, step), between)
 

@@ -1,6 +1,6 @@
 """Optimisers of one coder, over its slices of a bank's stacked parameters.
 
-adam            torch's, fused; betas 0.9, or as given, and 0.999; epsilon by the gradients' scale
+adam            torch's, fused; betas 0.9, or as given, and 0.999; epsilon as given
 signum          schedule-free sign SGD, what the paper's code calls Signum:
                     y_t     = (1 - beta) z_t + beta x_t           where the gradient is taken
                     z_{t+1} = z_t - lr sign(grad f(y_t))          beta = 0.95

@@ -34,8 +34,8 @@ def coder_defaults(preset: str | None, point: Mapping[str, Any]) -> dict[str, An
     """Settings that a preset gives to a coder of the site, code and surrogate of `point`.
 
     SAEs have unit rows and no amplitudes, and 32 latents for each channel, the default of the
-    authors' command line; transcoders 64. Binary SAEs and Gumbel-softmax are trained by Signum,
-    the others by Adam.
+    authors' command line; transcoders 64. Binary and hybrid SAEs and Gumbel-softmax are trained by
+    Signum, the others by Adam.
 
     >>> coder_defaults("paper", {"site": "sae", "code": "binary"})["optimiser"]
     'signum'

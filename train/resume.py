@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from bsc.config import parse_config
 from bsc.errors import ConfigError, StoreError, UserError, nearest
 from bsc.progress import console
 from bsc.train.checkpoint import load_checkpoint
-from bsc.train.config import TrainConfig
-from bsc.train.job import Job, make_job
+from bsc.train.config import SweepPoint, TrainConfig
+from bsc.train.job import Job, make_job, run_length
 from bsc.train.loop import CoderSummary
 from bsc.train.ranks import merge_parts, part_of
 from bsc.train.run import Run
@@ -76,8 +77,8 @@ def resume(
     assert record.config is not None and record.steps is not None
     config = _same_but_tokens(record.config, changes, where)
     if tables is not None:
-        given = plan_coders(expand(tables, where, config.preset), ActivationStore(config.store))
-        given = _as_begun(given, planned)
+        points = expand(tables, where, config.preset)
+        given = _as_begun(points, record, ActivationStore(config.store), record.config)
         planned = _added(planned, given) if add_coders else _same_coders(planned, given, where)
     job = make_job(
         config,
@@ -191,16 +192,47 @@ def _same_but_tokens(saved: TrainConfig, changes: dict[str, Any], where: str) ->
     return saved.model_copy(update=update)
 
 
-def _as_begun(given: list[PlannedCoder], planned: list[PlannedCoder]) -> list[PlannedCoder]:
-    """Coders of tables as a run has them that began before `adam_eps` was a setting."""
-    have = {c.model_copy(update={"name": ""}) for c in planned}
+def _as_begun(
+    points: list[SweepPoint], record: RunConfig, store: ActivationStore, began: TrainConfig
+) -> list[PlannedCoder]:
+    """Coders of tables, as the run has those whose defaults were others when it began.
+
+    It had torch's epsilon before `adam_eps` was a setting, and of Adam's binary coders the learning
+    rate for as many steps as it was to have then.
+
+    Args:
+        points: of the tables.
+        record: of the run.
+        store: of the run.
+        began: its config.
+    """
+    length = run_length(began, store)
+
+    def key(coder: PlannedCoder, **but: Any) -> PlannedCoder:
+        return coder.model_copy(update={"name": "", "adam_eps": None, **but})
+
+    def rates(points: Iterable[SweepPoint], *, said: bool) -> set[PlannedCoder]:
+        chosen = [p for p in points if (p.lr is not None) == said]
+        return {key(c) for c in plan_coders(chosen, store, length)}
+
+    unsaid = rates(points, said=False)
+    said = rates(expand(began.coders, "the run's config.json", began.preset), said=True)
 
     def begun(coder: PlannedCoder) -> PlannedCoder:
-        older = coder.model_copy(update={"adam_eps": TORCH_EPS})
-        unsaid = coder.adam_eps is None and older.model_copy(update={"name": ""}) in have
-        return older if unsaid else coder
+        binary = coder.optimiser == "adam" and coder.coder.code == "binary"
+        like = [
+            c
+            for c in record.planned
+            if key(c, lr=0.0) == key(coder, lr=0.0)
+            and (c.lr == coder.lr or (binary and key(coder) in unsaid and key(c) not in said))
+            and (c.adam_eps == coder.adam_eps or (coder.adam_eps, c.adam_eps) == (None, TORCH_EPS))
+        ]
+        same = [c for c in like if c.lr == coder.lr] or like
+        if len(same) != 1:  # it is new
+            return coder
+        return coder.model_copy(update={"lr": same[0].lr, "adam_eps": same[0].adam_eps})
 
-    return [begun(c) for c in given]
+    return [begun(c) for c in plan_coders(points, store, length)]
 
 
 def _same_coders(

@@ -8,8 +8,8 @@ from __future__ import annotations
 from bsc.errors import ConfigError
 from bsc.train.config import Decay, Optimiser
 
-__all__ = ["annealed", "default_decay", "default_lr", "default_warmup", "lr_scale",
-           "paper_lr"]  # fmt: skip
+__all__ = ["annealed", "comparable_steps", "default_decay", "default_lr", "default_warmup",
+           "lr_scale", "paper_lr"]  # fmt: skip
 
 _LR = {
     ("adam", "continuous"): 1e-2,
@@ -21,23 +21,51 @@ _LR = {
     ("muon", "continuous"): 1e-2,
     ("muon", "binary"): 3e-2,
 }
-"""Learning rates: benchmarks/records/step_size_2core-epyc_2026-11-20.md."""
+"""Learning rates: benchmarks/records/step_size_2core-epyc_2026-11-20.md, and of runs of more steps
+long_runs_2core-epyc-avx2_2026-11-23.md."""
 
 
-def default_lr(optimiser: Optimiser, code: str, n_latents: int) -> float:
+_SHORT, _MEASURED = 500, 8_000
+"""Steps of 2,048 rows up to which the learning rate of Adam's binary coders is that of short runs,
+and up to which it was measured that it falls as 1 / steps."""
+
+
+def comparable_steps(steps: int, batch_rows: int) -> float:
+    """Steps of 2,048 rows that want the same learning rate: Adam goes as far in one direction.
+
+    The share of a step that goes where the gradient points grows as the root of the batch.
+
+    >>> comparable_steps(11_684, 512)
+    5842.0
+    """
+    return float(steps * (batch_rows / 2048) ** 0.5)
+
+
+def default_lr(optimiser: Optimiser, code: str, n_latents: int, steps: float = 0) -> float:
     """Learning rate where none is given, found by sweeps on rows in units of rms.
 
     A constant by optimiser and code, but for Adam and binary coders, whose best step falls with the
-    width: 1e-2 / sqrt(n_latents / 2^14), with at least 2^10 latents. Hybrid coders take the one of
-    continuous coders.
+    width and with the length of the run: 1e-2 / sqrt(n_latents / 2^14) with at least 2^10 latents,
+    times 500 / steps from 500 steps on, and on from 8,000, which is further than was measured, as
+    1 / sqrt(steps). Hybrid coders take the one of continuous coders.
+
+    Args:
+        optimiser: of the coder.
+        code: of the coder.
+        n_latents: of the coder.
+        steps: of the run, as `comparable_steps` counts them; 0: a short one.
 
     >>> [round(default_lr("adam", "binary", n), 4) for n in (512, 1536, 6144, 36864)]
     [0.04, 0.0327, 0.0163, 0.0067]
+    >>> [round(default_lr("adam", "binary", 1536, n), 4) for n in (320, 1000, 3000, 8000, 128_000)]
+    [0.0327, 0.0163, 0.0054, 0.002, 0.0005]
     """
     kind = "binary" if code == "binary" else "continuous"
     lr = _LR[optimiser, kind]
     if (optimiser, kind) == ("adam", "binary"):
         lr /= float((max(n_latents, 2**10) / 2**14) ** 0.5)
+        lr *= _SHORT / min(max(steps, _SHORT), _MEASURED)
+        lr *= float((_MEASURED / max(steps, _MEASURED)) ** 0.5)
     return lr
 
 

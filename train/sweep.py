@@ -39,8 +39,13 @@ def coder_config(point: SweepPoint, hook: Hookpoint) -> CoderConfig:
     return parse_config(CoderConfig, values, f"coder at {hook.name}")
 
 
-def plan_coder(point: SweepPoint, hook: Hookpoint) -> PlannedCoder:
+def plan_coder(point: SweepPoint, hook: Hookpoint, steps: float = 0) -> PlannedCoder:
     """The coder of a point at a hookpoint, with every default filled in but its name.
+
+    Args:
+        point: of a sweep.
+        hook: where it is.
+        steps: of the run, as `default_lr` takes them.
 
     Raises:
         ConfigError: the point is not possible there.
@@ -53,7 +58,7 @@ def plan_coder(point: SweepPoint, hook: Hookpoint) -> PlannedCoder:
     if point.lr == "paper":
         lr = paper_lr(point.optimiser, config.code, config.surrogate, config.n_latents)
     else:
-        lr = point.lr or default_lr(point.optimiser, config.code, config.n_latents)
+        lr = point.lr or default_lr(point.optimiser, config.code, config.n_latents, steps)
     binary = config.code != "continuous"
     return PlannedCoder(
         name="",
@@ -102,8 +107,15 @@ def expand(
     return list(dict.fromkeys(points))
 
 
-def plan_coders(points: list[SweepPoint], store: ActivationStore) -> list[PlannedCoder]:
+def plan_coders(
+    points: list[SweepPoint], store: ActivationStore, steps: float = 0
+) -> list[PlannedCoder]:
     """Coders with every default filled in, and names that tell them apart.
+
+    Args:
+        points: of a sweep.
+        store: whose hookpoints they are at.
+        steps: of the run, as `default_lr` takes them.
 
     Raises:
         ConfigError, StoreError: a point does not fit the store.
@@ -111,7 +123,7 @@ def plan_coders(points: list[SweepPoint], store: ActivationStore) -> list[Planne
     planned = []
     for point in points:
         hooks = [store.hookpoint(point.hookpoint)] if point.hookpoint else store.hookpoints
-        planned += [plan_coder(point, hook) for hook in hooks]
+        planned += [plan_coder(point, hook, steps) for hook in hooks]
     return _named(list(dict.fromkeys(planned)))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bsc.cache.store.kept import MOMENT_ROWS, kept_moments
@@ -16,7 +16,7 @@ from bsc.cache.store.ring_room import SHARDS_AT_ONCE
 from bsc.cache.store.split import Moments
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import ConfigError, StoreError
-from bsc.files import write_atomically
+from bsc.tensor_file import write_tensors
 from bsc.train.config import TrainConfig
 from bsc.train.run_config import PlannedCoder
 
@@ -40,7 +40,7 @@ def left_out_tokens(store: ActivationStore, config: TrainConfig) -> tuple[int, .
 
 @dataclass(frozen=True)
 class Scale:
-    """Means and units of the two sides of a hookpoint, from the sums of the store."""
+    """Means and units of the two sides of a hookpoint, over the rows that a run reads."""
 
     x: float
     y: float
@@ -103,7 +103,8 @@ def measure_moments(
         store: the rows.
         config: which of them are left out.
         names: activation arrays.
-        shards: that they are taken over; None: all of the store.
+        shards: that they are taken over; None: all of the store by its sums, or, where tokens are
+            left out, shards from the first on until a million rows are kept.
     """
     left_out = left_out_tokens(store, config)
     return {name: kept_moments(store.train, name, left_out, shards) for name in names}
@@ -115,7 +116,7 @@ def save_moments(path: Path, moments: Mapping[str, Moments]) -> None:
     for name, m in moments.items():
         rows = torch.tensor([m.rows], dtype=torch.float64)
         tensors[name] = torch.cat([rows, m.mean, m.variance])
-    write_atomically(path, save(tensors))
+    write_tensors(path, tensors)
 
 
 def load_moments(path: Path) -> dict[str, Moments]:

@@ -42,6 +42,7 @@ from bsc.train.config import TrainConfig
 from bsc.train.memory import flops_per_row
 from bsc.train.optim import state_bytes
 from bsc.train.run_config import PlannedCoder
+from bsc.train.schedule import comparable_steps
 from bsc.train.sweep import expand, plan_coders
 
 if TYPE_CHECKING:
@@ -242,11 +243,13 @@ class _Reckoning:
         store = self.stores[step.fields["store"]]
         try:
             points = expand(config.coders, where, config.preset)
-            coders = plan_coders(points, cast(Any, store))
+            steps = (config.tokens or store.rows) // config.batch_rows
+            length = comparable_steps(steps, config.batch_rows)
+            coders = plan_coders(points, cast(Any, store), length)
         except ConfigError as error:
             raise ConfigError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
         self.runs[step.name] = _Run(store, coders)
-        rows = (config.tokens or store.rows) // config.batch_rows * config.batch_rows
+        rows = steps * config.batch_rows
         read = {(c.hookpoint, c.coder.side): c.coder.d_in for c in coders}
         read |= {(c.hookpoint, "output"): c.coder.d_out for c in coders}
         return Amount(

@@ -380,7 +380,7 @@ def _check_finite(
 
 def _identity(config: CaptureConfig, source: Source, plan: CapturePlan) -> dict[str, Any]:
     """Everything that decides the bytes of the store, but for library versions."""
-    return {
+    return source.separation.said() | {
         "format_version": FORMAT_VERSION,
         "model": source.lm.identity(),
         "text": config.text.to_json() | {"fingerprint": fingerprint(config.text)},

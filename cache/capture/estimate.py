@@ -17,7 +17,7 @@ from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.capture.plan import CapturePlan, what_fits
 from bsc.cache.capture.source import batch_contexts, context_length, open_source, plan_of
 from bsc.cache.model.architectures import default_hookpoints
-from bsc.cache.model.attention import forward_inputs
+from bsc.cache.model.attention import Separation, forward_inputs
 from bsc.cache.model.hookpoints import RowTap, match_hookpoints
 from bsc.cache.model.models import load_architecture
 from bsc.cache.model.text import read_text
@@ -211,7 +211,9 @@ def _shapes(config: CaptureConfig) -> tuple[tuple[Hookpoint, ...], int]:
     ids = torch.zeros((1, 8), dtype=torch.int64, device="meta")
     try:
         # With a mask of its own nothing in the model asks for values, which meta tensors lack.
-        given = forward_inputs(ids, ids, packing="masked", separation="mask", dtype=torch.bfloat16)
+        given = forward_inputs(
+            ids, ids, packing="masked", separation=Separation("both"), dtype=torch.bfloat16
+        )
         rows = tap.rows(given)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise UserError(

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from bsc.cache.capture.config import CaptureConfig
 from bsc.cache.capture.plan import CapturePlan, plan_capture
 from bsc.cache.model.architectures import default_hookpoints, warn_of_residual
-from bsc.cache.model.attention import Separation, document_separation, forward_inputs
+from bsc.cache.model.attention import BY_POSITIONS, Separation, forward_inputs
 from bsc.cache.model.hookpoints import RowTap, match_hookpoints
 from bsc.cache.model.models import LanguageModel, load_model, resolve_model
+from bsc.cache.model.separation import of_the_machine, separation_of
 from bsc.cache.model.text import read_text
 from bsc.cache.model.text_source import Packing
 from bsc.cache.model.tokens import ContextBatch, context_batches
@@ -105,18 +106,38 @@ def open_source(config: CaptureConfig) -> Source:
         console.print(warning, markup=False, highlight=False)
     tap = RowTap(lm.base, names)
     context = context_length(config.context, lm.context)
-    rows = tap.rows({"input_ids": torch.zeros((1, 8), dtype=torch.int64, device=device)})
+    rows = _try_out(tap, context, device)
     hooks = tuple(
         Hookpoint(n, rows[f"{n}/input"].shape[1], rows[f"{n}/output"].shape[1]) for n in tap.names
     )
-    separation: Separation = "positions"
+    separation = BY_POSITIONS
     if config.packing == "masked":
-        vocabulary = int(lm.model.get_input_embeddings().weight.shape[0])
-        separation = document_separation(
-            tap.rows, vocabulary=vocabulary, dtype=lm.model.dtype, device=device
-        )
+        separation = separation_of(lm, names, context)
     batch = batch_contexts(config, context, device)
     return Source(lm, tap, hooks, context, batch, config.packing, separation)
+
+
+def _try_out(tap: RowTap, context: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Rows of one context of full length, before anything is written."""
+    ids = torch.zeros((1, context), dtype=torch.int64, device=device)
+    failures = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
+    try:
+        return tap.try_out({"input_ids": ids})
+    except failures as error:
+        if isinstance(error, UserError) or of_the_machine(error):
+            raise
+        first_line = (str(error).strip().splitlines() or [repr(error)])[0]
+        try:
+            tap.rows({"input_ids": ids[:, :8]})
+        except failures:
+            raise UserError(
+                f"--model: {type(tap.base).__name__} does not run on token ids alone "
+                f"({first_line})."
+            ) from error
+        raise UserError(
+            f"--context {context}: the model fails on a context of {context} tokens "
+            f"({first_line}). Give fewer."
+        ) from error
 
 
 def context_length(asked: int | None, longest: int) -> int:

@@ -3,25 +3,29 @@ all modules with their widths."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from bsc.cache.model.attention import forward_inputs
+from bsc.cache.model.attention import Separation, forward_inputs
 from bsc.cache.model.hookpoints import match_hookpoints, modules_of
 from bsc.errors import UserError
 
 __all__ = ["MLPS", "ModuleGroup", "default_hookpoints", "list_modules", "warn_of_residual"]
 
 MLPS = {
+    "language_model.layers.*.mlp": "Qwen-VL, Gemma 3, LLaVA and other models of images and text",
     "layers.*.mlp": "Llama, Mistral, Mixtral, Qwen, Gemma, Phi, OLMo, GPT-NeoX, ModernBERT",
-    "h.*.mlp": "GPT-2, GPT-Neo, GPT-J, Bloom, Falcon",
+    "h.*.mlp": "GPT-2, GPT-Neo, GPT-J, Falcon",
+    "h.*.mlp.dense_h_to_4h@h.*.mlp.dense_4h_to_h": "Bloom",
     "decoder.layers.*.fc1@decoder.layers.*.fc2": "OPT",
     "encoder.layer.*.intermediate@encoder.layer.*.output.dense": "BERT, RoBERTa, ELECTRA, DeBERTa",
     "transformer.layer.*.ffn": "DistilBERT",
-    "blocks.*.ffn": "MPT, DBRX",
+    "blocks.*.ffn": "DBRX",
+    "blocks.*.ffn.up_proj@blocks.*.ffn.down_proj": "MPT",
     "layers.*.block_sparse_moe": "Granite MoE",
     "layers.*.feed_forward": "Jamba",
     "layers.*.fc1@layers.*.fc2": "XGLM, BioGPT",
@@ -63,19 +67,31 @@ def default_hookpoints(base: torch.nn.Module) -> tuple[str, ...]:
 
 
 def _found(base: torch.nn.Module, pattern: str) -> list[str]:
+    """Hookpoints of a pattern whose modules give what an MLP gives and no more."""
     try:
-        return match_hookpoints(base, [pattern])
+        found = match_hookpoints(base, [pattern])
     except UserError:
         return []
+    return [n for n in found if not _adds_residual(base.get_submodule(modules_of(n)[1]))]
+
+
+def _adds_residual(module: torch.nn.Module) -> bool:
+    """Whether a module is given the residual stream to add it to what it gives, as Bloom's is."""
+    return "residual" in inspect.signature(module.forward).parameters
 
 
 def warn_of_residual(base: torch.nn.Module, hookpoints: list[str]) -> str | None:
     """What to say of a hookpoint whose output is more than an MLP's; None where there is nothing.
 
-    BERT's module `output` adds the residual stream and normalises.
+    BERT's module `output` adds the residual stream and normalises; Bloom's `mlp` adds it.
     """
     for name in hookpoints:
         source, target = modules_of(name)
+        if _adds_residual(base.get_submodule(target)):
+            return (
+                f"{name}: the output of {target} is after the residual stream was added, which is "
+                f"more than the MLP gives. Name the modules inside it: --hookpoints 'FIRST@LAST'."
+            )
         inside = dict(base.get_submodule(target).named_children())
         norms = [n for n, m in inside.items() if "norm" in type(m).__name__.lower()]
         linear = [n for n, m in inside.items() if isinstance(m, torch.nn.Linear)]
@@ -144,9 +160,9 @@ def list_modules(base: torch.nn.Module) -> list[ModuleGroup]:
     for name, module in base.named_modules():
         if group := groups.get(_key(name, module)):
             handles.append(module.register_forward_hook(note(group), with_kwargs=True))
-    ids = torch.zeros((1, 8), dtype=torch.int64, device="meta")
+    ids, mask = torch.zeros((1, 8), dtype=torch.int64, device="meta"), Separation("both")
     for inputs in (
-        forward_inputs(ids, ids, packing="masked", separation="mask", dtype=torch.bfloat16),
+        forward_inputs(ids, ids, packing="masked", separation=mask, dtype=torch.bfloat16),
         {"input_ids": ids},
     ):  # fmt: skip
         try:

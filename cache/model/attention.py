@@ -1,33 +1,39 @@
 """What a model is given beside the token ids, so that documents of one context do not mix.
 
-Causal models of transformers keep packed documents apart when positions begin again at 0. Other
-models get an explicit mask. `document_separation` finds out which it is by trying: it changes the
-tokens of one document and looks whether another one's rows move by more than rounding, and more of
-them than where the two are in contexts of their own. There they can move, too: in a mixture of
-experts, how many tokens an expert is given at a time decides how it rounds, and a token between two
-experts goes to one or the other.
+Many causal models of transformers keep packed documents apart when positions begin again at 0.
+Others need a mask: which one is found out by trying (model/separation.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 
-from bsc.errors import UserError
+__all__ = ["BY_POSITIONS", "Separation", "forward_inputs"]
 
-__all__ = ["Separation", "document_separation", "forward_inputs"]
 
-Separation = Literal["positions", "mask"]
-Rows = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+@dataclass(frozen=True)
+class Separation:
+    """How a model is told where the documents of a context begin."""
 
-_PROBE = 6
-"""Tokens of each of the two documents of the probe."""
-_ROUNDING = 1e-3
-"""Share of a row's norm by which rounding may move it. Experts round by how many tokens they are
-given at a time, which moved rows by up to 2e-6; what a token saw of another document moved them by
-0.15 and more (tests/test_frictions.py)."""
+    mask: Literal["none", "causal", "both"] = "none"
+    """Mask that is given with the positions: none, one under which a token sees what stands before
+    it in its document, or one under which it sees the whole document."""
+    window: int | None = None
+    """Layers of transformers' kind ``sliding_attention`` get a mask of their own, under which a
+    token sees only so many tokens: itself and those before it if causal, else as many on each side.
+    None: all layers get the same."""
+    first: int = 0
+    """Position of a document's first token: RoBERTa's come behind that of padding."""
+
+    def said(self) -> dict[str, Any]:
+        """What a store says of it: nothing where it is as with most models."""
+        return {} if self == BY_POSITIONS else {"separation": asdict(self)}
+
+
+BY_POSITIONS = Separation()
 
 
 def forward_inputs(
@@ -35,10 +41,10 @@ def forward_inputs(
     position: torch.Tensor,
     *,
     packing: str,
-    separation: Separation = "positions",
+    separation: Separation = BY_POSITIONS,
     real: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     """Arguments of the model's forward pass for one batch of contexts.
 
     Args:
@@ -49,79 +55,33 @@ def forward_inputs(
         real: (contexts, length), which tokens are not padding, for packing none.
         dtype: of the model, for an explicit mask.
     """
-    inputs = {"input_ids": token_id}
+    inputs: dict[str, Any] = {"input_ids": token_id}
     if packing == "none" and real is not None:
         inputs["attention_mask"] = real.long()
     if packing == "masked":
-        inputs["position_ids"] = position
-        if separation == "mask":
-            document = (position == 0).cumsum(dim=1)
-            other = document.unsqueeze(2) != document.unsqueeze(1)
-            mask = torch.zeros(other.shape, dtype=dtype, device=token_id.device)
-            mask.masked_fill_(other, torch.finfo(dtype).min)
-            inputs["attention_mask"] = mask.unsqueeze(1)
+        inputs["position_ids"] = position + separation.first
+        if separation.mask != "none":
+            inputs["attention_mask"] = _masks(position, separation, dtype)
     return inputs
 
 
-def document_separation(
-    rows: Rows, *, vocabulary: int, dtype: torch.dtype, device: torch.device
-) -> Separation:
-    """How a model keeps the documents of one context apart.
+def _masks(position: torch.Tensor, separation: Separation, dtype: torch.dtype) -> Any:
+    """(contexts, 1, length, length), 0 where a token is seen; by kind of layer with a window."""
+    document = (position == 0).cumsum(dim=1)
+    place = torch.arange(position.shape[1], device=position.device)
+    back = place.unsqueeze(1) - place  # by how much a token stands before the one that looks
+    hidden = document.unsqueeze(2) != document.unsqueeze(1)
+    if separation.mask == "causal":
+        hidden = hidden | (back < 0)
 
-    Args:
-        rows: rows by name for the arguments of a forward pass, (tokens, width) each.
-        vocabulary: number of token ids.
-        dtype: of the model.
-        device: of the model.
+    def mask(hidden: torch.Tensor) -> torch.Tensor:
+        values = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        return values.masked_fill_(hidden, torch.finfo(dtype).min).unsqueeze(1)
 
-    Raises:
-        UserError: it does not, whatever it is given.
-    """
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (2, 2 * _PROBE), generator=generator).to(device)
-    position = torch.arange(_PROBE, device=device).repeat(1, 2)
-    one, two = ids[:1], ids[1:]
-    half = slice(0, _PROBE), slice(_PROBE, None)
-    candidates: tuple[Separation, ...] = ("positions", "mask")
-    for separation in candidates:
-
-        def of(
-            token_id: torch.Tensor, position: torch.Tensor, separation: Separation = separation
-        ) -> Mapping[str, torch.Tensor]:
-            return rows(
-                forward_inputs(
-                    token_id, position, packing="masked", separation=separation, dtype=dtype
-                )
-            )
-
-        try:
-            moved = noise = 0
-            for kept, changed in (half, half[::-1]):
-                other = one.clone()
-                other[:, changed] = two[:, changed]
-                moved += _moved(of(one, position), of(other, position), kept)
-                # The same in contexts of their own, where nothing can be seen of the other one.
-                apart = [torch.cat([x[:, kept], x[:, changed]]) for x in (one, other)]
-                each = position[:, :_PROBE].repeat(2, 1)
-                a, b = (of(x, each) for x in apart)
-                noise += _moved(a, b, slice(0, _PROBE))
-        except (TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, UserError):
-                raise
-            continue  # this model does not take such arguments
-        if moved <= 2 * noise:
-            return separation
-    raise UserError(
-        "--packing masked: this model lets a token see other documents of its context whatever "
-        "positions and mask it is given. Use --packing none (a document per context) or --packing "
-        "joined (documents see each other)."
+    if separation.window is None:
+        return mask(hidden)
+    # As transformers counts: a causal window has the token itself, one to both sides does not.
+    far = (
+        back >= separation.window if separation.mask == "causal" else back.abs() > separation.window
     )
-
-
-def _moved(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], tokens: slice) -> int:
-    """How many of these tokens' rows differ by more than rounding, over all arrays."""
-    count = 0
-    for name in a:
-        x, y = a[name][tokens].double(), b[name][tokens].double()
-        count += int(((x - y).norm(dim=1) > _ROUNDING * x.norm(dim=1)).sum())
-    return count
+    return {"full_attention": mask(hidden), "sliding_attention": mask(hidden | far)}

@@ -164,7 +164,39 @@ class RowTap:
                 handle.remove()
 
     @torch.inference_mode()
-    def rows(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def try_out(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """What `rows` gives, once the whole forward pass was seen to run each hookpoint once.
+
+        Raises:
+            UserError: one runs several times, as layers that share weights do; or as `rows`.
+        """
+        runs: dict[str, int] = dict.fromkeys(self.names, 0)
+        handles = []
+
+        def count(name: str) -> Any:
+            def hook(*_: Any) -> None:
+                runs[name] += 1
+
+            return hook
+
+        try:
+            for name in self.names:
+                target = self.base.get_submodule(modules_of(name)[1])
+                handles.append(target.register_forward_hook(count(name)))
+            self.base(**inputs, **self._options)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, times in runs.items():
+            if times > 1:
+                raise UserError(
+                    f"--hookpoints: {name} runs {times} times in one forward pass, so a token has "
+                    f"no one row there. Choose modules that run once."
+                )
+        return self.rows(inputs)
+
+    @torch.inference_mode()
+    def rows(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Rows of one batch of contexts.
 
         Args:

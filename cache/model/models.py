@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 import bsc.embedded
+from bsc.cache.model.kinds import base_of, class_of, longest_context, missing_parameters
 from bsc.devices import multiplies_bfloat16
 from bsc.errors import UserError, nearest
 from bsc.hub import hub_address, hub_answers
@@ -57,13 +58,17 @@ class LanguageModel:
     @property
     def base(self) -> torch.nn.Module:
         """The model without its head; hookpoints are named relative to it."""
-        base: torch.nn.Module = self.model.base_model
-        return base
+        return base_of(self.model)
 
     @property
     def context(self) -> int:
         """Longest context of the model, in tokens."""
-        return int(getattr(self.model.config, "max_position_embeddings", 0) or 2048)
+        return longest_context(self.base, self.model.config)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     def identity(self) -> dict[str, Any]:
         """What to record about the model beside anything that was made with it."""
@@ -186,18 +191,23 @@ def load_model(
             f"--model {name}: the folder has no *.safetensors weights. bsc loads no pickled "
             f"weights; save the model again with `save_pretrained`, which writes safetensors."
         )
-    kind = transformers.AutoModelForCausalLM if with_head else transformers.AutoModel
+    missing: list[str] = []
     try:
         if local is None:
             revision = _commit(source, revision)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         options |= {} if local else _hub_options()
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        kind = class_of(name, config, with_head=with_head)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         with _quiet_loading():
             if random_weights is None:
-                model = kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+                model, loading = kind.from_pretrained(
+                    source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+                )
+                missing = missing_parameters(model, loading["missing_keys"])
             else:
-                model = _untrained(source, dtype, random_weights, options, device)
+                model = _untrained(name, config, dtype, random_weights, device)
     except GatedRepoError:
         raise UserError(
             f"--model {name}: {source} is gated on the hub. Accept its terms there and log in "
@@ -220,6 +230,13 @@ def load_model(
         raise UserError(
             f"--model {name}: {source} cannot be loaded: {first_line} {hint}"
         ) from error
+    if missing:
+        raise UserError(
+            f"--model {name}: the weights of {source} lack {missing[0]}"
+            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, which transformers "
+            f"would fill with random numbers. Take the weights from where they are whole"
+            f"{', with the head that predicts tokens' if with_head else ''}."
+        )
     kind_of = _automatic(model.dtype, device) if dtype == "auto" else model.dtype
     torch.nn.Module.to(model, device, kind_of).eval().requires_grad_(False)
     sha256 = _weights_hash(local) if local else None
@@ -239,24 +256,18 @@ def _automatic(dtype: torch.dtype, device: str | torch.device) -> torch.dtype:
     return torch.float32 if slow else dtype
 
 
-def _untrained(
-    source: str, dtype: str, seed: int, options: dict[str, Any], device: str | torch.device
-) -> Any:
+def _untrained(name: str, config: Any, dtype: str, seed: int, device: str | torch.device) -> Any:
     """A model of the same config with weights as they are before training.
 
     Always with its head, so that the same seed gives the same weights with and without it.
     """
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(source, **options)
+    kind = class_of(name, config, with_head=True)
     chosen = _automatic(config.dtype or torch.float32, device)
     if dtype != "auto":
         chosen = getattr(torch, dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return transformers.AutoModelForCausalLM.from_config(
-            config, dtype=chosen, trust_remote_code=False
-        )
+        return kind.from_config(config, dtype=chosen, trust_remote_code=False)
 
 
 def _tensors_hash(module: torch.nn.Module) -> str:
@@ -304,11 +315,10 @@ def load_architecture(name: str, *, revision: str | None = None) -> tuple[torch.
         config = transformers.AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=False, **options
         )
+        kind = class_of(name, config, with_head=False)
         with torch.device("meta"):
             # Without weights some modules, such as a mixture of experts, know shapes in it alone.
-            model = transformers.AutoModel.from_config(
-                config, dtype=torch.bfloat16, trust_remote_code=False
-            )
+            model = kind.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if "local_files_only" in options:
             raise _unreachable(name, source) from error
@@ -316,8 +326,8 @@ def load_architecture(name: str, *, revision: str | None = None) -> tuple[torch.
         raise UserError(
             f"--model {name}: the config of {source} cannot be read: {first_line}"
         ) from error
-    longest = int(getattr(config, "max_position_embeddings", 0) or 2048)
-    return model.base_model.eval(), longest
+    base = model.base_model.eval()
+    return base, longest_context(base, config)
 
 
 class _quiet_loading:

@@ -111,7 +111,8 @@ def parse_text(values: Sequence[str]) -> dict[str, Any]:
     """Fields of a `TextSource` from the values of ``--text``: one corpus, or files and folders.
 
     Raises:
-        UserError: a file does not exist, or its kind is not known or differs from the others.
+        UserError: a file does not exist, its kind is not known or differs from the others, or a
+            corpus is not alone.
     """
     if len(values) == 1 and values[0] in CORPORA:
         return {"corpus": values[0]}
@@ -125,6 +126,11 @@ def parse_text(values: Sequence[str]) -> dict[str, Any]:
             files += inside
         elif path.is_file():
             files.append(path)
+        elif value in CORPORA:
+            raise UserError(
+                f"--text {value}: an embedded corpus stands alone. Capture it without other text, "
+                f"or name files and folders."
+            )
         else:
             raise UserError(
                 f"--text {value}: no such file. Give files, folders, or one of "

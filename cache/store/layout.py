@@ -248,7 +248,8 @@ def store_attributes(identity: dict[str, Any]) -> dict[str, Any]:
     Args:
         identity: all that decides the bytes of the store; `capture` in provenance.json.
     """
-    return {
+    said = {name: identity[name] for name in ("separation",) if name in identity}
+    return said | {
         "version": FORMAT_VERSION,
         "store_id": store_id_of(identity),
         "model": identity["model"],

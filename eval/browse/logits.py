@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bsc.cache.model.kinds import base_of
+
 __all__ = ["Effects", "Unembedding", "adds_to_the_stream", "unembedding"]
 
 PROMOTED = 10
@@ -98,7 +100,7 @@ def adds_to_the_stream(model: Any, module: str) -> bool:
         model: with or without its head.
         module: its name in the model without its head.
     """
-    base = getattr(model, "base_model", model)
+    base = base_of(model)
     outputs: list[Tensor] = []
     taken: list[bool] = []
 

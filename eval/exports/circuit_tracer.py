@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -33,6 +33,7 @@ from bsc.eval.exports.weights import (
 )
 from bsc.files import canonical_json, write_atomically
 from bsc.records import read_file
+from bsc.tensor_file import write_tensors
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
 
@@ -108,7 +109,7 @@ def write_set(coders: Mapping[int, SparseCoder], folder: Path, model: str) -> No
         if "W_skip" in t:
             arrays["W_skip"] = t["W_skip"]
         contiguous = {n: a.float().contiguous() for n, a in arrays.items()}
-        write_atomically(folder / f"layer_{layer}.safetensors", save(contiguous))
+        write_tensors(folder / f"layer_{layer}.safetensors", contiguous)
     config = {
         "model_kind": "transcoder_set", "model_name": model, "scan": "bsc",
         "feature_input_hook": _HOOKS[0], "feature_output_hook": _HOOKS[1],

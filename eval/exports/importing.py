@@ -142,7 +142,7 @@ def _coders(
 def _read(source: Path, format_: str, named: str) -> Iterator[_Read]:
     """Coders below a folder, in the order of their names; `named`: as the user called it."""
     if not source.is_dir():
-        raise UserError(f"{named}: no such folder.")
+        raise UserError(f"{named}: no such folder. A repository on the hub is {SCHEME}owner/name.")
     some = False
     for folder in _folders(source, _DEPTH):
         for name, (files, one) in _MARKS.items():

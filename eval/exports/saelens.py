@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bsc.errors import StoreError, UserError
@@ -32,8 +32,9 @@ from bsc.eval.exports.weights import (
     stated,
     strict_threshold,
 )
-from bsc.files import write_atomically, write_json
+from bsc.files import write_json
 from bsc.records import parse_object, read_file
+from bsc.tensor_file import write_tensors
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
 
@@ -95,7 +96,7 @@ def write(coder: SparseCoder, folder: Path, origin: Origin) -> None:
     if "W_skip" in t:
         arrays["W_skip"] = t["W_skip"]
     contiguous = {n: a.float().contiguous() for n, a in arrays.items()}
-    write_atomically(folder / "sae_weights.safetensors", save(contiguous))
+    write_tensors(folder / "sae_weights.safetensors", contiguous)
     write_json(folder / "cfg.json", written)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -31,8 +31,9 @@ from bsc.eval.exports.weights import (
     read_weights,
     stated,
 )
-from bsc.files import write_atomically, write_json
+from bsc.files import write_json
 from bsc.records import parse_object, read_file
+from bsc.tensor_file import write_tensors
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
 
@@ -96,7 +97,7 @@ def write(coder: SparseCoder, folder: Path, origin: Origin) -> None:
             "matryoshka_groups": 1,
         }  # fmt: skip
     arrays = {n: t.float().contiguous() for n, t in tensors.items()}
-    write_atomically(folder / "sae.safetensors", save(arrays))
+    write_tensors(folder / "sae.safetensors", arrays)
     write_json(folder / "cfg.json", written)
 
 

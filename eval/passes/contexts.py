@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bsc.cache.model.attention import Separation, forward_inputs
+from bsc.cache.model.attention import BY_POSITIONS, Separation, forward_inputs
 from bsc.cache.model.models import LanguageModel
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import StoreError
@@ -74,7 +74,7 @@ class Contexts(NamedTuple):
 
 
 def contexts_of(
-    store: ActivationStore, max_tokens: int, separation: Separation = "positions"
+    store: ActivationStore, max_tokens: int, separation: Separation = BY_POSITIONS
 ) -> Contexts:
     """Contexts of the held-out split, whose rows are in order.
 
@@ -143,7 +143,7 @@ def _of_documents(
     of_context = document_numbers(store.held_out)[starts[taken]]
     document = np.broadcast_to(of_context[:, None], (shape[0], shape[1] - 1))
     return Contexts(
-        token_id, at, real, real[:, 1:], store.packing, "positions", document, new[:, 1:]
+        token_id, at, real, real[:, 1:], store.packing, BY_POSITIONS, document, new[:, 1:]
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bsc.cache.model.hookpoints import modules_of
+from bsc.cache.model.kinds import base_of
 from bsc.eval.passes.edits import Edit
 from bsc.eval.passes.splice import Replacement
 from bsc.eval.passes.splice import splice as splice_rows
@@ -54,7 +55,7 @@ def splice(
         ValueError: the model has no such module, or an edit is of another; in a forward pass, that
             `tokens` is not of its shape.
     """
-    base: torch.nn.Module = getattr(model, "base_model", model)
+    base = base_of(model)
     codes: dict[str, Code] = {}
     handles = []
     for name in coders:

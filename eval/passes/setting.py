@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from bsc.cache.model.attention import Separation, document_separation
+from bsc.cache.model.attention import BY_POSITIONS, Separation
 from bsc.cache.model.hookpoints import RowTap
 from bsc.cache.model.models import LanguageModel, load_model
+from bsc.cache.model.separation import looks_ahead, separation_of
 from bsc.cache.store.split import StoreSplit
 from bsc.cache.store.store import ActivationStore
 from bsc.devices import available_bytes, pick_device
@@ -73,6 +74,7 @@ def matching_model(store: ActivationStore, name: str | None, device: torch.devic
 
     Raises:
         StoreError: the model of that name has other weights now.
+        UserError: its tokens see what comes after them, so it has no loss of next tokens.
     """
     saved = store.attributes["model"]
     lm = load_model(
@@ -95,6 +97,16 @@ def matching_model(store: ActivationStore, name: str | None, device: torch.devic
                 f"{store.folder}: captured from {saved['name']} with {key} {saved[key]}, but that "
                 f"model now has {found[key]}. Name the model of the capture with --model."
             )
+    if looks_ahead(
+        RowTap(lm.base, [h.name for h in store.hookpoints]).rows,
+        vocabulary=lm.vocabulary,
+        device=device,
+    ):
+        raise UserError(
+            f"{store.folder}: captured from {saved['name']}, whose tokens see what comes after "
+            f"them, so there is no loss of next tokens to measure. `bsc train` gives FVU on "
+            f"held-out rows of such a model."
+        )
     return lm
 
 
@@ -104,9 +116,9 @@ def _check_rows(store: ActivationStore, lm: LanguageModel) -> None:
     Raises:
         StoreError: it does not.
     """
-    contexts = contexts_of(store, 1)
-    n = int(contexts.real[0].sum())
     hooks = [h.name for h in store.hookpoints]
+    contexts = contexts_of(store, 1, separation_in(store, lm, hooks))
+    n = int(contexts.real[0].sum())
     rows = RowTap(lm.base, hooks).rows(contexts.inputs(slice(0, 1), lm))
     for hook in hooks:
         saved = store.held_out.shard_rows(f"{hook}/output", 0)
@@ -207,15 +219,19 @@ def separation_in(store: ActivationStore, lm: LanguageModel, hookpoints: list[st
 
     Raises:
         UserError: it does not, though the store was captured so.
+        StoreError: it was captured otherwise, by an older version.
     """
     if store.packing != "masked":
-        return "positions"
-    return document_separation(
-        RowTap(lm.base, hookpoints).rows,
-        dtype=lm.model.dtype,
-        device=lm.model.device,
-        vocabulary=int(lm.model.get_input_embeddings().weight.shape[0]),
-    )
+        return BY_POSITIONS
+    found = separation_of(lm, hookpoints, store.context)
+    saved = Separation(**store.attributes.get("separation", {}))
+    if found != saved:
+        raise StoreError(
+            f"{store.folder}: documents of a context were kept apart otherwise than this model "
+            f"keeps them apart ({saved}, here {found}), so its rows are not those of the "
+            f"documents alone. Capture it again."
+        )
+    return found
 
 
 def check_widths(store: ActivationStore, name: str, coder: SparseCoder) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2Model
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from bsc.cache.capture.capture import capture
 from bsc.cache.capture.config import CaptureConfig
-from bsc.cache.model.attention import document_separation, forward_inputs
 from bsc.cache.model.hookpoints import RowTap, match_hookpoints
 from bsc.cache.model.models import load_model
 from bsc.cache.model.text import TextDocument, read_text
@@ -173,58 +171,6 @@ def test_an_encoder_is_captured_with_the_two_modules_of_its_mlp(tmp_path: Path) 
         for side, key in (("input", "x"), ("output", "y")):
             part = rows[side][start:stop].float()
             torch.testing.assert_close(part, seen[key][0], rtol=2e-2, atol=2e-3)
-
-
-def test_each_kind_of_model_is_kept_apart_in_its_own_way(tiny_model: Path, tmp_path: Path) -> None:
-    def way(model: torch.nn.Module, hook: str) -> str:
-        return document_separation(
-            RowTap(model, [hook]).rows, vocabulary=4096, dtype=torch.float32,
-            device=torch.device("cpu"),
-        )  # fmt: skip
-
-    llama = load_model(str(tiny_model), dtype="float32").base
-    assert way(llama, HOOK) == "positions"
-    gpt2 = GPT2Model(GPT2Config(vocab_size=4096, n_positions=64, n_embd=32, n_layer=2, n_head=2))
-    assert way(gpt2.eval(), "h.1.mlp") == "positions"
-    assert way(BertModel.from_pretrained(make_bert(tmp_path)).eval(), "encoder.layer.1") == "mask"
-
-
-class Averaging(torch.nn.Module):
-    """Lets every token see every other one, whatever it is told."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.mlp = torch.nn.Embedding(64, 4), torch.nn.Linear(4, 4)
-
-    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        x: torch.Tensor = self.embed(input_ids)
-        return self.mlp(x + x.mean(dim=1, keepdim=True))  # type: ignore[no-any-return]
-
-
-def test_a_model_that_mixes_documents_is_refused_for_masked_packing() -> None:
-    with pytest.raises(UserError, match=r"--packing masked: this model lets a token see other"):
-        document_separation(
-            RowTap(Averaging(), ["mlp"]).rows, vocabulary=64, dtype=torch.float32,
-            device=torch.device("cpu"),
-        )  # fmt: skip
-
-
-def test_a_mask_that_does_nothing_is_found_out(tiny_model: Path) -> None:
-    """The probe fails for a model that is simply not told where documents begin."""
-    base = load_model(str(tiny_model), dtype="float32").base
-    tap = RowTap(base, [HOOK])
-
-    def deaf(inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        return tap.rows({"input_ids": inputs["input_ids"]})
-
-    with pytest.raises(UserError, match="--packing masked"):
-        document_separation(deaf, vocabulary=4096, dtype=torch.float32, device=torch.device("cpu"))
-    inputs = forward_inputs(
-        torch.zeros((1, 4), dtype=torch.int64), torch.tensor([[0, 1, 0, 1]]), packing="masked",
-        separation="mask",
-    )  # fmt: skip
-    allowed = (inputs["attention_mask"][0, 0] == 0).int().tolist()
-    assert allowed == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
 
 
 def test_a_tokenizer_that_adds_special_tokens_itself_is_left_alone() -> None:

@@ -136,7 +136,8 @@ def test_damaged_files_give_one_message(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [(["nothing.jsonl"], "no such file"), (["a.csv"], "cannot read .csv"), (["a.txt", "b.jsonl"],
+    [(["nothing.jsonl"], "no such file"), (["env", "stdlib"], "corpus stands alone"),
+     (["a.csv"], "cannot read .csv"), (["a.txt", "b.jsonl"],
      "different kinds"), (["."], "the folder has no")],
 )  # fmt: skip
 def test_files_that_cannot_be_text_are_refused(
@@ -144,7 +145,7 @@ def test_files_that_cannot_be_text_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in names:
-        if name not in ("nothing.jsonl", "."):
+        if name not in ("nothing.jsonl", ".", "env", "stdlib"):
             Path(name).write_text("x")
     with pytest.raises(UserError, match=message):
         parse_text(names)

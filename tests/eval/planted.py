@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bsc.cache.model.attention import BY_POSITIONS
 from bsc.cache.store.split import Moments
 from bsc.eval.passes.codes import Codes, LatentCode
 from bsc.eval.passes.contexts import Contexts
@@ -62,7 +63,7 @@ def planted_contexts(n: int, predicted: int) -> Contexts:
         ones,
         ones[:, 1:],
         "joined",
-        "positions",
+        BY_POSITIONS,
         np.arange(n)[:, None] + 0 * ids[:, 1:],
         ones[:, 1:],
     )

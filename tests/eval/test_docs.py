@@ -64,7 +64,7 @@ def test_the_example_of_a_public_name_runs(
     shutil.copytree(evaluated.folder, run)
     for demo, small in (
         ('model="demo"', f"model={str(tiny_model)!r}"),
-        ("HuggingFaceTB/SmolLM2-135M", str(tiny_model)),
+        ('Path(bsc.embedded.__path__[0]) / "model"', repr(str(tiny_model))),
         ("skip_transcoder-binary-k32", "skip_transcoder-binary-k8"),
         ('"binary-k32"', '"skip_transcoder-binary-k8"'),
     ):
@@ -134,7 +134,7 @@ def test_commands_for_coders_of_other_tools_run(
     for words in commands(imported + exported):
         more = ["--no-probe", "--ce-tokens", "512", "--ablation-bins", "0"]
         main_ok(
-            *(w.replace("binary-k32", "sae-continuous-k4") for w in words[1:]),
+            *(w.replace("sae-continuous-k32", "sae-continuous-k4") for w in words[1:]),
             *(more if words[1] == "eval" else []),
         )
     assert (tmp_path / "runs/theirs/browse/index.html").exists()

@@ -165,7 +165,7 @@ def test_the_code_in_the_docs_runs(
     for name, place in (
         ('"bsc-demo/runs/demo"', repr(str(evaluated.folder))),
         ('"bsc-demo/acts"', repr(str(store_path))),
-        ('"HuggingFaceTB/SmolLM2-135M"', repr(str(tiny_model))),
+        ('Path(bsc.embedded.__path__[0]) / "model"', repr(str(tiny_model))),
         ("layers.3.mlp", HOOK),
         ("binary-k32", "skip_transcoder-binary-k8"),
     ):

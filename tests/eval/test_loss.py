@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import bsc.eval.passes.context_pass
 from bsc.cache.capture.capture import capture
 from bsc.cache.capture.config import CaptureConfig
+from bsc.cache.model.attention import BY_POSITIONS
 from bsc.cache.model.models import LanguageModel, load_model
 from bsc.cache.model.text_source import PACKINGS, TextSource
 from bsc.cache.store.store import ActivationStore
@@ -219,7 +220,7 @@ def test_models_of_another_family_with_layers_that_return_tuples(dtype: torch.dt
     ids = rng.integers(0, 100, size=(4, 24))
     position = np.broadcast_to(np.arange(24), ids.shape).copy()
     ones = np.ones(ids.shape, bool)
-    contexts = Contexts(ids, position, ones, ones[:, 1:], "joined", "positions",
+    contexts = Contexts(ids, position, ones, ones[:, 1:], "joined", BY_POSITIONS,
                         np.arange(4)[:, None] + 0 * ids[:, 1:], ones[:, 1:])  # fmt: skip
     variants: dict[str, Variant] = {
         "identity": {"h.1.mlp": coder_replacement(identity(32))},

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bsc.cache.model.attention import BY_POSITIONS
 from bsc.cache.model.models import LanguageModel
 from bsc.cache.model.tokens import ContextBatch
 from bsc.cache.store.manifest import TextPoint
@@ -199,7 +200,7 @@ def expected(coder: TunedCoder, plain: dict[str, Tensor]) -> dict[str, Tensor]:
 def gradients(lm: LanguageModel, coders: list[TunedCoder], loss: Loss, micro: int = 3) -> list[Any]:
     """KL and CE of a step, and its gradients; the weights stay as they are."""
     stepper = Stepper(
-        lm, [coders], loss=loss, fvu_weight=WEIGHT, packing="masked", separation="positions",
+        lm, [coders], loss=loss, fvu_weight=WEIGHT, packing="masked", separation=BY_POSITIONS,
         micro_contexts=micro,
     )  # fmt: skip
     for coder in coders:

@@ -9,7 +9,7 @@ import torch
 
 from bsc.errors import ConfigError
 from bsc.records import write_record
-from bsc.train import bank_trainer
+from bsc.train import bank_trainer, schedule
 from bsc.train.config import OPTIMISERS, Optimiser, TrainConfig
 from bsc.train.optim import (
     ClassicSignum,
@@ -19,7 +19,7 @@ from bsc.train.optim import (
     state_bytes,
 )
 from bsc.train.resume import resume
-from bsc.train.schedule import annealed, default_lr, lr_scale, paper_lr
+from bsc.train.schedule import annealed, comparable_steps, default_lr, lr_scale, paper_lr
 from bsc.train.trainer import train_sweep
 from tests.raw import raw
 
@@ -283,3 +283,63 @@ def test_a_run_from_before_epsilon_was_a_setting_goes_on_with_its_tables(
     resume(run.folder, {"coders": (new,), "tokens": 1_536}, add_coders=True)
     assert [c.adam_eps for c in run.config().planned] == [*older, None, None, None, None]
     assert len({c.name for c in run.config().planned}) == 8
+
+
+def test_a_longer_run_has_smaller_steps_for_binary_coders_and_goes_on_with_those_it_began_with(
+    store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "_SHORT", 1)  # 40 steps of 4 rows are 1.8 of 2,048
+    monkeypatch.setattr(schedule, "_MEASURED", 2)
+    table = {
+        "hookpoint": "layers.2.mlp", "k": 4, "n_latents": 64, "code": ["binary", "continuous"],
+    }  # fmt: skip
+
+    def usual(steps: int) -> float:
+        return default_lr("adam", "binary", 64, comparable_steps(steps, 4))
+
+    config = TrainConfig(
+        store=store_path, runs=tmp_path, batch_rows=4, tokens=160, coders=(table,), eval_every=0,
+    )  # fmt: skip
+    run, _ = train_sweep(config)
+    began = [usual(40), 0.01]
+    assert [c.lr for c in run.config().planned] == began
+    assert began[0] == pytest.approx(0.04 / (40 * (4 / 2048) ** 0.5))
+    for tokens in (200, 240):  # the second time its tables are of neither length
+        resume(run.folder, {"coders": (table,), "tokens": tokens})
+        assert [c.lr for c in run.config().planned] == began
+    with pytest.raises(ConfigError, match="which is not in these tables"):
+        resume(run.folder, {"coders": (table | {"lr": 0.02},), "tokens": 280})
+    resume(run.folder, {"coders": (table | {"k": [4, 8]},), "tokens": 280}, add_coders=True)
+    assert sorted(c.lr for c in run.config().planned) == sorted([*began, usual(60), 0.01])
+    assert usual(80) == pytest.approx(0.04 / 2 * (2 / 80 / (4 / 2048) ** 0.5) ** 0.5)
+
+
+def test_a_rate_that_was_said_is_not_taken_for_a_default(store_path: Path, tmp_path: Path) -> None:
+    table = {
+        "hookpoint": "layers.2.mlp", "k": 4, "n_latents": 64, "code": ["binary", "continuous"],
+    }  # fmt: skip
+    said = {**table, "lr": 0.003}
+    config = TrainConfig(
+        store=store_path, runs=tmp_path, batch_rows=256, tokens=512, coders=(said,)
+    )
+    run, _ = train_sweep(config)
+    for other in (table, {**table, "lr": 0.01}):
+        with pytest.raises(ConfigError, match="which is not in these tables"):
+            resume(run.folder, {"coders": (other,), "tokens": 1_024})
+    both = {**table, "lr": [0.003, 0.01]}
+    resume(run.folder, {"coders": (both,), "tokens": 1_024}, add_coders=True)
+    assert [c.lr for c in run.config().planned] == [0.003, 0.003, 0.01, 0.01]
+
+
+def test_a_default_beside_a_rate_that_was_said_goes_on_as_it_began(
+    store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = {"hookpoint": "layers.2.mlp", "k": 4, "n_latents": 64, "code": "binary"}
+    tables = (table, {**table, "lr": 0.001})
+    config = TrainConfig(store=store_path, runs=tmp_path, batch_rows=256, tokens=512, coders=tables)
+    run, _ = train_sweep(config)
+    began = [default_lr("adam", "binary", 64), 0.001]
+    assert [c.lr for c in run.config().planned] == began
+    monkeypatch.setattr(schedule, "_SHORT", 0.1)  # as if the rule had come, or the run grown, since
+    resume(run.folder, {"coders": tables, "tokens": 1_024})
+    assert [c.lr for c in run.config().planned] == began

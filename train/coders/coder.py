@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bsc.array_file import array_hash
 from bsc.config import parse_config
 from bsc.errors import StoreError
-from bsc.files import write_atomically
 from bsc.hub import SCHEME
 from bsc.records import check_seal, parse_object, write_record
+from bsc.tensor_file import write_tensors
 from bsc.train.coders import kernels
 from bsc.train.coders.config import CoderConfig
 from bsc.train.coders.kernels import Entries
@@ -271,7 +271,7 @@ class SparseCoder:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {n: t.detach().cpu().contiguous() for n, t in self.tensors.items()}
-        write_atomically(folder / _WEIGHTS, save(tensors))
+        write_tensors(folder / _WEIGHTS, tensors)
         write_record(
             folder / _CONFIG,
             {

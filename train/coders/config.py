@@ -84,7 +84,8 @@ class CoderChoices(Config):
     """Every selected binary latent is 1, whatever its margin, so that L0 is k and not at most k."""
 
     k: int = option(32, "Selected latents.", CODERS, ge=1)
-    """Latents selected per row (batch_topk: on average): L0 is at most k."""
+    """Latents selected per row: L0 is at most k. With batch_topk k is the mean over rows, and L0 at
+    inference, by threshold, may be more."""
 
     k_binary: int | None = Field(default=None, ge=1)
     """Hybrid: how many of the k are binary. None: half of k."""
