@@ -115,6 +115,8 @@ def check(bank: Bank, x: Tensor, y: Tensor, micro_rows: int | None = None) -> No
         step = 1e-2 / length.view(-1, *[1] * (p.ndim - 1)) * bank.gradients[name]
         p -= step
         bank.gradients[name].copy_(step)
+    for c in range(len(bank.configs)):
+        bank.renormalise(c)
     after = bank.step(x, y, micro_rows=micro_rows).loss
     assert (after < result.loss).all(), (result.loss, after)
     c = next(i for i, config in enumerate(bank.configs) if config.code == "continuous")

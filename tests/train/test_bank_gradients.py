@@ -34,6 +34,8 @@ def make_bank(configs: list[CoderConfig], seed: int = 0) -> Bank:
         p.copy_(torch.randn(p.shape, generator=g, dtype=p.dtype))
         if name == "log_threshold":
             p.mul_(0.3).sub_(0.5)
+    for c in range(len(configs)):
+        bank.renormalise(c)
     bank._centre.copy_(torch.randn(bank.d_in, generator=g, dtype=p.dtype))
     return bank
 

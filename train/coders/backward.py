@@ -56,11 +56,11 @@ class CoderPass:
     gain: Tensor | None
     """(F,): what rows of the parameter W_dec are multiplied by to give those that act; None: 1."""
     centre: Tensor
-    """(d_in,): was subtracted from the rows."""
+    """(d_in,): was subtracted from the rows of a transcoder; those of an SAE are less b_dec."""
     z: Tensor
     """(N, d_in + extra): centred rows, then a column of ones, in the dtype of products."""
-    y: Tensor
-    """(N, d_out): targets."""
+    target: Tensor
+    """(N, d_out): what latents and the skip path have to give, which is less b_dec."""
     k: int
     temperature: float
     dead: Tensor | None
@@ -97,9 +97,9 @@ class CoderPass:
         """
         config, p = self.config, self.parameters
         d_in = len(self.centre)
-        target = self.y - p["b_dec"]  # what latents and the skip path have to give
+        target = self.target
         if "W_skip" in p:
-            target -= p["W_skip"] @ self.centre
+            target = target - p["W_skip"] @ self.centre
             target -= self.z[:, :d_in] @ p["W_skip"].to(self.z.dtype).T
         add_base = self.add
         shift = self._row_thresholds(margin_NF)
@@ -219,8 +219,10 @@ class CoderPass:
         config, n_rows = self.config, len(self.z)
         on = (code[by_latent.order] != 0).to(torch.float32)
         rate_F = kernels.latent_sums(by_latent, on, on.new_ones((n_rows, 1)))[:, 0] / n_rows
-        above = (rate_F > config.rate_cap).to(self.y.dtype)
-        return above[by_latent.latent] * on.to(self.y.dtype) * (config.rate_penalty / self.rows)
+        above = (rate_F > config.rate_cap).to(self.target.dtype)
+        return (
+            above[by_latent.latent] * on.to(self.target.dtype) * (config.rate_penalty / self.rows)
+        )
 
     def _gumbel(self, margin_NF: Tensor, target: Tensor) -> tuple[Selection, Tensor, _Term]:
         """The largest of each group after noise, whose code is 1."""

@@ -5,8 +5,9 @@ operations that never make anything of size N x k x d. Tests hold them to autogr
 
 Parameters are float32; the rows, the weights of the encoder and the decoder and the gradients of
 reconstructions are rounded to bfloat16 for the arithmetic, whose sums are float32. Rows are centred
-before they are rounded, and biases go through the encoder's GEMM as two more columns (the rounded
-bias and what was lost in rounding), so that a mean far from zero costs no precision.
+before they are rounded (those of an SAE by its own b_dec, which is what it reads), and biases go
+through the encoder's GEMM as two more columns (the rounded bias and what was lost in rounding), so
+that a mean far from zero costs no precision.
 
 Shape letters: C coders, N rows, F latents, k selected latents per row, M selected entries.
 """
@@ -49,7 +50,9 @@ class Bank:
     """Stacked parameters of C coders and their gradients.
 
     `parameters[name]` is (C, *shape) and `gradients[name]` the same, by the names on disk (and
-    `amplitude`). `trained(c)` has the slices of one coder as views, for an optimiser of its own.
+    `amplitude`). Rows of W_dec have length 1 at every step where `decoder_norm` is "unit":
+    `renormalise` after whatever changes them. `trained(c)` has the slices of one coder as views,
+    for an optimiser of its own.
     """
 
     def __init__(
@@ -105,8 +108,6 @@ class Bank:
         """Batch top-k: per coder and part, running sum and weight of the smallest active margin."""
         self._centre = torch.zeros(self.d_in, **options)
         unit = any(c.decoder_norm == "unit" for c in configs)
-        self._lengths = torch.ones((n, self.n_latents if unit else 0, 1), **options)
-        """Lengths of the rows of W_dec at the last step."""
         self._along = torch.zeros((n, self.n_latents if unit else 0, 1), **options)
         apart = any(self._has_aux_apart(c) for c in range(n))
         self._aux_bias = torch.zeros((n, self.n_latents if apart else 0), **options)
@@ -184,7 +185,10 @@ class Bank:
         w: Tensor = self.parameters["W_dec"][coder]
         if self.configs[coder].decoder_norm == "free":
             return w
-        return w * self._gain(coder, w.norm(dim=1, keepdim=True))
+        # An average of unit rows (schedule-free) is shorter than they are.
+        unit: Tensor = w / w.norm(dim=1, keepdim=True)
+        amplitude = self._amplitude(coder)
+        return unit if amplitude is None else unit * amplitude
 
     def theta(self, coder: int) -> Tensor:
         """Thresholds of the binary latents, from the first of them on."""
@@ -223,15 +227,18 @@ class Bank:
         fired = torch.zeros((n_coders, self.n_latents + 1), dtype=torch.bool, device=device)
         for start in range(0, n, size):
             x, y = x_Nd[start : start + size], y_Nd[start : start + size]
-            z = self._rows[: len(x)]
-            z[:, : self.d_in] = x.to(self._centre.dtype) / self.units[0] - self._centre
+            z, pre = self._rows[: len(x)], self._pre[: len(x)]
             y = y.to(self._centre.dtype) / self.units[1]
-            pre = self._pre[: len(x)]
+            if self.site != "sae":
+                z[:, : self.d_in] = x.to(self._centre.dtype) / self.units[0] - self._centre
             last = start + size >= n
             for c in active:
+                target = y - self.parameters["b_dec"][c]
+                if self.site == "sae":  # what it is to give is what it reads
+                    z[:, : self.d_in] = target
                 kernels.pre_activations(z, self._encoder[c], pre)
                 sums: dict[str, Tensor] | None = {} if start == 0 and last else None
-                one = self._pass(c, z, y, whole, start > 0, sums)
+                one = self._pass(c, z, target, whole, start > 0, sums)
                 latent, margin, on, error = one.run(pre)
                 loss[c] += error
                 l0[c] += on.sum()
@@ -243,18 +250,25 @@ class Bank:
         return StepResult(loss, l0 / whole, fired[:, : self.n_latents])
 
     def _pass(
-        self, c: int, z: Tensor, y: Tensor, rows: int, add: bool, sums: dict[str, Tensor] | None
+        self,
+        c: int,
+        z: Tensor,
+        target: Tensor,
+        rows: int,
+        add: bool,
+        sums: dict[str, Tensor] | None,
     ) -> CoderPass:
         unit = self.configs[c].decoder_norm == "unit"
+        amplitude = self._amplitude(c)
         return CoderPass(
             config=self.configs[c],
             parameters={name: stacked[c] for name, stacked in self.parameters.items()},
             gradients={name: stacked[c] for name, stacked in self.gradients.items()},
             w_dec=self._decoder[c],
-            gain=self._gain(c, self._lengths[c]).squeeze(1) if unit else None,
+            gain=None if amplitude is None else amplitude.squeeze(1),
             centre=self._centre,
             z=z,
-            y=y,
+            target=target,
             k=self.k[c],
             temperature=self.temperature[c],
             dead=None if self.dead is None else self.dead[c],
@@ -287,22 +301,23 @@ class Bank:
         encoder, decoder = self._encoder[c, rows], self._decoder[c, rows]
         weight, w = p["encoder.weight"][c, rows], p["W_dec"][c, rows]
         bias = p["encoder.bias"][c, rows]
-        bias = self._passes.round_encoder(weight, bias, self._origin(c), encoder[:, :d])
+        if self.site == "sae":  # it reads centred rows
+            encoder[:, :d] = weight
+        else:
+            bias = self._passes.round_encoder(weight, bias, self._centre, encoder[:, :d])
         if config.has_threshold:
             first = max(0, config.first_binary - rows.start)
-            bias[first:] -= p["log_threshold"][c, rows][first:].exp()
+            theta = p["log_threshold"][c, rows].exp()
+            theta[:first] = 0
+            bias = bias - theta
         rounded = bias.to(self.compute_dtype)
         encoder[:, d] = rounded
         encoder[:, d + 1] = bias - rounded
-        if config.decoder_norm == "free":
+        amplitude = self._amplitude(c, rows)
+        if amplitude is None:
             decoder.copy_(w)
         else:
-            amplitude = self._amplitude(c, rows)
-            self._lengths[c, rows] = self._passes.round_unit_decoder(w, amplitude, decoder)
-
-    def _origin(self, c: int) -> Tensor:
-        """What is added to a centred row to give the row that the encoder reads."""
-        return self._centre - self.parameters["b_dec"][c] if self.site == "sae" else self._centre
+            self._passes.round_decoder(w, amplitude, decoder)
 
     def _finish(self, c: int, sums: dict[str, Tensor]) -> None:
         """Gradients of the parameters from those to centred rows, folded biases, acting rows.
@@ -313,26 +328,28 @@ class Bank:
         p = {name: stacked[c] for name, stacked in self.parameters.items()}
         grad = {name: stacked[c] for name, stacked in self.gradients.items()}
         g_bias = grad["encoder.bias"]
-        unit = config.decoder_norm == "unit"
-        origin, lengths, along = self._origin(c), self._lengths[c], self._along[c]
+        unit, along = config.decoder_norm == "unit", self._along[c]
         for rows in self._blocks:
-            encoder, decoder = sums.get("encoder.weight"), sums.get("W_dec")
-            self._passes.encoder_gradient(
-                None if encoder is None else encoder[rows],
-                g_bias[rows], origin, grad["encoder.weight"][rows],
-            )  # fmt: skip
-            if self.site == "sae":  # the encoder reads x - b_dec
+            encoder, decoder = (
+                None if name not in sums else sums[name][rows]
+                for name in ("encoder.weight", "W_dec")
+            )
+            if self.site == "sae":
+                if encoder is not None:
+                    grad["encoder.weight"][rows] = encoder
+                # It reads x - b_dec.
                 grad["b_dec"].addmv_(p["encoder.weight"][rows].T, g_bias[rows], alpha=-1)
+            else:
+                self._passes.encoder_gradient(
+                    encoder, g_bias[rows], self._centre, grad["encoder.weight"][rows]
+                )
             if unit:
-                # Of a loss of a W / |W| to W: the part across the row, times a / |W|. The part
-                # along it, <gradient, a W / |W|>, has been summed over the entries of the code.
                 self._passes.unit_decoder_gradient(
-                    None if decoder is None else decoder[rows],
-                    p["W_dec"][rows], self._gain(c, lengths[rows], rows),
-                    along[rows] / lengths[rows].square(), grad["W_dec"][rows],
+                    decoder, p["W_dec"][rows], self._amplitude(c, rows), along[rows],
+                    grad["W_dec"][rows],
                 )  # fmt: skip
             elif decoder is not None:
-                grad["W_dec"][rows] = decoder[rows]
+                grad["W_dec"][rows] = decoder
         if unit and config.amplitude == "learned":
             amplitude = p["amplitude"]
             grad["amplitude"].copy_((along.squeeze(1) / amplitude).nan_to_num_(0.0, 0.0, 0.0))
@@ -347,13 +364,7 @@ class Bank:
             else:
                 torch.mul(factor, g_bias[binary], out=own)
 
-    def _gain(self, c: int, lengths: Tensor, rows: slice = slice(None)) -> Tensor:
-        """(rows, 1): what rows of the parameter W_dec, of these lengths, are multiplied by to give
-        those that act."""
-        amplitude = self._amplitude(c, rows)
-        return 1 / lengths if amplitude is None else amplitude / lengths
-
-    def _amplitude(self, c: int, rows: slice) -> Tensor | None:
+    def _amplitude(self, c: int, rows: slice = slice(None)) -> Tensor | None:
         """(rows, 1): learned lengths of decoder rows; None: 1."""
         if self.configs[c].amplitude != "learned":
             return None

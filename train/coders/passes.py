@@ -47,18 +47,15 @@ def round_encoder(weight_Fd: Tensor, bias_F: Tensor, origin_d: Tensor, out_Fd: T
     return torch.addmv(bias_F, weight_Fd, origin_d)
 
 
-def round_unit_decoder(w_Fd: Tensor, amplitude_F1: Tensor | None, out_Fd: Tensor) -> Tensor:
-    """Decoder rows of length 1, or of their amplitudes, into `out`; the lengths they had, (F, 1).
+def round_decoder(w_Fd: Tensor, amplitude_F1: Tensor, out_Fd: Tensor) -> None:
+    """Decoder rows of length 1 as products take them, of the length of their amplitudes.
 
     Args:
-        w_Fd: the parameter W_dec, float32.
-        amplitude_F1: lengths that the rows get; None: 1.
+        w_Fd: the parameter W_dec, float32, rows of length 1.
+        amplitude_F1: lengths that the rows get.
         out_Fd: gets the rounded rows.
     """
-    lengths: Tensor = w_Fd.norm(dim=1, keepdim=True)
-    gain = 1 / lengths if amplitude_F1 is None else amplitude_F1 / lengths
-    out_Fd.copy_(w_Fd * gain)
-    return lengths
+    out_Fd.copy_(w_Fd * amplitude_F1)
 
 
 def encoder_gradient(
@@ -78,20 +75,28 @@ def encoder_gradient(
 
 
 def unit_decoder_gradient(
-    sums_Fd: Tensor | None, w_Fd: Tensor, gain_F1: Tensor, part_F1: Tensor, out_Fd: Tensor
+    sums_Fd: Tensor | None,
+    w_Fd: Tensor,
+    amplitude_F1: Tensor | None,
+    along_F1: Tensor,
+    out_Fd: Tensor,
 ) -> None:
-    """Gradient of W from that of its rows times a / |W|: sums * gain - W * part, into `out`.
+    """Gradient of unit rows W from that of a W: the part across the rows, into `out`.
+
+    sums * a - W * along, since `along` is <gradient of a row that acts, that row> = a <sums, W>.
 
     Args:
         sums_Fd: gradient of the rows that act; None: it stands in `out`.
-        w_Fd: the parameter W_dec.
-        gain_F1: a / |W|.
-        part_F1: <gradient of an acting row, the row> / |W|^2: what goes along a row is taken out.
+        w_Fd: the parameter W_dec, rows of length 1.
+        amplitude_F1: a; None: 1.
+        along_F1: <gradient of an acting row, the row>.
         out_Fd: gets the gradient, float32.
     """
     if sums_Fd is not None:
         out_Fd.copy_(sums_Fd)
-    out_Fd.mul_(gain_F1).addcmul_(w_Fd, part_F1, value=-1)
+    if amplitude_F1 is not None:
+        out_Fd.mul_(amplitude_F1)
+    out_Fd.addcmul_(w_Fd, along_F1, value=-1)
 
 
 def row_errors(
@@ -110,15 +115,13 @@ class Passes(NamedTuple):
     """The passes of this module, as written or compiled."""
 
     round_encoder: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    round_unit_decoder: Callable[[Tensor, Tensor | None, Tensor], Tensor]
+    round_decoder: Callable[[Tensor, Tensor, Tensor], None]
     encoder_gradient: Callable[[Tensor | None, Tensor, Tensor, Tensor], None]
-    unit_decoder_gradient: Callable[[Tensor | None, Tensor, Tensor, Tensor, Tensor], None]
+    unit_decoder_gradient: Callable[[Tensor | None, Tensor, Tensor | None, Tensor, Tensor], None]
     row_errors: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-EAGER = Passes(
-    round_encoder, round_unit_decoder, encoder_gradient, unit_decoder_gradient, row_errors
-)
+EAGER = Passes(round_encoder, round_decoder, encoder_gradient, unit_decoder_gradient, row_errors)
 
 
 @cache
@@ -129,7 +132,7 @@ def compiled_passes() -> Passes:
     """
     return Passes(
         torch.compile(round_encoder, dynamic=True),
-        torch.compile(round_unit_decoder, dynamic=True),
+        torch.compile(round_decoder, dynamic=True),
         torch.compile(encoder_gradient, dynamic=True),
         torch.compile(unit_decoder_gradient, dynamic=True),
         torch.compile(row_errors, dynamic=True),
