@@ -145,8 +145,9 @@ class CoderPass:
         error, g_y, g_rounded = self._error(chosen, code, target, weight)
         by_latent = kernels.transpose(chosen.entries, self.config.n_latents)
         g_code = self._code_gradients(g_y, g_rounded, by_latent)
-        self._decoder_gradients(by_latent, code[by_latent.order], g_rounded, g_code)
-        g_pre = backward(g_code, chosen.margin[by_latent.order], by_latent)
+        ordered_code, margin = (t.index_select(0, by_latent.order) for t in (code, chosen.margin))
+        self._decoder_gradients(by_latent, ordered_code, g_rounded, g_code)
+        g_pre = backward(g_code, margin, by_latent)
         sums = kernels.latent_sums(by_latent, g_pre.to(self.z.dtype), self.z)
         return _Term(error, g_y, self._encoder_gradients(sums))
 

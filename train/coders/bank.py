@@ -25,7 +25,7 @@ from bsc.train.coders import kernels, surrogates
 from bsc.train.coders.backward import CoderPass
 from bsc.train.coders.coder import SparseCoder, parameter_shapes
 from bsc.train.coders.config import CoderConfig
-from bsc.train.coders.passes import EAGER, blocks, compiled_passes
+from bsc.train.coders.passes import EAGER, compiled_passes
 
 __all__ = ["EXTRA_COLUMNS", "Bank", "StepResult"]
 
@@ -119,8 +119,6 @@ class Bank:
         self._rows = torch.zeros((0, self.d_in + EXTRA_COLUMNS), **options)
         self._passes = compiled_passes() if compiled else EAGER
         on_gpu = self._centre.device.type == "cuda"  # on a CPU the eager one is as fast
-        widest = max(self.d_in, self.d_out)
-        self._blocks = blocks(self.n_latents, widest, whole=compiled or on_gpu)
         self._dot = kernels.compiled_decoder_dot() if compiled and on_gpu else kernels.decoder_dot
 
     def _has_aux_apart(self, c: int) -> bool:
@@ -292,28 +290,24 @@ class Bank:
             self._rows = self._rows.new_zeros((rows, self.d_in + EXTRA_COLUMNS))
             self._rows[:, self.d_in : self.d_in + 2] = 1
         for c in active:
-            for some in self._blocks:
-                self._round(c, some)
+            self._round(c)
 
-    def _round(self, c: int, rows: slice) -> None:
-        """Encoder and decoder of some latents as products take them."""
+    def _round(self, c: int) -> None:
+        """Encoder and decoder as products take them."""
         p, d, config = self.parameters, self.d_in, self.configs[c]
-        encoder, decoder = self._encoder[c, rows], self._decoder[c, rows]
-        weight, w = p["encoder.weight"][c, rows], p["W_dec"][c, rows]
-        bias = p["encoder.bias"][c, rows]
+        encoder, decoder = self._encoder[c], self._decoder[c]
+        weight, w, bias = p["encoder.weight"][c], p["W_dec"][c], p["encoder.bias"][c]
         if self.site == "sae":  # it reads centred rows
             encoder[:, :d] = weight
         else:
             bias = self._passes.round_encoder(weight, bias, self._centre, encoder[:, :d])
         if config.has_threshold:
-            first = max(0, config.first_binary - rows.start)
-            theta = p["log_threshold"][c, rows].exp()
-            theta[:first] = 0
-            bias = bias - theta
+            bias = bias.clone()
+            bias[config.first_binary :] -= self.theta(c)
         rounded = bias.to(self.compute_dtype)
         encoder[:, d] = rounded
         encoder[:, d + 1] = bias - rounded
-        amplitude = self._amplitude(c, rows)
+        amplitude = self._amplitude(c)
         if amplitude is None:
             decoder.copy_(w)
         else:
@@ -329,27 +323,20 @@ class Bank:
         grad = {name: stacked[c] for name, stacked in self.gradients.items()}
         g_bias = grad["encoder.bias"]
         unit, along = config.decoder_norm == "unit", self._along[c]
-        for rows in self._blocks:
-            encoder, decoder = (
-                None if name not in sums else sums[name][rows]
-                for name in ("encoder.weight", "W_dec")
+        encoder, decoder = sums.get("encoder.weight"), sums.get("W_dec")
+        if self.site != "sae":
+            self._passes.encoder_gradient(encoder, g_bias, self._centre, grad["encoder.weight"])
+        else:
+            if encoder is not None:
+                grad["encoder.weight"].copy_(encoder)
+            # It reads x - b_dec.
+            grad["b_dec"].addmv_(p["encoder.weight"].T, g_bias, alpha=-1)
+        if unit:
+            self._passes.unit_decoder_gradient(
+                decoder, p["W_dec"], self._amplitude(c), along, grad["W_dec"]
             )
-            if self.site == "sae":
-                if encoder is not None:
-                    grad["encoder.weight"][rows] = encoder
-                # It reads x - b_dec.
-                grad["b_dec"].addmv_(p["encoder.weight"][rows].T, g_bias[rows], alpha=-1)
-            else:
-                self._passes.encoder_gradient(
-                    encoder, g_bias[rows], self._centre, grad["encoder.weight"][rows]
-                )
-            if unit:
-                self._passes.unit_decoder_gradient(
-                    decoder, p["W_dec"][rows], self._amplitude(c, rows), along[rows],
-                    grad["W_dec"][rows],
-                )  # fmt: skip
-            elif decoder is not None:
-                grad["W_dec"][rows] = decoder
+        elif decoder is not None:
+            grad["W_dec"].copy_(decoder)
         if unit and config.amplitude == "learned":
             amplitude = p["amplitude"]
             grad["amplitude"].copy_((along.squeeze(1) / amplitude).nan_to_num_(0.0, 0.0, 0.0))
@@ -364,11 +351,11 @@ class Bank:
             else:
                 torch.mul(factor, g_bias[binary], out=own)
 
-    def _amplitude(self, c: int, rows: slice = slice(None)) -> Tensor | None:
-        """(rows, 1): learned lengths of decoder rows; None: 1."""
+    def _amplitude(self, c: int) -> Tensor | None:
+        """(F, 1): learned lengths of decoder rows; None: 1."""
         if self.configs[c].amplitude != "learned":
             return None
-        return self.parameters["amplitude"][c, rows].unsqueeze(1)
+        return self.parameters["amplitude"][c].unsqueeze(1)
 
     @torch.no_grad()
     def renormalise(self, coder: int) -> Tensor | None:
@@ -379,10 +366,7 @@ class Bank:
         """
         if self.configs[coder].decoder_norm != "unit":
             return None
-        w = self.parameters["W_dec"][coder]
-        lengths: Tensor = w.norm(dim=1, keepdim=True)
-        w /= lengths
-        return lengths
+        return self._passes.unit_rows(self.parameters["W_dec"][coder].detach())
 
     def _note_minima(self, c: int, latent: Tensor, margin: Tensor, on: Tensor) -> None:
         """Batch top-k: remember the smallest margin of an active latent, per part."""

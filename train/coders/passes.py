@@ -22,13 +22,16 @@ _BLOCK = 1 << 19
 """Weights of a matrix that are passed over at a time on a CPU: 2 MiB of them in float32."""
 
 
-def blocks(n_latents: int, width: int, *, whole: bool) -> list[slice]:
-    """Latents that are passed over together: all, or as many as a cache holds the weights of.
+def blocks(weights_Fd: Tensor) -> list[slice]:
+    """Latents passed over together: as many as a cache holds the weights of; on a GPU all.
 
-    >>> blocks(5, 1 << 18, whole=False)
+    >>> blocks(torch.zeros(5, 1 << 18))
     [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
     """
-    size = n_latents if whole else max(1, _BLOCK // width)
+    if torch.compiler.is_compiling() or weights_Fd.device.type != "cpu":
+        return [slice(None)]
+    n_latents, width = weights_Fd.shape
+    size = max(1, _BLOCK // width)
     return [slice(i, i + size) for i in range(0, n_latents, size)]
 
 
@@ -41,10 +44,14 @@ def round_encoder(weight_Fd: Tensor, bias_F: Tensor, origin_d: Tensor, out_Fd: T
         origin_d: what is added to a centred row to give the row that the encoder reads.
         out_Fd: gets the rounded weights.
     """
-    out_Fd.copy_(weight_Fd)
     if torch.compiler.is_compiling():  # addmv would be a pass of its own
+        out_Fd.copy_(weight_Fd)
         return bias_F + (weight_Fd * origin_d).sum(1)
-    return torch.addmv(bias_F, weight_Fd, origin_d)
+    folded = torch.empty_like(bias_F)
+    for some in blocks(weight_Fd):
+        out_Fd[some] = weight_Fd[some]
+        torch.addmv(bias_F[some], weight_Fd[some], origin_d, out=folded[some])
+    return folded
 
 
 def round_decoder(w_Fd: Tensor, amplitude_F1: Tensor, out_Fd: Tensor) -> None:
@@ -55,7 +62,8 @@ def round_decoder(w_Fd: Tensor, amplitude_F1: Tensor, out_Fd: Tensor) -> None:
         amplitude_F1: lengths that the rows get.
         out_Fd: gets the rounded rows.
     """
-    out_Fd.copy_(w_Fd * amplitude_F1)
+    for some in blocks(w_Fd):
+        out_Fd[some] = w_Fd[some] * amplitude_F1[some]
 
 
 def encoder_gradient(
@@ -69,9 +77,10 @@ def encoder_gradient(
         origin_d: what is added to a centred row to give the row that the encoder reads.
         out_Fd: gets the gradient, float32.
     """
-    if sums_Fd is not None:
-        out_Fd.copy_(sums_Fd)
-    out_Fd.addr_(g_bias_F, origin_d)
+    for some in blocks(out_Fd):
+        if sums_Fd is not None:
+            out_Fd[some] = sums_Fd[some]
+        out_Fd[some].addr_(g_bias_F[some], origin_d)
 
 
 def unit_decoder_gradient(
@@ -92,11 +101,21 @@ def unit_decoder_gradient(
         along_F1: <gradient of an acting row, the row>.
         out_Fd: gets the gradient, float32.
     """
-    if sums_Fd is not None:
-        out_Fd.copy_(sums_Fd)
-    if amplitude_F1 is not None:
-        out_Fd.mul_(amplitude_F1)
-    out_Fd.addcmul_(w_Fd, along_F1, value=-1)
+    for some in blocks(w_Fd):
+        if sums_Fd is not None:
+            out_Fd[some] = sums_Fd[some]
+        if amplitude_F1 is not None:
+            out_Fd[some] *= amplitude_F1[some]
+        out_Fd[some].addcmul_(w_Fd[some], along_F1[some], value=-1)
+
+
+def unit_rows(w_Fd: Tensor) -> Tensor:
+    """Divide every row by its length, in place; the lengths, (F, 1)."""
+    lengths = w_Fd.new_empty((len(w_Fd), 1))
+    for some in blocks(w_Fd):
+        lengths[some] = w_Fd[some].norm(dim=1, keepdim=True)
+        w_Fd[some] /= lengths[some]
+    return lengths
 
 
 def row_errors(
@@ -118,10 +137,13 @@ class Passes(NamedTuple):
     round_decoder: Callable[[Tensor, Tensor, Tensor], None]
     encoder_gradient: Callable[[Tensor | None, Tensor, Tensor, Tensor], None]
     unit_decoder_gradient: Callable[[Tensor | None, Tensor, Tensor | None, Tensor, Tensor], None]
+    unit_rows: Callable[[Tensor], Tensor]
     row_errors: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-EAGER = Passes(round_encoder, round_decoder, encoder_gradient, unit_decoder_gradient, row_errors)
+EAGER = Passes(
+    round_encoder, round_decoder, encoder_gradient, unit_decoder_gradient, unit_rows, row_errors
+)
 
 
 @cache
@@ -135,5 +157,6 @@ def compiled_passes() -> Passes:
         torch.compile(round_decoder, dynamic=True),
         torch.compile(encoder_gradient, dynamic=True),
         torch.compile(unit_decoder_gradient, dynamic=True),
+        torch.compile(unit_rows, dynamic=True),
         torch.compile(row_errors, dynamic=True),
     )
