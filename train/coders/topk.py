@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _NEWTON_STEPS = 7
-_LOOKED_AT = 16
+_LOOKED_AT = 8
 """Rows that tell whether a fast way is worth trying."""
 
 
@@ -137,7 +137,7 @@ def _descended_by_keys(
     for fold, level in zip(reversed(folds), reversed(levels), strict=True):
         n = level.shape[1]
         members = torch.arange(0, n, n // fold)
-        candidates = (columns.unsqueeze(1) + members.unsqueeze(1)).flatten(1)
+        candidates = (columns.long().unsqueeze(1) + members.unsqueeze(1)).flatten(1)
         bits = level.gather(1, candidates)
         fits = n <= 1 << 16
         places = candidates.int() if fits else torch.arange(k * fold, dtype=torch.int32)
