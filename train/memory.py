@@ -108,7 +108,7 @@ def _fixed(bank: Sequence[PlannedCoder], bytes_each: int, device: torch.device) 
     products = n * latents * (columns + first.d_out) * bytes_each
     sums = latents * (columns + first.d_out) * bytes_each
     if any(c.coder.decoder_norm == "unit" for c in bank):
-        products += latents * (4 + 4) * n
+        products += latents * 4 * n
     # Signs or steps of one coder's gradients; when coders are evaluated, a copy of one, and for
     # signum one of its weights; unit rows are copied twice on the way. When they are saved, on the
     # host, a copy and (safetensors before 0.8) the bytes of its file.

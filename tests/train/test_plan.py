@@ -97,8 +97,9 @@ def test_peak_memory_is_the_planned_one_within_ten_percent(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     planned, peak = map(int, done.stdout.split())
-    # The plan allows for all latents being dead at once, which they are not.
-    least = 0.7 if "dead_after" in fields else 0.9
+    # The plan allows for all latents being dead at once, and for such a number of them that the
+    # most candidates are looked at for a row.
+    least = 0.6 if "dead_after" in fields else 0.9
     assert least < peak / planned < 1.1, (planned, peak)
 
 
