@@ -47,8 +47,9 @@ def make_step(params: Params) -> tuple[Step, Look]:
         for c, ok in enumerate(finite.tolist()):
             assert ok
             optimisers[c].step(LR)
-            if params.optimiser != "signum":
-                bank.renormalise(c)
+            lengths = bank.renormalise(c)
+            if lengths is not None:
+                optimisers[c].rescale("W_dec", lengths)
 
     def look() -> list[tuple[float, float]]:
         result = bank.step(*params.probe())

@@ -79,6 +79,8 @@ def bank_of(config: CoderConfig, device: Any, dtype: torch.dtype, coders: int = 
     )
     for i, (name, p) in enumerate(bank.parameters.items()):
         values = drawn(*p.shape, seed=i).to(wide)
+        if name == "W_dec" and config.decoder_norm == "unit":
+            values /= values.norm(dim=2, keepdim=True)
         p.copy_(values * 0.3 - 0.5 if name == "log_threshold" else values)
     if config.auxk_alpha:
         dead = (torch.arange(config.n_latents) % 3 == 0).repeat(coders, 1)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bsc.train.coders import passes
 from bsc.train.coders.bank import Bank
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.coders.config import CoderConfig
@@ -20,6 +21,12 @@ from tests.train.reference import reference
 
 SITES = ("sae", "transcoder", "skip_transcoder")
 CODES = ("continuous", "binary")
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is passed over some latents at a time has more than one piece here."""
+    monkeypatch.setattr(passes, "_BLOCK", 24)
 
 
 def coder_config(**fields: Any) -> CoderConfig:

@@ -159,20 +159,6 @@ def test_gradients_of_codes_are_the_same_some_rows_at_a_time(
     assert kernels._rows_at_a_time(rows, 2.0) is None  # the table would be read too often
 
 
-def test_entries_are_ordered_alike_however_many_latents_there_are() -> None:
-    """Up to 2^16 of them another sort is used."""
-    g = torch.Generator().manual_seed(0)
-    entries = ragged(Entries.of(torch.rand(N, F, generator=g).topk(K).indices))
-    few, many = (kernels.transpose(entries, n) for n in (F, (1 << 16) + 1))
-    assert torch.equal(few.order, many.order) and torch.equal(few.latent, many.latent)
-    assert torch.equal(few.row, many.row) and torch.equal(few.offsets, many.offsets[:F])
-    assert (few.latent.diff() >= 0).all()
-    same = few.latent.diff() == 0
-    assert (few.row.diff()[same] > 0).all()
-    last = kernels.transpose(entries._replace(latent=entries.latent + (1 << 16) - F), 1 << 16)
-    assert torch.equal(last.order, few.order) and int(last.latent.max()) > 1 << 15
-
-
 def test_bfloat16_sums_round_once() -> None:
     """A bag of thousands of rows in bfloat16 is the float32 bag rounded, not a sum of roundings."""
     g = torch.Generator().manual_seed(0)

@@ -97,8 +97,8 @@ def test_peak_memory_is_the_planned_one_within_ten_percent(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     planned, peak = map(int, done.stdout.split())
-    # The plan allows for all latents being dead at once, and for such a number of them that the
-    # most candidates are looked at for a row.
+    # The plan allows for all latents being dead at once, and for a number of them that takes the
+    # most candidates for a row; how many are is chance.
     least = 0.6 if "dead_after" in fields else 0.9
     assert least < peak / planned < 1.1, (planned, peak)
 

@@ -60,7 +60,7 @@ class CoderPass:
     z: Tensor
     """(N, d_in + extra): centred rows, then a column of ones, in the dtype of products."""
     target: Tensor
-    """(N, d_out): what latents and the skip path have to give, which is less b_dec."""
+    """(N, d_out): what latents and the skip path have to give, less b_dec. Used up."""
     k: int
     temperature: float
     dead: Tensor | None
@@ -99,7 +99,7 @@ class CoderPass:
         d_in = len(self.centre)
         target = self.target
         if "W_skip" in p:
-            target = target - p["W_skip"] @ self.centre
+            target -= p["W_skip"] @ self.centre
             target -= self.z[:, :d_in] @ p["W_skip"].to(self.z.dtype).T
         add_base = self.add
         shift = self._row_thresholds(margin_NF)

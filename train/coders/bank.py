@@ -214,7 +214,7 @@ class Bank:
         """Forward and backward pass over a batch: overwrites `gradients`.
 
         Args:
-            x_Nd: rows that are encoded, (N, d_in), any float dtype.
+            x_Nd: rows that are encoded, (N, d_in), any float dtype; of an SAE the same as `y_Nd`.
             y_Nd: rows that are reconstructed, (N, d_out), any float dtype.
             micro_rows: rows that are worked on at a time, which bounds the memory; None: all.
                 Batch top-k selects, and `rate_penalty` counts, among these.

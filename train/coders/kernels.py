@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -110,12 +109,7 @@ class TransposedCode(NamedTuple):
 
 def transpose(entries: Entries, n_latents: int) -> TransposedCode:
     """Order the entries by latent. One sort of M int32 serves every gradient."""
-    if entries.latent.device.type == "cpu" and n_latents <= 1 << 16:  # a radix sort, if of 16 bits
-        bits = entries.latent.numpy().astype(np.uint16)
-        order = torch.from_numpy(np.argsort(bits, kind="stable"))
-        latent = entries.latent.index_select(0, order)
-    else:
-        latent, order = entries.latent.sort(stable=True)
+    latent, order = entries.latent.sort(stable=True)
     every = torch.arange(n_latents, dtype=torch.int32, device=latent.device)
     offsets = torch.searchsorted(latent, every, out_int32=True)
     pieces = pieces_of(offsets, len(latent)) if latent.device.type == "cuda" else None
@@ -154,7 +148,7 @@ def decoder_dot(grad_Nd: Tensor, table_Fd: Tensor, code: TransposedCode) -> Tens
     2 M d FLOPs; reads F rows of the table and M gradients: a row of the table serves all entries of
     its latent. On a CPU in float32 as fast as in bfloat16 or faster, and 1.4 to 1.8 times as fast
     as row by row. Gradients that no core's cache holds are taken some rows at a time, with the same
-    result, where the table is read seldom enough for that.
+    result, where latents have enough entries in so many rows (the table is read again for each).
     """
     row, latent, order = code.row, code.latent, None
     shift = _rows_at_a_time(grad_Nd, len(row) / len(table_Fd))
