@@ -237,8 +237,12 @@ def load_model(
             f"would fill with random numbers. Take the weights from where they are whole"
             f"{', with the head that predicts tokens' if with_head else ''}."
         )
-    kind_of = _automatic(model.dtype, device) if dtype == "auto" else model.dtype
-    torch.nn.Module.to(model, device, kind_of).eval().requires_grad_(False)
+    torch.nn.Module.to(model, device).eval().requires_grad_(False)
+    chosen = _automatic(model.dtype, device) if dtype == "auto" else model.dtype
+    if chosen != model.dtype:
+        # Only then: what a model keeps in float32, such as the frequencies of rotary positions, would
+        # be rounded to the type of its weights.
+        torch.nn.Module.to(model, chosen)
     sha256 = _weights_hash(local) if local else None
     return LanguageModel(
         name=name if name == EMBEDDED else source,

@@ -29,9 +29,14 @@ _SHAPE: Any = {
 }  # fmt: skip
 
 
-def saved(folder: Path, config: Any, kind: Any = transformers.AutoModel) -> Path:
+def saved(
+    folder: Path,
+    config: Any,
+    kind: Any = transformers.AutoModel,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     torch.manual_seed(0)
-    kind.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    kind.from_config(config, dtype=dtype).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EMBEDDED / name, folder / name)
     return folder
@@ -76,6 +81,40 @@ def test_an_encoder_and_a_decoder_are_refused(tmp_path: Path) -> None:
     refused(model, tmp_path, "t5 has an encoder and a decoder")
     with pytest.raises(UserError, match="t5 has an encoder and a decoder"):
         load_architecture(str(model))
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        (transformers.LlamaConfig(**_SHAPE, num_key_value_heads=1), "rotary_emb.inv_freq"),
+        (
+            transformers.DeepseekV3Config(
+                **_SHAPE, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2,
+                moe_intermediate_size=16, n_group=1, topk_group=1, first_k_dense_replace=1,
+                kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+            ),
+            "layers.1.mlp.gate.e_score_correction_bias",
+        ),
+    ],
+    ids=["llama", "deepseek"],
+)  # fmt: skip
+def test_what_a_model_keeps_in_float32_stays_in_float32(
+    tmp_path: Path, config: Any, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frequencies of rotary positions in bfloat16 are off by up to 0.2 %."""
+    monkeypatch.setattr("bsc.cache.model.models.multiplies_bfloat16", lambda device: True)
+    model = saved(tmp_path / "m", config, dtype=torch.bfloat16)
+    truth = transformers.AutoModel.from_pretrained(model, dtype=torch.bfloat16)
+    for dtype in ("auto", "bfloat16"):
+        base = load_model(str(model), dtype=dtype).base
+        assert base.dtype == torch.bfloat16
+        found = {**dict(base.named_parameters()), **dict(base.named_buffers())}
+        wanted = {**dict(truth.named_parameters()), **dict(truth.named_buffers())}
+        assert found[kept].dtype == torch.float32
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert found[name].dtype == tensor.dtype, name
+            assert torch.equal(found[name], tensor), name
 
 
 def test_layers_that_share_their_weights_are_refused(tmp_path: Path) -> None:

@@ -89,16 +89,19 @@ def test_memory_does_not_grow_with_the_store(
 ) -> None:
     monkeypatch.setattr(verify_shards, "_BLOCK", 4096)
     peaks = []
-    for shards in (24, 120):
+    for shards in (48, 240):
         root = tmp_path / str(shards)
         make_store(root, shards * 8, Grid(8, 2, shards), window=4)
         assert list(verify(root, jobs=2)) == []  # what is made once
-        tracemalloc.start()
-        assert list(verify(root, jobs=2)) == []
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    # Half a kilobyte for each of the 96 shards more, of six arrays: their numbers and stamps.
-    assert peaks[1] - peaks[0] < 96 * 512, peaks
+        found = []
+        for _ in range(3):  # the interpreter's own tables grow by megabytes at some of them
+            tracemalloc.start()
+            assert list(verify(root, jobs=2)) == []
+            found.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        peaks.append(min(found))
+    # Half a kilobyte for each of the 192 shards more, of six arrays: their numbers and stamps.
+    assert peaks[1] - peaks[0] < 192 * 512, peaks
 
 
 def test_a_slow_window_holds_nothing_back_and_order_is_kept(
