@@ -240,8 +240,8 @@ def load_model(
     torch.nn.Module.to(model, device).eval().requires_grad_(False)
     chosen = _automatic(model.dtype, device) if dtype == "auto" else model.dtype
     if chosen != model.dtype:
-        # Only then: what a model keeps in float32, such as the frequencies of rotary positions, would
-        # be rounded to the type of its weights.
+        # Only then: what a model keeps in float32, such as the frequencies of rotary positions,
+        # would be rounded to the type of its weights.
         torch.nn.Module.to(model, chosen)
     sha256 = _weights_hash(local) if local else None
     return LanguageModel(
