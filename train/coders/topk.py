@@ -136,11 +136,11 @@ def _descended_by_keys(
     keys, columns = _largest(bits if by_bits else _ordered(bits), columns, k)
     for fold, level in zip(reversed(folds), reversed(levels), strict=True):
         n = level.shape[1]
-        members = torch.arange(0, n, n // fold)
-        candidates = (columns.long().unsqueeze(1) + members.unsqueeze(1)).flatten(1)
-        bits = level.gather(1, candidates)
+        members = torch.arange(0, n, n // fold, dtype=torch.int32)
+        candidates = (columns.unsqueeze(1) + members.unsqueeze(1)).flatten(1)
+        bits = level.gather(1, candidates.long())
         fits = n <= 1 << 16
-        places = candidates.int() if fits else torch.arange(k * fold, dtype=torch.int32)
+        places = candidates if fits else torch.arange(k * fold, dtype=torch.int32)
         keys, columns = _largest(bits if by_bits else _ordered(bits), places, k)
         if not fits:
             columns = candidates.gather(1, columns.long())
@@ -161,7 +161,8 @@ def _largest(bits_Nn: Tensor, places: Tensor, k: int) -> tuple[Tensor, Tensor]:
         places: names of their columns below 2^16, int32, (n,) or (N, n).
         k: how many.
     """
-    keys = torch.add(places, bits_Nn, alpha=1 << 16)
+    keys = bits_Nn.int()
+    torch.add(places, keys, alpha=1 << 16, out=keys)
     array, (n_rows, n) = keys.numpy(), keys.shape
     workers = torch.get_num_threads()
     bounds = [n_rows * i // workers for i in range(workers + 1)]
