@@ -124,7 +124,7 @@ def rows(store: ActivationStore, hook: str, coders: list[SparseCoder], folder: P
     """Seconds of our pass over the rows, calibration on training rows not included."""
     named = {str(i): coder for i, coder in enumerate(coders)}
     calibrations = {
-        n: calibrate(c, store.train, hook, max_rows=8192)
+        n: calibrate(c, store, hook, without_tokens=(), max_rows=8192)
         for n, c in named.items()
         if c.config.code == "continuous"
     }

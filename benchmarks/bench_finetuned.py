@@ -67,7 +67,9 @@ def values_removed(parents: Run, folder: Path) -> Run:
         if planned.coder.code != "continuous":
             continue
         coder = parents.coder(planned.name)
-        mean = calibrate(coder, store.train, planned.hookpoint).mean_value
+        mean = calibrate(
+            coder, store, planned.hookpoint, without_tokens=config.without_tokens
+        ).mean_value
         fields = planned.coder.model_dump() | {
             "code": "binary", "threshold": "fixed", "surrogate": "sigmoid", "temperature": 2.0,
         }  # fmt: skip

@@ -109,12 +109,13 @@ def product_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def sum_in_float32() -> None:
-    """Have products of bfloat16 on a GPU summed in float32 to the end, as on a CPU.
+    """Have products of half precision on a GPU summed in float32 to the end, as on a CPU.
 
-    By default the sums of parts of a long product are added in bfloat16. Holds for the whole
+    By default the sums of parts of a long product are added in half precision. Holds for the whole
     process.
     """
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def keep_freed_memory() -> None:

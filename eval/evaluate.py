@@ -19,8 +19,6 @@ import torch
 from numpy.typing import NDArray
 
 from bsc.array_file import write_arrays
-from bsc.cache.store.ring import first_kept
-from bsc.cache.store.store import ActivationStore
 from bsc.devices import keep_freed_memory
 from bsc.errors import StoreError
 from bsc.eval.config import EvalConfig
@@ -75,11 +73,7 @@ def _rows(
             if coder.config.code != "binary":
                 hook = setting.hookpoint(name)
                 calibrations[name] = calibrate(
-                    coder,
-                    store.train,
-                    hook,
-                    without_tokens=setting.without_tokens,
-                    first=_first_training_row(store, hook),
+                    coder, store, hook, without_tokens=setting.without_tokens
                 )
             progress.advance(1)
     sums: dict[str, Sums] = {}
@@ -112,14 +106,6 @@ def _rows(
             sums |= add_up(pieces, len(ranges), list(coders), int(document.max()) + 1)
             codes |= {n: Codes(places[n], sums[n].counts) for n in coders}
     return sums, codes, calibrations
-
-
-def _first_training_row(store: ActivationStore, hook: str) -> int:
-    """First training row that is there: the first shards of a ring are gone."""
-    if store.ring is None:
-        return 0
-    spec = store.train.spec(f"{hook}/input")
-    return first_kept(store.folder, spec, store.train.shards) * store.train.grid.shard_rows
 
 
 def _check_room(setting: Setting, rows: int) -> None:

@@ -75,7 +75,11 @@ class FinetuneJob:
                 f"with: it was trained on, or exchanged. Finetune it under another --name."
             )
         removed = self.config.values == "removed"
-        return without_values(coder, self.store, planned.hookpoint) if removed else coder
+        if not removed:
+            return coder
+        return without_values(
+            coder, self.store, planned.hookpoint, without_tokens=self.without_tokens
+        )
 
     def record(self) -> RunConfig:
         """What config.json holds until the run is complete."""

@@ -7,6 +7,7 @@ it fired. Such a coder is binary in every respect but how it was trained.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 
@@ -34,15 +35,18 @@ def config_without_values(config: CoderConfig) -> CoderConfig:
     return CoderConfig.model_validate(fields)
 
 
-def without_values(coder: SparseCoder, store: ActivationStore, hookpoint: str) -> SparseCoder:
+def without_values(
+    coder: SparseCoder, store: ActivationStore, hookpoint: str, *, without_tokens: Collection[int]
+) -> SparseCoder:
     """A continuous coder without its values.
 
     Args:
         coder: as it was trained.
         store: on whose training rows the mean values are measured.
         hookpoint: of the coder.
+        without_tokens: token ids whose rows it was trained without.
     """
-    mean = calibrate(coder, store.train, hookpoint).mean_value
+    mean = calibrate(coder, store, hookpoint, without_tokens=without_tokens).mean_value
     tensors = dict(coder.tensors) | {
         "W_dec": coder.W_dec * mean.unsqueeze(1),
         "log_threshold": torch.full((coder.config.n_latents,), math.log(_THRESHOLD)),

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 import bsc.embedded
 from bsc.cache.model.kinds import base_of, class_of, longest_context, missing_parameters
-from bsc.devices import multiplies_bfloat16
+from bsc.devices import multiplies_bfloat16, sum_in_float32
 from bsc.errors import UserError, nearest
 from bsc.hub import hub_address, hub_answers
 
@@ -202,10 +202,7 @@ def load_model(
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         with _quiet_loading():
             if random_weights is None:
-                model, loading = kind.from_pretrained(
-                    source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-                )
-                missing = missing_parameters(model, loading["missing_keys"])
+                model, missing = _trained(kind, source, config, dtype, device, options)
             else:
                 model = _untrained(name, config, dtype, random_weights, device)
     except GatedRepoError:
@@ -237,12 +234,10 @@ def load_model(
             f"would fill with random numbers. Take the weights from where they are whole"
             f"{', with the head that predicts tokens' if with_head else ''}."
         )
+    # Never to another dtype: what a model keeps in float32, such as the frequencies of rotary
+    # positions, would be rounded, and what was rounded when it was made would stay so.
     torch.nn.Module.to(model, device).eval().requires_grad_(False)
-    chosen = _automatic(model.dtype, device) if dtype == "auto" else model.dtype
-    if chosen != model.dtype:
-        # Only then: what a model keeps in float32, such as the frequencies of rotary positions,
-        # would be rounded to the type of its weights.
-        torch.nn.Module.to(model, chosen)
+    sum_in_float32()
     sha256 = _weights_hash(local) if local else None
     return LanguageModel(
         name=name if name == EMBEDDED else source,
@@ -258,6 +253,21 @@ def _automatic(dtype: torch.dtype, device: str | torch.device) -> torch.dtype:
     """The type that arithmetic is done in where the user leaves it open."""
     slow = dtype == torch.bfloat16 and not multiplies_bfloat16(torch.device(device))
     return torch.float32 if slow else dtype
+
+
+def _trained(
+    kind: Any, source: str, config: Any, dtype: str, device: str | torch.device,
+    options: dict[str, Any],
+) -> tuple[Any, list[str]]:  # fmt: skip
+    """A model with its weights, made in the type that it is to compute in; parameters they lack."""
+    wanted: str | torch.dtype = dtype
+    if dtype == "auto" and isinstance(config.dtype, torch.dtype):
+        wanted = _automatic(config.dtype, device)
+    options = options | {"use_safetensors": True, "output_loading_info": True}
+    model, loading = kind.from_pretrained(source, dtype=wanted, **options)
+    if wanted == "auto" and model.dtype != (of_weights := _automatic(model.dtype, device)):
+        model, loading = kind.from_pretrained(source, dtype=of_weights, **options)
+    return model, missing_parameters(model, loading["missing_keys"])
 
 
 def _untrained(name: str, config: Any, dtype: str, seed: int, device: str | torch.device) -> Any:

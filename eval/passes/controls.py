@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bsc.cache.store.split import StoreSplit
+from bsc.cache.store.ring import first_kept
+from bsc.cache.store.store import ActivationStore
 from bsc.eval.passes.batches import row_batches
 from bsc.eval.passes.sums import add_to
 from bsc.train.coders.coder import Code, SparseCoder
@@ -45,32 +46,40 @@ class Calibration(NamedTuple):
     """Rows that it was measured on."""
 
 
+def _first_training_row(store: ActivationStore, hook: str) -> int:
+    """First training row that is there: the first shards of a ring are gone."""
+    if store.ring is None:
+        return 0
+    spec = store.train.spec(f"{hook}/input")
+    return first_kept(store.folder, spec, store.train.shards) * store.train.grid.shard_rows
+
+
 @torch.inference_mode()
 def calibrate(
     coder: SparseCoder,
-    split: StoreSplit,
+    store: ActivationStore,
     hookpoint: str,
     *,
-    without_tokens: Collection[int] = (),
+    without_tokens: Collection[int],
     max_rows: int = CALIBRATION_ROWS,
-    first: int = 0,
 ) -> Calibration:
     """Mean values and quantisation steps of a coder's latents.
 
     Args:
         coder: on the device where to compute.
-        split: training rows.
+        store: whose training rows they are; of a ring the first that are there.
         hookpoint: module whose rows they are.
-        without_tokens: token ids whose rows are left out.
+        without_tokens: token ids whose rows are left out, as the run left them out.
         max_rows: rows to read; shards of a store hold rows at random, so the first are a sample.
-        first: row to begin with, where the shards before it are gone.
     """
     device, n_latents = coder.W_enc.device, coder.config.n_latents
     total = torch.zeros(n_latents, dtype=torch.float64, device=device)
     count = torch.zeros_like(total)
     error = torch.zeros((), dtype=torch.float64, device=device)
-    rows = 0
-    for batch in row_batches(split, hookpoint, coder.config.n_latents, without_tokens, first=first):
+    rows, first = 0, _first_training_row(store, hookpoint)
+    for batch in row_batches(
+        store.train, hookpoint, coder.config.n_latents, without_tokens, first=first
+    ):
         x, y = (side.to(device, coder.dtype) for side in (batch.side(coder), batch.y))
         code = coder.encode(x)
         error += (y - coder.decode(code, x)).square().sum(dtype=torch.float64)

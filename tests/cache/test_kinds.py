@@ -42,6 +42,18 @@ def saved(
     return folder
 
 
+def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def assert_same(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    found, wanted = tensors(one), tensors(other)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
 def asked(model: Path, tmp_path: Path, **more: Any) -> CaptureConfig:
     fields: dict[str, Any] = {
         "model": str(model), "store": tmp_path / "acts", "tokens": 300, "held_out_tokens": 200,
@@ -108,13 +120,37 @@ def test_what_a_model_keeps_in_float32_stays_in_float32(
     for dtype in ("auto", "bfloat16"):
         base = load_model(str(model), dtype=dtype).base
         assert base.dtype == torch.bfloat16
-        found = {**dict(base.named_parameters()), **dict(base.named_buffers())}
-        wanted = {**dict(truth.named_parameters()), **dict(truth.named_buffers())}
-        assert found[kept].dtype == torch.float32
-        assert found.keys() == wanted.keys()
-        for name, tensor in wanted.items():
-            assert found[name].dtype == tensor.dtype, name
-            assert torch.equal(found[name], tensor), name
+        assert tensors(base)[kept].dtype == torch.float32
+        assert_same(base, truth)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["dtype in config", "dtype of weights"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.Gemma3TextConfig(**_SHAPE, num_key_value_heads=1, head_dim=16),
+        transformers.XGLMConfig(
+            vocab_size=4096, d_model=32, num_layers=2, attention_heads=2, ffn_dim=48,
+            max_position_embeddings=64,
+        ),
+    ],
+    ids=["gemma3", "xglm"],
+)  # fmt: skip
+def test_float32_for_a_checkpoint_in_bfloat16_is_float32_throughout(
+    tmp_path: Path, config: Any, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a model works out when it is made, scales and positions, is of the type it is made in.
+
+    `bsc eval` loads the model of a store in the type that the store names: it has to be the same.
+    """
+    monkeypatch.setattr("bsc.cache.model.models.multiplies_bfloat16", lambda device: False)
+    model = saved(tmp_path / "m", config, dtype=torch.bfloat16)
+    if not named:
+        said = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({k: said[k] for k in said if k != "dtype"}))
+    base, wanted = (load_model(str(model), dtype=d).base for d in ("auto", "float32"))
+    assert base.dtype == torch.float32
+    assert_same(base, wanted)
 
 
 def test_layers_that_share_their_weights_are_refused(tmp_path: Path) -> None:

@@ -212,8 +212,9 @@ def evaluation(machine: Machine, found: Found) -> None:
             torch.testing.assert_close(host(got), expected, rtol=1e-4, atol=1e-4)
             vars(controls)["row_batches"] = lambda *a, batch=batch, **k: iter([batch])
             # Rows come from the line above, so that no store is opened.
+            store: Any = types.SimpleNamespace(ring=None, train=None)
             machine.reset()
-            calibration = controls.calibrate(here, None, "h")  # type: ignore[arg-type]
+            calibration = controls.calibrate(here, store, "h", without_tokens=())
             note(found, f"calibration: {name}", machine)
             one = row_pass._CoderPiece(here, calibration, 4)
             document = (torch.arange(ROWS) % 4).to(CUDA)

@@ -29,7 +29,9 @@ def measure(
     """The pass over the held-out rows, values binarised and quantised where there are any."""
     split = store.held_out
     calibrations = {
-        n: calibrate(c, store.train, HOOK) for n, c in coders.items() if c.config.code != "binary"
+        n: calibrate(c, store, HOOK, without_tokens=())
+        for n, c in coders.items()
+        if c.config.code != "binary"
     }
     pieces = Pieces.open(folder / "rows", sorted(coders))
     codes = {n: Pieces.open(folder / "codes" / n, n) for n in coders}
@@ -209,7 +211,7 @@ def test_values_are_replaced_by_means_of_training_rows_and_by_steps(
 ) -> None:
     name = next(n for n in run.coder_names() if "skip_transcoder-continuous-k8" in n)
     coder = run.coder(name)
-    found = calibrate(coder, store.train, HOOK)
+    found = calibrate(coder, store, HOOK, without_tokens=())
     split = store.train
     assert found.rows == split.rows
     x = torch.cat([split.tensor(f"{HOOK}/input", i) for i in range(split.shards)])
@@ -242,7 +244,7 @@ def test_binary_latents_of_a_hybrid_keep_their_values(
     torch.manual_seed(0)
     coder.W_enc.normal_()
     coder.W_dec.normal_()
-    found = calibrate(coder, store.train, HOOK)
+    found = calibrate(coder, store, HOOK, without_tokens=())
     code = coder.encode(held_out(store, "input"))
     binary = (code.latent >= 4) & (code.value != 0)
     assert binary.any() and (binarised(coder, found, code).value[binary] == 1).all()
