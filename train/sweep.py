@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bsc.cache.store.layout import Hookpoint
@@ -16,7 +16,7 @@ from bsc.train.preset import Preset, coder_defaults
 from bsc.train.run_config import PlannedCoder
 from bsc.train.schedule import default_decay, default_lr, default_warmup, paper_lr
 
-__all__ = ["coder_config", "expand", "plan_coder", "plan_coders"]
+__all__ = ["coder_config", "expand", "hookpoints_of", "plan_coder", "plan_coders"]
 
 
 def coder_config(point: SweepPoint, hook: Hookpoint) -> CoderConfig:
@@ -107,6 +107,15 @@ def expand(
     return list(dict.fromkeys(points))
 
 
+def hookpoints_of(point: SweepPoint, store: ActivationStore) -> Sequence[Hookpoint]:
+    """Where a point has a coder: at its hookpoint, or at every one of the store.
+
+    Raises:
+        StoreError: the store has no such hookpoint.
+    """
+    return [store.hookpoint(point.hookpoint)] if point.hookpoint else store.hookpoints
+
+
 def plan_coders(
     points: list[SweepPoint], store: ActivationStore, steps: float = 0
 ) -> list[PlannedCoder]:
@@ -122,8 +131,7 @@ def plan_coders(
     """
     planned = []
     for point in points:
-        hooks = [store.hookpoint(point.hookpoint)] if point.hookpoint else store.hookpoints
-        planned += [plan_coder(point, hook, steps) for hook in hooks]
+        planned += [plan_coder(point, hook, steps) for hook in hookpoints_of(point, store)]
     return _named(list(dict.fromkeys(planned)))
 
 

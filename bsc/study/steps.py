@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import ConfigError, StoreError, UserError
@@ -25,7 +25,10 @@ from bsc.study.graph import Node
 from bsc.study.subjects import Subject, selected, subjects_of, text_of
 from bsc.versions import versions
 
-__all__ = ["FailedStep", "do_step"]
+if TYPE_CHECKING:
+    from bsc.train.config import SweepPoint
+
+__all__ = ["FailedStep", "do_step", "with_choices"]
 
 _SHARED = ("cache", "train")
 """Commands that several processes can share."""
@@ -141,7 +144,7 @@ def _one_value(node: Node, folder: StudyFolder) -> Any:
 def _sweep(node: Node, folder: StudyFolder) -> str:
     """The sweep of a step as TOML, with what was chosen for each coder."""
     from bsc.train.config import TrainConfig
-    from bsc.train.sweep import expand, plan_coder
+    from bsc.train.sweep import expand
 
     store = folder.store(node.step.fields["store"])
     where = f"[train.{node.name}]"
@@ -149,28 +152,54 @@ def _sweep(node: Node, folder: StudyFolder) -> str:
     own = in_numbers(TrainConfig, own, where)
     tables = list(own.pop("coders", [{"code": ["binary", "continuous"]}]))
     if choices := _choices(node, folder):
-        hook = ActivationStore(store).hookpoints[0]
         given = TrainConfig.model_validate({"coders": tables, "preset": own.get("preset")})
-        made: list[dict[str, Any]] = []
-        for point in expand(given.coders, where, given.preset):
-            planned = plan_coder(point, hook)
-            fields = planned.coder.model_dump() | planned.model_dump()
-            table = {n: getattr(point, n) for n in point.model_fields_set}
-            for field, arms in choices:
-                value = chosen_value(arms, field, fields)
-                if value is None and field not in table:
-                    raise ConfigError(
-                        f"{where}: no {field} was chosen for a coder like {planned!r}."
-                    )
-                table.setdefault(field, value)
-            made.append(table)
-        tables = made
+        points = expand(given.coders, where, given.preset)
+        tables = with_choices(points, choices, ActivationStore(store), where)
     top = own | {"store": str(store)}
     lines = [f"{k} = {_toml(v)}" for k, v in top.items()]
     for table in tables:
         lines += ["", "[[coders]]"]
         lines += [f"{k} = {_toml(v)}" for k, v in table.items() if v is not None]
     return "\n".join(lines) + "\n"
+
+
+def with_choices(
+    points: Sequence[SweepPoint],
+    choices: Sequence[tuple[str, Any]],
+    store: ActivationStore,
+    where: str,
+) -> list[dict[str, Any]]:
+    """Tables of coders, each with what was chosen for its like; one for each hookpoint where they
+    were chosen apart.
+
+    Raises:
+        ConfigError: nothing was chosen for the like of a coder.
+    """
+    from bsc.train.sweep import hookpoints_of, plan_coder
+
+    tables = []
+    for point in points:
+        table = {n: getattr(point, n) for n in point.model_fields_set}
+        at: dict[str, dict[str, Any]] = {}
+        for hook in hookpoints_of(point, store):
+            planned = plan_coder(point, hook)
+            fields = planned.coder.model_dump() | planned.model_dump()
+            at[hook.name] = {f: chosen_value(arms, f, fields) for f, arms in choices}
+            for field, value in at[hook.name].items():
+                if value is None and field not in table:
+                    raise ConfigError(
+                        f"{where}: no {field} was chosen for a coder like {planned!r}."
+                    )
+        values = list(at.values())
+        if all(v == values[0] for v in values):
+            tables.append(table | _missing(values[0], table))
+        else:
+            tables += [table | {"hookpoint": name} | _missing(v, table) for name, v in at.items()]
+    return tables
+
+
+def _missing(values: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in values.items() if field not in table}
 
 
 def _toml(value: Any) -> str:

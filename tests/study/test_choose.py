@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bsc.cache.store.store import ActivationStore
 from bsc.errors import ConfigError, UserError
 from bsc.study.choose import choose, chosen_value
+from bsc.study.steps import with_choices
 from bsc.study.subjects import Subject, subjects_of
 from bsc.train.config import TrainConfig
 from bsc.train.run import Run
+from bsc.train.sweep import expand, plan_coders
 from bsc.train.trainer import train_sweep
 
 LRS = [1e-5, 1e-2, 10.0]
@@ -52,6 +56,29 @@ def test_the_least_mean_of_the_last_tenth_is_taken_for_each_arm(subjects: list[S
         assert arm["edge"] is False
     assert chosen_value(chosen, "lr", {"code": "binary", "k": 9}) == 1e-2
     assert chosen_value(chosen, "lr", {"code": "hybrid"}) is None
+
+
+def test_every_hookpoint_has_the_value_that_was_chosen_for_it(store_path: Path) -> None:
+    store = ActivationStore(store_path)
+    names = [h.name for h in store.hookpoints]
+    assert len(names) > 1
+    rates = dict(zip(names, (0.01, 0.03, 0.1), strict=False))
+    arms = [{"hookpoint": name, "lr": lr, "tried": [], "edge": False} for name, lr in rates.items()]
+
+    def lrs(tables: list[dict[str, Any]], arms: list[dict[str, Any]]) -> list[Any]:
+        points = expand(tables, "w")
+        made = with_choices(points, [("lr", arms)], store, "w")
+        return [(c.hookpoint, c.lr) for c in plan_coders(expand(made, "w"), store)]
+
+    assert lrs([{"k": 4}], arms) == list(rates.items())
+    assert lrs([{"k": 4, "hookpoint": names[1]}], arms) == [(names[1], rates[names[1]])]
+    assert lrs([{"k": 4, "lr": 0.5}], arms) == [(name, 0.5) for name in names]
+    same = [{"lr": 0.2, "tried": [], "edge": False}]
+    assert with_choices(expand([{"k": 4}], "w"), [("lr", same)], store, "w") == [
+        {"k": 4, "lr": 0.2}
+    ]
+    with pytest.raises(ConfigError, match="no lr was chosen for a coder like"):
+        lrs([{"k": 4}], arms[:1])
 
 
 def test_the_best_at_the_edge_is_said_to_be_there(subjects: list[Subject]) -> None:
