@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from bsc.array_file import read_arrays
 from bsc.errors import UserError
-from bsc.eval.evaluation import Evaluation, EvaluationFolder, Interval, Likeness
+from bsc.eval.evaluation import Evaluation, EvaluationFolder, Interval, Likeness, measured_rows
 from bsc.eval.figures.firing import firing_counts
 from bsc.eval.figures.intervals import ratio_intervals, value_interval
 from bsc.eval.figures.stability import stability_figures
@@ -108,6 +108,8 @@ class Comparison(Record):
     second: str
     paired: bool
     """Whether the same contexts were evaluated, so that losses are paired."""
+    same_rows: bool
+    """Whether FVU, L0 and dead latents are of the same rows."""
     coders: list[ComparedCoders]
     means: list[ComparedSeeds]
 
@@ -168,6 +170,8 @@ def compare_runs(first: Run, second: Run, pairs: Sequence[str] = ()) -> Comparis
         first=str(first.folder),
         second=str(second.folder),
         paired=same_contexts,
+        same_rows=measured_rows(first.config(), a.evaluation)
+        == measured_rows(second.config(), b.evaluation),
         coders=coders,
         means=[] if asked else _means(first, second, coders),
     )

@@ -194,11 +194,12 @@ def _evaluate(setting: Setting, config: EvalConfig, sets: list[LabelledTexts]) -
         measured = _measure(setting, config, contexts, sets, identity)
     examples = Examples(version=EVAL_VERSION, coders=measured.shown)
     write_typed(folder.examples_path, examples)
+    rows = max((c.rows for c in measured.coders.values()), default=setting.split.rows)
     result = Evaluation(
         version=EVAL_VERSION,
         store_id=setting.store.store_id,
         model=setting.store.attributes["model"],
-        held_out_rows=setting.split.rows,
+        held_out_rows=rows,
         contexts=len(contexts.token_id),
         documents=int((contexts.counts > 0).sum()),
         predicted_tokens=int(contexts.counts.sum()),
@@ -214,8 +215,7 @@ def _evaluate(setting: Setting, config: EvalConfig, sets: list[LabelledTexts]) -
     )
     # Last: an interrupted evaluation leaves the one before as it was.
     write_typed(run.eval_path, result)
-    n = len(result.coders)
-    console.print(f"{run.eval_path}: {n} coders on {setting.split.rows:,} held-out rows")
+    console.print(f"{run.eval_path}: {len(result.coders)} coders on {rows:,} held-out rows")
     return result
 
 

@@ -71,6 +71,11 @@ def comparison_table(comparison: Comparison) -> None:
                 f"{name} {over_seeds.difference:+.4f}, 95 % interval over seeds "
                 f"{interval(over_seeds.interval)}"
             )
+    if not comparison.same_rows:
+        console.print(
+            "Not on the same rows (another store, --rows, or tokens that one run was trained "
+            "without), so differences of FVU are not of the coders alone."
+        )
     if not comparison.paired:
         console.print("Not on the same contexts, so differences of delta CE have no interval.")
 

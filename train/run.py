@@ -231,6 +231,21 @@ class Run:
         """
         return names_of(wanted, self.coder_names(), self.folder)
 
+    def finite_names(self, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
+        """`names_of` those that training left finite, and of those that it did not.
+
+        Raises:
+            UserError: none is finite; or as `names_of`.
+        """
+        chosen = self.names_of(wanted)
+        broken = [
+            n for n in chosen
+            if SparseCoder.about_of(self.coder_folder(n)).get("frozen_at_step") is not None
+        ]  # fmt: skip
+        if len(broken) == len(chosen):
+            raise UserError(f"{self.folder}: every chosen coder turned non-finite in training.")
+        return [n for n in chosen if n not in broken], broken
+
     def coder(self, name: str) -> SparseCoder:
         """Load the coder called `name`, or the one that has it as a part of its name.
 

@@ -184,8 +184,9 @@ def _cell(
     for side in (first, against):
         if len({s.units for row in side for s in row}) > 1:
             raise ConfigError(
-                f"{where}: coders that were measured on documents of several stores are one mean. "
-                f"Name the run, or add it to `each`."
+                f"{where}: coders that were measured on several stores, or on other rows of one "
+                f"(--rows, tokens that a run was trained without), are one mean. Name the run, or "
+                f"add it to `each`."
             )
     single = contrast.against is None
     made = estimate(first, None if single else against, ratio=contrast.ratio)

@@ -18,7 +18,7 @@ from bsc.devices import pick_device
 from bsc.errors import UserError
 from bsc.eval.browse.config import BrowseConfig
 from bsc.eval.browse.contexts import ContextPages
-from bsc.eval.evaluation import CoderFigures, EvaluationFolder
+from bsc.eval.evaluation import CoderFigures, EvaluationFolder, measured_rows
 from bsc.eval.figures.examples import Sample, choose_latents
 from bsc.eval.figures.firing import firing_counts
 from bsc.eval.figures.split_text import SplitText
@@ -213,13 +213,5 @@ def _pairs(coders: Sequence[BrowsedCoder]) -> Iterator[tuple[int, int]]:
 
 def _same_rows(a: BrowsedCoder, b: BrowsedCoder) -> bool:
     """Whether two coders reconstruct the same thing, and were evaluated on the same rows."""
-    facts = [
-        (
-            c.planned.hookpoint,
-            c.of.store.store_id,
-            c.of.evaluation.config.rows,
-            sorted(c.of.config.without_tokens),
-        )
-        for c in (a, b)
-    ]
+    facts = [(c.planned.hookpoint, measured_rows(c.of.config, c.of.evaluation)) for c in (a, b)]
     return facts[0] == facts[1]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jinja2
 import yaml
 
+from bsc.cache.model.hookpoints import modules_of
 from bsc.eval.exports.publish import Published
 from bsc.formats import interval, percent, printable
 from bsc.train.coders.config import CoderConfig
@@ -147,20 +148,36 @@ def _front_matter(config: RunConfig, licence: str, text: Mapping[str, str]) -> s
 
 def _reads(config: RunConfig) -> list[str]:
     """What the coders of each site read and give, in sentences."""
-    what = {
-        "sae": "reconstruct the output of the module",
-        "transcoder": "give the output of the module from its input, which is what the module "
-        "itself reads: behind the norm and its weight",
-    }
-    what["skip_transcoder"] = f"{what['transcoder']}, with a linear path beside the latents"
     found: dict[tuple[str, str], CoderConfig] = {}
     for one in config.coders:
         found.setdefault((one.hookpoint, one.coder.site), one.coder)
-    return [
-        f"{_code(hook)}, {site.replace('_', ' ') if site != 'sae' else 'SAE'}s: {what[site]} "
-        f"(width {coder.d_in} to {coder.d_out})."
+    lines = [
+        f"{_code(hook)}, {site.replace('_', ' ') if site != 'sae' else 'SAE'}s: "
+        f"{_what(site, hook)} (width {coder.d_in} to {coder.d_out})."
         for (hook, site), coder in found.items()
     ]
+    if config.without_tokens:
+        ids = ", ".join(map(str, sorted(config.without_tokens)))
+        lines.append(
+            f"Rows of the tokens {ids} were left out of training and of every figure. In the model "
+            f"such tokens keep what the module gives."
+        )
+    return lines
+
+
+def _what(site: str, hookpoint: str) -> str:
+    """What coders of a site do, for the place of a verb and its objects."""
+    source, target = modules_of(hookpoint)
+    if site == "sae":
+        return "reconstruct the output of the module" + (
+            f" {_code(target)}" if source != target else ""
+        )
+    what = (
+        "give the output of the module from its input, which is what the module itself reads"
+        if source == target
+        else f"give the output of {_code(target)} from the input of {_code(source)}"
+    )
+    return what + (", with a linear path beside the latents" if site == "skip_transcoder" else "")
 
 
 def _tool(tool: Tool, coders: Mapping[str, CoderConfig], repo: str) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def layers_of(hookpoints: Mapping[str, str]) -> dict[int, str]:
     """
     found: dict[int, str] = {}
     for name, hookpoint in hookpoints.items():
-        place = re.fullmatch(r"(?:.*\.)?(\d+)\.mlp", hookpoint)
+        place = re.fullmatch(r"(?:[^@]*\.)?(\d+)\.mlp", hookpoint)
         if place is None:
             raise UserError(f"{name}: circuit-tracer replaces MLPs; this one is at {hookpoint}.")
         layer = int(place.group(1))

@@ -22,6 +22,7 @@ from safetensors.numpy import save
 
 from bsc.errors import UserError
 from bsc.eval.interp.material import Material, Materials
+from bsc.eval.passes.batches import text_starts
 from bsc.eval.passes.codes import LatentCode
 from bsc.files import make_folder, write_atomically, write_json
 from bsc.progress import stage
@@ -44,7 +45,8 @@ def _contexts(materials: Materials, read: NDArray[np.bool_]) -> tuple[
     ids = split.tokens("token_id").astype(np.int64)
     last = int(np.flatnonzero(read)[-1]) + 1
     if store.packing == "none":
-        starts = np.flatnonzero(split.tokens("position")[:last] == 0)
+        position = split.tokens("position").astype(np.int64)
+        starts = text_starts(split.tokens("doc_id")[:last], position[:last])
     else:
         starts = np.arange(0, last // length * length, length)
     context = np.searchsorted(starts, np.arange(len(ids)), side="right") - 1

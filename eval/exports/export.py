@@ -25,6 +25,7 @@ from bsc.eval.exports.weights import (
 )
 from bsc.eval.passes.setting import open_store
 from bsc.files import make_folder, write_json
+from bsc.progress import console
 from bsc.train.coders.coder import SparseCoder
 from bsc.train.run import Run
 from bsc.train.run_config import RunCoder
@@ -70,7 +71,9 @@ def export_coders(
         UserError: the format cannot hold one of them exactly, or what was written does not compute
             the same; then nothing is left.
     """
-    names = run.names_of(wanted)
+    names, broken = run.finite_names(wanted)
+    if broken:
+        console.print(f"left out, for they turned non-finite in training: {', '.join(broken)}")
     planned = {c.name: c for c in run.config().coders}
     if refused := refusals(run, names, format_):
         raise _refusal(format_, names, refused)

@@ -191,11 +191,7 @@ def _checked_request(
 
 def _whole_coders(run: Run, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
     """The chosen coders that are finite, and a warning of the others."""
-    chosen = run.names_of(wanted)
-    broken = [n for n in chosen if run.coder(n).about.get("frozen_at_step") is not None]
-    names = [n for n in chosen if n not in broken]
-    if not names:
-        raise UserError(f"{run.folder}: every chosen coder turned non-finite in training.")
+    names, broken = run.finite_names(wanted)
     if not broken:
         return names, []
     return names, [f"left out, for they turned non-finite in training: {', '.join(broken)}"]

@@ -14,7 +14,7 @@ and the last token. Multiplying latents by constants changes nothing there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -139,6 +139,7 @@ def pooled_codes(
     texts: Sequence[str],
     coders: Mapping[str, tuple[str, SparseCoder]],
     *,
+    without_tokens: Collection[int],
     length: int = LENGTH,
     batch: int = 64,
 ) -> tuple[dict[str, Features], dict[str, Features]]:
@@ -148,11 +149,13 @@ def pooled_codes(
         lm: the model.
         texts: what it reads, each by itself.
         coders: hookpoint and coder by name.
+        without_tokens: token ids whose rows the coders were trained without.
         length: tokens of each text.
         batch: texts at a time.
 
     Returns:
-        Features by coder, and features by ``"<hookpoint>/<side>"``. Special tokens are left out.
+        Features by coder, and by ``"<hookpoint>/<side>"``. Special tokens and rows of a hookpoint
+        that are not finite are left out.
     """
     hooks = list(dict.fromkeys(hook for hook, _ in coders.values()))
     sides = dict.fromkeys(f"{hook}/{coder.config.side}" for hook, coder in coders.values())
@@ -160,7 +163,8 @@ def pooled_codes(
     tap = RowTap(lm.base, hooks)
     widest = max(coder.config.n_latents for _, coder in coders.values())
     batch = max(1, min(batch, rows_at_once(widest) // length))
-    special = torch.tensor(sorted(lm.tokenizer.all_special_ids), device=device)
+    left_out = sorted({*lm.tokenizer.all_special_ids, *without_tokens})
+    special = torch.tensor(left_out, device=device)
     ids = _tokenise(lm, texts, length)
     by_coder: dict[str, list[Features]] = {name: [] for name in coders}
     by_side: dict[str, list[Features]] = {name: [] for name in sides}
@@ -176,15 +180,17 @@ def pooled_codes(
         inputs = forward_inputs(tokens, position, packing="none", real=real, dtype=lm.model.dtype)
         rows = tap.rows(inputs)
         counted = (real & ~torch.isin(tokens, special)).flatten()
-        text = torch.arange(len(part), device=device).repeat_interleave(width)[counted].cpu()
+        of_text = torch.arange(len(part), device=device).repeat_interleave(width)
+        kept = {hook: counted & _finite(rows, hook) for hook in hooks}
+        texts_of = {hook: of_text[on].cpu().numpy() for hook, on in kept.items()}
         for name, (hook, coder) in coders.items():
-            x = rows[f"{hook}/{coder.config.side}"][counted].to(coder.dtype)
+            x = rows[f"{hook}/{coder.config.side}"][kept[hook]].to(coder.dtype)
             code = coder.encode(x)
             on = (code.value != 0).cpu()
             row = torch.arange(len(x)).repeat_interleave(on.sum(dim=1))
             by_coder[name].append(
                 _pool(
-                    text.numpy(),
+                    texts_of[hook],
                     row.numpy(),
                     code.latent.cpu()[on].numpy(),
                     code.value.cpu()[on].double().numpy(),
@@ -192,11 +198,12 @@ def pooled_codes(
                 )
             )
         for side, found in by_side.items():
-            x = rows[side][counted].double().cpu()
+            hook = side.rpartition("/")[0]
+            x = rows[side][kept[hook]].double().cpu()
             n, width = x.shape
             found.append(
                 _pool(
-                    text.numpy(),
+                    texts_of[hook],
                     np.repeat(np.arange(n), width),
                     np.tile(np.arange(width), n),
                     x.numpy().ravel(),
@@ -204,6 +211,11 @@ def pooled_codes(
                 )
             )
     return _stacked(by_coder), _stacked(by_side)
+
+
+def _finite(rows: Mapping[str, torch.Tensor], hook: str) -> torch.Tensor:
+    """Rows of a hookpoint that are finite on both sides, (rows,) bool."""
+    return rows[f"{hook}/input"].isfinite().all(1) & rows[f"{hook}/output"].isfinite().all(1)
 
 
 def _tokenise(lm: LanguageModel, texts: Sequence[str], length: int) -> list[list[int]]:
@@ -354,7 +366,10 @@ def probing_figures(
         coders = {n: (setting.hookpoint(n), c) for n, c in setting.coders.items()}
         with stage(f"probe {labelled.name}", len(coders) + 1, "coders") as progress:
             length = min(LENGTH, setting.store.context, setting.lm.context)
-            features, channels = pooled_codes(setting.lm, chosen.texts, coders, length=length)
+            features, channels = pooled_codes(
+                setting.lm, chosen.texts, coders,
+                without_tokens=setting.without_tokens, length=length,
+            )  # fmt: skip
             progress.advance(1)
             accuracies = {}
             for name, own in features.items():

@@ -158,7 +158,7 @@ def open_store(run: Run, store: str | Path | None, *, check: bool = True) -> Act
             f"on store {config.store_id}. Name that one with --store; or, if this is one of the "
             f"same model, measure on it with --on."
         )
-    opened.own_split = config.trained_on is None
+    opened.own_split = config.trained_on is None and not config.imported
     return opened
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from bsc.errors import StoreError, UserError
-from bsc.eval.evaluation import CoderFigures, EvaluationFolder, ShownLatent
+from bsc.eval.evaluation import CoderFigures, EvaluationFolder, ShownLatent, measured_rows
 from bsc.eval.report.links import coder_slug
 from bsc.files import canonical_json
 from bsc.records import expected_form
@@ -40,6 +40,8 @@ class ReportedCoder:
     """Name of its folder in a browser."""
     model: str
     """Which model, where it is not the trained one; else empty."""
+    rows: str
+    """Whose rows it was measured on, where the page has several; else empty."""
     figures: CoderFigures
     curve: list[CurvePoint]
     """Training FVU, thinned."""
@@ -88,7 +90,7 @@ class ReportedCoder:
         words.append(f"{coder.n_latents:,} latents")
         if isinstance(self.planned, FinetunedCoder):
             words.append("finetuned")
-        return ", ".join([*words, self.model] if self.model else words)
+        return ", ".join([*words, *filter(None, (self.model, self.rows))])
 
     @property
     def variant(self) -> str:
@@ -134,18 +136,33 @@ def read_coders(runs: Sequence[Run]) -> list[ReportedCoder]:
     """
     found: list[ReportedCoder] = []
     points = max(20, ALL_CURVE_POINTS // sum(len(run.coder_names()) for run in runs))
-    for run, label in zip(runs, run_labels(runs), strict=True):
-        found += _coders_of(run, label, points, several=len(runs) > 1)
+    labels = run_labels(runs)
+    rows = _rows(runs, labels)
+    for run, label in zip(runs, labels, strict=True):
+        found += _coders_of(run, label, points, rows[label], several=len(runs) > 1)
     if not found:
         raise UserError("a report needs at least one coder; every coder of these was left out.")
     found.sort(key=_order)
     return [replace(coder, anchor=f"coder-{i}") for i, coder in enumerate(found, 1)]
 
 
+def _rows(runs: Sequence[Run], labels: Sequence[str]) -> dict[str, str]:
+    """By run the first one that was measured on the same rows; nothing where all were."""
+    first: dict[object, str] = {}
+    of = {
+        label: measured_rows(run.config(), EvaluationFolder(run).read())
+        for run, label in zip(runs, labels, strict=True)
+    }
+    for label, rows in of.items():
+        first.setdefault(rows, f"rows of {label}")
+    return {label: first[rows] if len(first) > 1 else "" for label, rows in of.items()}
+
+
 def _order(one: ReportedCoder) -> tuple[str | int, ...]:
     coder = one.planned.coder
     return (
         one.model,
+        one.rows,
         one.planned.hookpoint,
         coder.site,
         coder.n_latents,
@@ -157,7 +174,9 @@ def _order(one: ReportedCoder) -> tuple[str | int, ...]:
     )
 
 
-def _coders_of(run: Run, label: str, points: int, *, several: bool) -> list[ReportedCoder]:
+def _coders_of(
+    run: Run, label: str, points: int, rows: str, *, several: bool
+) -> list[ReportedCoder]:
     folder, config = EvaluationFolder(run), run.config()
     evaluation, examples = folder.read(), folder.read_examples()
     curves = {}
@@ -177,6 +196,7 @@ def _coders_of(run: Run, label: str, points: int, *, several: bool) -> list[Repo
             anchor="",
             slug=coder_slug(planned.name, label if several else ""),
             model=_untrained(config),
+            rows=rows,
             figures=evaluation.coders[planned.name],
             curve=curves.get(planned.name, []),
             examples=examples.get(planned.name, []),

@@ -11,9 +11,14 @@ from bsc.errors import StoreError, UserError
 from bsc.eval.compare import compare_runs
 from bsc.eval.config import EvalConfig
 from bsc.eval.evaluate import evaluate
+from bsc.eval.report.coders import by_panel, read_coders
+from bsc.study.config import Contrast
+from bsc.study.measures import Measures
+from bsc.study.subjects import subjects_of
 from bsc.train.config import TrainConfig
 from bsc.train.run import Run
 from bsc.train.trainer import train_sweep
+from tests.eval.interp.command import main_ok
 from tests.raw import raw
 
 CODER = {"hookpoint": "layers.2.mlp", "k": 4, "n_latents": 32}
@@ -41,6 +46,35 @@ def test_a_run_with_itself_differs_in_nothing(evaluated: Run, evaluated_copy: Ru
             assert entry[figure]["difference"] == 0 and entry[figure]["interval"] == [0.0, 0.0]
         assert entry["latents"]["cosine"] == pytest.approx(1, abs=1e-5)
     assert found["means"] == []  # one seed of each
+
+
+def test_runs_on_other_rows_are_said_to_be(
+    seeds: Run, store_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of tokens that one of them was trained without are in the figures of the other alone."""
+    other, _ = train_sweep(
+        TrainConfig(
+            store=store_path, runs=tmp_path, tokens=6_000, batch_rows=256,
+            coders=(CODER | {"code": "binary"},), without_special_tokens=True,
+        )
+    )  # fmt: skip
+    evaluate(other, FAST)
+    assert compare_runs(seeds, seeds)["same_rows"] is True
+    found = compare_runs(seeds, other)
+    assert found["paired"] and found["same_rows"] is False
+    assert found["coders"][0]["fvu"].get("interval") is None
+    main_ok("compare", seeds.folder, other.folder)
+    assert "Not on the same rows" in capsys.readouterr().out
+    panels = by_panel(read_coders([seeds, other]))
+    assert len(panels) == 2 and all("rows of" in panel for panel in panels)
+    assert all(len({row.run for row in rows}) == 1 for rows in panels.values())
+    assert all("rows of" not in panel for panel in by_panel(read_coders([seeds])))
+    measures, units = Measures(), {}
+    for figure in ("fvu", "delta_ce"):
+        contrast = Contrast(figure=figure, coders={})
+        sums = [measures.sums(s, contrast) for r in (seeds, other) for s in subjects_of("x", r)]
+        units[figure] = {s.units for s in sums if s is not None}
+    assert (len(units["fvu"]), len(units["delta_ce"])) == (2, 1)
 
 
 def test_seeds_of_one_run_are_compared(seeds: Run) -> None:

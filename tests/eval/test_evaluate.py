@@ -340,6 +340,7 @@ def test_rows_of_special_tokens_stay_as_they_are_in_a_splice(
     split = ActivationStore(store_path).held_out
     special = split.tokens("token_id") == 0
     assert special.sum() > 20 and figures["rows"] == split.rows - special.sum()
+    assert found["held_out_rows"] == figures["rows"]
     # A coder that gives nonsense for special tokens alone costs nothing.
     name = run.coder_names()[0]
     setting = open_setting(run, store=None, model=None, device="cpu")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def test_pooled_codes_are_those_of_each_text_by_itself(run: Run, tiny_model: Pat
     names = [n for n in run.coder_names() if "k8" in n or "sae" in n]
     coders = {n: ("layers.2.mlp", run.coder(n)) for n in names}
     texts = ["def f(x):\n    return x", "import os", "a b c d e f g h i j k l m n o p q r s t u v"]
-    found, channels = pooled_codes(lm, texts, coders, length=16, batch=2)
+    found, channels = pooled_codes(lm, texts, coders, without_tokens=(), length=16, batch=2)
     for name, (hook, coder) in coders.items():
         for i, text in enumerate(texts):
             ids = lm.tokenizer(text)["input_ids"][:15]
@@ -157,6 +158,36 @@ def test_pooled_codes_are_those_of_each_text_by_itself(run: Run, tiny_model: Pat
                 assert ((ours - plain).abs() > 0.02 * plain.abs().max()).sum() <= 2
             mean = channels[f"{hook}/{coder.config.side}"]["mean"][i].todense()
             assert np.allclose(mean, x.mean(0), atol=2e-2)
+
+
+def test_rows_that_no_coder_was_trained_on_are_not_pooled(run: Run, tiny_model: Path) -> None:
+    """Tokens that the run left out, and rows that are not finite."""
+    lm = load_model(str(tiny_model), dtype="float32")
+    hook, bad = "layers.2.mlp", 4
+    coders = {n: (hook, run.coder(n)) for n in run.coder_names() if "k8" in n or "sae" in n}
+    text = "a b c d e f g h i j k l m n o p q r s t u v"
+    ids = [lm.tokenizer.bos_token_id, *lm.tokenizer(text)["input_ids"]][:16]
+    seen: dict[str, torch.Tensor] = {}
+
+    def spoil(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[:, bad] = torch.nan
+        seen.update(input=args[0][0], output=output[0])
+        return output
+
+    handle = lm.base.get_submodule(hook).register_forward_hook(spoil)
+    found, channels = pooled_codes(lm, [text], coders, without_tokens=(ids[3], ids[7]), length=16)
+    handle.remove()
+    kept = [i for i in range(1, 16) if i != bad and ids[i] not in (ids[3], ids[7])]
+    assert 5 < len(kept) < 13
+    for name, (_, coder) in coders.items():
+        x = seen[coder.config.side][kept].bfloat16().float()
+        code = coder.encode(x)
+        dense = torch.zeros(len(x), 64).scatter(1, code.latent, code.value)
+        mean = torch.from_numpy(found[name]["mean"][0].todense()).squeeze(0).float()
+        torch.testing.assert_close(mean, dense.mean(0), rtol=1e-4, atol=1e-5)
+        rows = channels[f"{hook}/{coder.config.side}"]["mean"][0].todense()
+        assert np.allclose(rows, x.mean(0), atol=1e-3)
 
 
 def test_the_embedded_set_has_classes_of_some_size() -> None:

@@ -39,6 +39,8 @@ LATENTS = 24
 NEXT = 10
 """Next tokens that are named, before the edit and after it."""
 _LARGEST = float(torch.finfo(torch.float32).max)
+_Latents = list[list[tuple[int, float, float]]]
+"""Of each token latent, value and margin of what fires."""
 _HELD = 8
 """Coders that are held in memory."""
 
@@ -71,14 +73,15 @@ class Workbench:
         """Open the model of a run.
 
         Raises:
-            UserError: the store or the model is not there, or no coder has such a name.
+            UserError: the store or the model is not there, or no finite coder has such a name.
         """
         self.run = run
-        self.names = run.names_of(coders)
+        self.names, _ = run.finite_names(coders)
         self._planned = {c.name: c for c in run.config().coders}
         opened = open_store(run, store)
         self.lm = matching_model(opened, model, pick_device(device))
         self.max_tokens = min(MAX_TOKENS, self.lm.context)
+        self._without = torch.tensor(run.config().without_tokens, dtype=torch.int64)
         self._one_at_a_time = threading.Lock()
         self._coder = lru_cache(maxsize=_HELD)(self._load)
         self._alone: dict[int, str] = {}
@@ -122,14 +125,14 @@ class Workbench:
             raise UserError("the text has no token.")
         kept = ids[: self.max_tokens]
         with self._one_at_a_time:
-            before, after, code = self._forward(kept, asked)
+            before, after, latents = self._forward(kept, asked)
         strings = token_strings(self.lm.tokenizer, kept, self._alone)
         log_before, log_after = before.log_softmax(dim=-1), after.log_softmax(dim=-1)
         kl = (log_before.exp() * (log_before - log_after)).sum(dim=-1).clamp(min=0)
         return {
             "tokens": [printable(s, lines=True) for s in strings],
             "left_out": len(ids) - len(kept),
-            "latents": _strongest(code),
+            "latents": latents,
             "kl": _rounded(kl),
             "next": [
                 self._next(b, a) for b, a in zip(log_before.exp(), log_after.exp(), strict=True)
@@ -137,21 +140,26 @@ class Workbench:
             "edited": bool(asked.edits),
         }
 
-    def _forward(self, ids: Sequence[int], asked: Question) -> tuple[Tensor, Tensor, Code]:
-        """Logits, (tokens, V), before and after the edit, and the code before it."""
+    def _forward(self, ids: Sequence[int], asked: Question) -> tuple[Tensor, Tensor, _Latents]:
+        """Logits, (tokens, V), before and after the edit, and what fires before it.
+
+        Tokens that the run was trained without keep what the model makes of them.
+        """
         model, coder = self.lm.model, self._coder(asked.coder)
         at = {self._planned[asked.coder].hookpoint: coder}
         token_id = torch.tensor([ids], device=model.device)
         position = torch.arange(len(ids), device=model.device).unsqueeze(0)
         inputs = forward_inputs(token_id, position, packing="none", dtype=model.dtype)
-        with splice(model, at, error=asked.error) as codes:
+        acts = ~torch.isin(token_id, self._without.to(model.device))
+        with splice(model, at, error=asked.error, tokens=acts) as codes:
             before = model(**inputs, use_cache=False).logits[0].float()
         code = next(iter(codes.values()))
         after = before
         if asked.edits:
-            with splice(model, at, edit=edits.set(asked.edits), error=asked.error):
+            edit = edits.set(asked.edits)
+            with splice(model, at, edit=edit, error=asked.error, tokens=acts):
                 after = model(**inputs, use_cache=False).logits[0].float()
-        return before, after, Code(*(t[0] for t in code))
+        return before, after, _strongest(Code(*(t[0] for t in code)), acts[0])
 
     def _next(self, before: Tensor, after: Tensor) -> list[tuple[str, float, float]]:
         """The likeliest next tokens, before or after, with both probabilities."""
@@ -168,15 +176,16 @@ class Workbench:
         return self._alone[token]
 
 
-def _strongest(code: Code) -> list[list[tuple[int, float, float]]]:
+def _strongest(code: Code, acts: Tensor) -> _Latents:
     """Of each token the latents that fire, by how far they are above their threshold."""
     found = []
-    for latent, value, margin in zip(*(t.cpu() for t in code), strict=True):
-        fires = value != 0
+    columns = (code.latent, code.value, code.margin, acts)
+    for latent, value, margin, on in zip(*(t.cpu() for t in columns), strict=True):
+        fires = (value != 0) & on
         latent, value, margin = latent[fires], value[fires].float(), margin[fires].float()
         order = margin.argsort(descending=True)[:LATENTS]
-        columns = (latent[order].tolist(), _rounded(value[order]), _rounded(margin[order]))
-        found.append(list(zip(*columns, strict=True)))
+        named = (latent[order].tolist(), _rounded(value[order]), _rounded(margin[order]))
+        found.append(list(zip(*named, strict=True)))
     return found
 
 

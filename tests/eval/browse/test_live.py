@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import socket
 import threading
 import time
@@ -138,6 +139,31 @@ def test_the_edited_distribution_is_that_of_a_hook_by_hand(
     kl = (before * (before.log() - after.log())).sum(dim=-1)
     assert torch.allclose(torch.tensor(found["kl"]), kl, atol=2e-4, rtol=0.05)
     assert max(found["kl"]) > 1e-6
+
+
+def test_tokens_that_the_run_left_out_stay_as_the_model_makes_them(
+    workbench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = workbench.run.full_name("sae-binary-k4")
+    asked = Question(text=TEXT, coder=name, edits={5: 3.0}, error=False)
+    everywhere = workbench.look(asked)
+    bos = workbench.lm.tokenizer.bos_token_id
+    monkeypatch.setattr(workbench, "_without", torch.tensor([bos]))
+    found = workbench.look(asked)
+    assert everywhere["latents"][0] and found["latents"][0] == []
+    assert found["latents"][1:] and everywhere["kl"][0] > 0 and found["kl"][0] == 0
+    clean = workbench.lm.model(torch.tensor([[bos]])).logits[0, 0].float().softmax(dim=-1)
+    likeliest = sorted((float(p) for p in clean), reverse=True)[:5]
+    assert [p for _, p, _ in found["next"][0]][:5] == pytest.approx(likeliest, rel=0.02)
+
+
+def test_a_coder_that_diverged_is_not_offered(scored: Run, tmp_path: Path) -> None:
+    copy = Run(Path(shutil.copytree(scored.folder, tmp_path / "run")))
+    name = copy.coder_names()[0]
+    coder = copy.coder(name)
+    coder.about["frozen_at_step"] = 3
+    coder.save(copy.coder_folder(name))
+    assert Workbench(copy).names == [n for n in copy.coder_names() if n != name]
 
 
 def test_without_an_edit_nothing_changes(workbench: Workbench) -> None:

@@ -150,6 +150,8 @@ def test_circuit_tracer_needs_every_layer_once() -> None:
         ({"a": "layers.2.mlp"}, "none is named for layer 0, 1"),
         ({"a": "layers.0.mlp", "b": "layers.0.mlp"}, "a and b are both of layer 0"),
         ({"a": "layers.0"}, "replaces MLPs; this one is at layers.0"),
+        ({"a": "layers.0.ln2@layers.0.mlp"}, "this one is at layers.0.ln2@layers.0.mlp"),
+        ({"a": "layers.1.attn@layers.0.mlp"}, "this one is at layers.1.attn@layers.0.mlp"),
     ):
         with pytest.raises(UserError, match=message):
             circuit_tracer.layers_of(hooks)
@@ -175,6 +177,24 @@ def test_a_run_is_exported_checked_and_said(
     main_ok("export", run.folder, continuous[0], "--format", "sparsify", "--out", one_out)
     hook = run.config().coder(continuous[0]).hookpoint
     assert {p.name for p in one_out.iterdir()} == {hook, "export.json"}  # as load_many has it
+
+
+def test_a_coder_that_diverged_is_not_exported(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Run(Path(shutil.copytree(run.folder, tmp_path / "run")))
+    names = [n for n in copy.coder_names() if copy.coder(n).config.code == "continuous"]
+    coder = copy.coder(names[0])
+    coder.about["frozen_at_step"] = 3
+    coder.save(copy.coder_folder(names[0]))
+    found = export.export_coders(copy, ["*continuous*"], "sparsify", tmp_path / "out")
+    assert set(found["coders"]) == set(names[1:])
+    assert f"left out, for they turned non-finite in training: {names[0]}" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    with pytest.raises(UserError, match="every chosen coder turned non-finite"):
+        export.export_coders(copy, [names[0]], "sparsify", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_cannot_be_held_is_refused_before_anything_is_written(

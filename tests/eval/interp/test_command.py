@@ -9,6 +9,8 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -281,6 +283,27 @@ def test_the_cache_of_delphi_is_exact(
         assert config["ctx_len"] == length
         counts = torch.load(out / "log" / "hookpoint_firing_counts.pt", weights_only=True)
         assert int(counts["layers.2.mlp"].sum()) == len(firings)
+
+
+def test_contexts_of_one_document_each_end_where_another_writers_shard_begins() -> None:
+    from bsc.eval.exports import delphi
+
+    class Split:
+        rows: ClassVar = {
+            "token_id": np.array([300, 301, 302, 202, 203, 204, 205, 400, 401]),
+            "position": np.array([0, 1, 2, 5, 6, 7, 8, 0, 1]),
+            "doc_id": np.array([3, 3, 3, 2, 2, 2, 2, 4, 4], dtype=np.uint64),
+        }
+
+        def tokens(self, name: str) -> Any:
+            return self.rows[name]
+
+    store = SimpleNamespace(held_out=Split(), context=8, packing="none")
+    materials: Any = SimpleNamespace(store=store)
+    tokens, context, position = delphi._contexts(materials, np.ones(9, bool))
+    assert [list(t[t > 0]) for t in tokens] == [[300, 301, 302], [202, 203, 204, 205], [400, 401]]
+    assert list(context) == [0, 0, 0, 1, 1, 1, 1, 2, 2]
+    assert list(position) == [0, 1, 2, 0, 1, 2, 3, 0, 1]
 
 
 def test_the_cache_is_written_in_parts_without_empty_ones(
