@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bsc.flags import ModelNow, StoreNow, flag
+from bsc.progress import console
 
 if TYPE_CHECKING:
     from bsc.eval.exports.push import Upload
@@ -127,6 +128,16 @@ def import_(
     same_model: Annotated[
         bool, flag("Takes coders that call the store's model by another name.")
     ] = False,
+    without_special_tokens: Annotated[
+        bool, flag("Leave out rows of special tokens, BOS included, where the run is measured.")
+    ] = False,
+    without_tokens: Annotated[
+        list[int] | None,
+        flag(
+            "Ids of further tokens whose rows are left out; several times.",
+            default="what the coders say",
+        ),
+    ] = None,
 ) -> None:
     """Make a run of coders that other tools trained, to be measured like any other.
 
@@ -136,8 +147,11 @@ def import_(
 
     run = import_coders(
         sources, store, format_=format_, hookpoint=hookpoint, name=name, runs=runs,
-        same_model=same_model,
+        same_model=same_model, without_special_tokens=without_special_tokens,
+        without_tokens=without_tokens or (),
     )  # fmt: skip
+    if left_out := run.config().without_tokens:
+        console.print(f"rows of the tokens {', '.join(map(str, left_out))} are left out")
     for coder in run.coder_names():
         typer.echo(coder)
     typer.echo(str(run.folder))

@@ -99,7 +99,9 @@ def export_coders(
             place = _place(name, planned[name].hookpoint, names)
             folder = out / place
             folder.mkdir(parents=True)
-            origin = Origin(model, planned[name].hookpoint, opened.context)
+            origin = Origin(
+                model, planned[name].hookpoint, opened.context, tuple(run.config().without_tokens)
+            )
             _FORMATS[format_].write(coders[name], folder, origin)
             references[name] = place, _FORMATS[format_].reference(folder)
         written = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -68,6 +68,8 @@ def import_coders(
     name: str = "imported",
     runs: str | Path = "runs",
     same_model: bool = False,
+    without_special_tokens: bool = False,
+    without_tokens: Collection[int] = (),
 ) -> Run:
     """Make a run of coders that other tools wrote.
 
@@ -80,6 +82,9 @@ def import_coders(
         name: of the run.
         runs: folder of runs.
         same_model: takes a coder that states another model's name, since it is called differently.
+        without_special_tokens: whether rows of special tokens are left out wherever the run is
+            measured, since the coders were trained without them.
+        without_tokens: ids of further such tokens. Where neither is given: what the coders say.
 
     Returns:
         The run, whose coders are in the units of the store's rows.
@@ -93,10 +98,14 @@ def import_coders(
             f"--format {format_}: should be auto or one of {', '.join(READABLE)}"
             f"{nearest(format_, READABLE)}."
         )
+    if strange := [i for i in without_tokens if not 0 <= i < 1 << 32]:
+        raise UserError(f"--without-tokens {strange[0]}: should be the id of a token.")
     opened = ActivationStore(store)
     opened.held_out  # noqa: B018 - raises, with what to do, where there are none
     found = _coders(sources, opened, format_, hookpoint, same_model=same_model)
-    return _write(Run(Path(runs) / name), found, opened)
+    special = opened.attributes["model"]["special_token_ids"]
+    given = {*without_tokens, *(special if without_special_tokens else ())}
+    return _write(Run(Path(runs) / name), found, opened, sorted(given) or None)
 
 
 def _coders(
@@ -134,9 +143,17 @@ def _coders(
                     "revision": on_hub.commit if on_hub else None,
                     "sha256": sha256_of(one.folder / one.found.file), "model": one.found.model,
                     "checked": asdict(checked),
+                    "without_tokens": _left_out(one.found, opened),
                 },
             }  # fmt: skip
             yield SparseCoder(coder.config, coder.tensors, about=about)
+
+
+def _left_out(found: Found, store: ActivationStore) -> list[int] | None:
+    """Ids of tokens that a coder says it was trained without; None: it says nothing."""
+    said = found.without_tokens
+    ids = store.attributes["model"]["special_token_ids"] if said == "special" else said
+    return None if ids is None else sorted(ids)
 
 
 def _read(source: Path, format_: str, named: str) -> Iterator[_Read]:
@@ -241,8 +258,13 @@ def _label(one: _Read, hook: str, taken: set[str]) -> str:
     return label
 
 
-def _write(run: Run, coders: Iterator[SparseCoder], store: ActivationStore) -> Run:
-    """Save coders as they come; the config last, without which it is no run."""
+def _write(
+    run: Run, coders: Iterator[SparseCoder], store: ActivationStore, left_out: list[int] | None
+) -> Run:
+    """Save coders as they come; the config last, without which it is no run.
+
+    `left_out` has the tokens whose rows are left out, None: those that the coders name.
+    """
     check_new_folder(run.folder, "run")
     first = next(coders, None)  # before anything is made: most mistakes are of every coder
     if first is None:
@@ -253,12 +275,16 @@ def _write(run: Run, coders: Iterator[SparseCoder], store: ActivationStore) -> R
         with claim(run.folder):  # which nobody else has begun to fill
             try:
                 planned = []
+                named: dict[str, list[int]] = {}
                 for coder in itertools.chain([first], coders):
                     name, hook = coder.about["name"], coder.about["hookpoint"]
                     coder.save(run.coder_folder(name))
                     planned.append(RunCoder(name=name, hookpoint=hook, coder=coder.config))
+                    if (said := coder.about["imported"]["without_tokens"]) is not None:
+                        named[name] = said
                 write_atomically(run.metrics_path, "")
-                write_typed(run.config_path, _config(run, planned, store))
+                left_out = _agreed(named) if left_out is None else left_out
+                write_typed(run.config_path, _config(run, planned, store, left_out))
             except BaseException:
                 shutil.rmtree(run.folder / "coders", ignore_errors=True)
                 run.metrics_path.unlink(missing_ok=True)
@@ -271,14 +297,33 @@ def _write(run: Run, coders: Iterator[SparseCoder], store: ActivationStore) -> R
     return run
 
 
-def _config(run: Run, coders: list[RunCoder], store: ActivationStore) -> RunConfig:
+def _agreed(named: Mapping[str, list[int]]) -> list[int]:
+    """The tokens that every coder which names any was trained without.
+
+    Raises:
+        UserError: they name others.
+    """
+    (first, ids), *others = [*named.items()] or [("", [])]
+    for name, said in others:
+        if said != ids:
+            raise UserError(
+                f"{first} was trained without the tokens {ids}, and {name} without {said}. A run "
+                f"is measured on one choice of rows: import them as two, or give --without-tokens "
+                f"or --without-special-tokens."
+            )
+    return ids
+
+
+def _config(
+    run: Run, coders: list[RunCoder], store: ActivationStore, left_out: list[int]
+) -> RunConfig:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     address = store.folder.address
     return RunConfig(
         version=RUN_VERSION, name=run.folder.name,
         store=address if "://" in address else str(Path(address).resolve()),
         store_id=store.store_id, model=store.attributes["model"], rows=store.train.rows, steps=None,
-        batch_rows=None, micro_rows=None, seed=None, normalise=None, without_tokens=[],
+        batch_rows=None, micro_rows=None, seed=None, normalise=None, without_tokens=left_out,
         dead_after=None, log_every=None, device=None, rank=0, world=1, assigned={}, config=None,
         coders=list(coders), versions=versions(), started_at=now,
         completed=Completed(at=now, seconds=0.0, rows=0), imported=True,

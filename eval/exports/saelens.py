@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -84,6 +84,7 @@ def write(coder: SparseCoder, folder: Path, origin: Origin) -> None:
             # TransformerLens has no hook at the input of an MLP behind the norm's weight: none is
             # named rather than one that is near.
             "hook_name": None, "hf_hook_name": f"{origin.hookpoint}.{config.side}",
+            "exclude_special_tokens": list(origin.without_tokens) or False,
         },
     }  # fmt: skip
     if config.select == "batch_topk":
@@ -182,7 +183,22 @@ def read(folder: Path) -> Found:
     facts = cfg.get("metadata")
     facts = facts if isinstance(facts, dict) else cfg
     model = facts.get("model_name")
-    return Found(coder, model if isinstance(model, str) else None, _place(facts, site), path.name)
+    return Found(
+        coder, model if isinstance(model, str) else None, _place(facts, site), path.name,
+        _without_tokens(facts, cfg_path),
+    )  # fmt: skip
+
+
+def _without_tokens(
+    facts: Mapping[str, Any], path: Path
+) -> tuple[int, ...] | Literal["special"] | None:
+    """Tokens that it was trained without: a list of ids, or true for all special ones."""
+    said = facts.get("exclude_special_tokens")
+    if said is None or isinstance(said, bool):
+        return None if said is None else "special" if said else ()
+    if isinstance(said, list) and all(type(i) is int and 0 <= i < 1 << 32 for i in said):
+        return tuple(sorted(said))
+    raise StoreError(f"{path}: exclude_special_tokens: should be true, false or ids of tokens.")
 
 
 def _subtracts(cfg: Mapping[str, Any]) -> bool:

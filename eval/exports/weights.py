@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -52,6 +52,8 @@ class Origin(NamedTuple):
     hookpoint: str
     context: int
     """Tokens of a context."""
+    without_tokens: tuple[int, ...] = ()
+    """Ids of tokens that it was trained without."""
 
 
 class Found(NamedTuple):
@@ -64,6 +66,9 @@ class Found(NamedTuple):
     """Where it says that it belongs."""
     file: str
     """Its weights, in the folder."""
+    without_tokens: tuple[int, ...] | Literal["special"] | None = None
+    """Ids of tokens that it says it was trained without, or all special ones; None: it says
+    nothing of them."""
 
 
 class CoderFormat(NamedTuple):

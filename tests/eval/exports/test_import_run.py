@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bsc.errors import UserError
+from bsc.errors import StoreError, UserError
+from bsc.eval.config import EvalConfig
+from bsc.eval.evaluate import evaluate
 from bsc.eval.evaluation import read_evaluation
 from bsc.eval.exports.export import export_coders
 from bsc.eval.exports.importing import import_coders
@@ -52,6 +56,54 @@ def test_the_tutorial_runs(
     assert (one["fvu"], one["l0"]) == (same["fvu"], same["l0"])
     (sae,) = read_evaluation(tmp_path / "runs" / "sae-back").coders.values()
     assert 0 < sae["fvu"] < 1.5
+
+
+def test_tokens_that_a_coder_was_trained_without_are_left_out(
+    run: Run, store_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As SAELens says it: ids, or true for all special tokens."""
+    place = tmp_path / "saelens"
+    export_coders(run, ["*/sae-continuous-k4*"], "saelens", place)
+    (path,) = place.rglob("cfg.json")
+    cfg = json.loads(path.read_text())
+    assert cfg["metadata"]["exclude_special_tokens"] is False
+
+    def imported(name: str, said: object, **more: Any) -> list[int]:
+        cfg["metadata"]["exclude_special_tokens"] = said
+        path.write_text(json.dumps(cfg))
+        made = import_coders([place], store_path, name=name, runs=tmp_path, **more)
+        return made.config().without_tokens
+
+    assert imported("none", False) == imported("null", None) == []
+    assert imported("ids", [7, 3]) == [3, 7]
+    assert imported("special", True) == [0]
+    assert imported("given", True, without_tokens=[9]) == [9]
+    assert imported("both", None, without_tokens=[9], without_special_tokens=True) == [0, 9]
+    for said in ("all", [-1], [1.5], {"a": 1}):
+        with pytest.raises(StoreError, match="exclude_special_tokens: should be"):
+            imported("wrong", said)
+    with pytest.raises(UserError, match="--without-tokens -1"):
+        imported("wrong", None, without_tokens=[-1])
+    shutil.copytree(place, tmp_path / "more" / "one")
+    cfg["metadata"]["exclude_special_tokens"] = [5]
+    (tmp_path / "more" / "one" / path.relative_to(place)).write_text(json.dumps(cfg))
+    path.write_text(
+        json.dumps(cfg | {"metadata": cfg["metadata"] | {"exclude_special_tokens": []}})
+    )
+    with pytest.raises(UserError, match="was trained without the tokens"):
+        import_coders([place, tmp_path / "more"], store_path, name="two", runs=tmp_path)
+    assert not (tmp_path / "two").exists() and not (tmp_path / "wrong").exists()
+    # And out again.
+    back = export_coders(Run(tmp_path / "ids"), ["*"], "saelens", tmp_path / "back")
+    (one,) = back["coders"].values()
+    again = json.loads((tmp_path / "back" / one["place"] / "cfg.json").read_text())
+    assert again["metadata"]["exclude_special_tokens"] == [3, 7]
+    # Of rows seen in training nothing is known.
+    measured = evaluate(
+        Run(tmp_path / "ids"), EvalConfig(ce_tokens=512, ablation_bins=0, probes=())
+    )
+    (figures,) = measured.coders.values()
+    assert figures.rows_unseen is None and measured.overlap is None
 
 
 def test_a_damaged_coder_behind_a_whole_one_leaves_nothing(
