@@ -267,7 +267,7 @@ def _measure(
     by_latent, shown = latent_figures(setting, config.rows, sums, codes, calibrations)
     identity = identity | {"ce_tokens": config.ce_tokens}
     pieces = Pieces.open(folder.path / "losses", identity)
-    variants = loss_variants(setting, calibrations)
+    variants, groups = loss_variants(setting, calibrations), together(setting)
     losses = loss_sums(setting, "losses", contexts, variants, pieces)
     _leave_out(setting, {n: [losses[n].nats.sum(), losses[n].kl.sum()] for n in setting.coders})
     plan = AblationPlan(
@@ -307,7 +307,8 @@ def _measure(
             label: combined(
                 Together, loss_figures(f"together|{label}", losses, contexts, []), coders=names
             )
-            for label, names in together(setting).items()
+            for label, names in groups.items()
+            if setting.coders.keys() >= set(names)
         },
         probing,
         stability,

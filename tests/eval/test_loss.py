@@ -17,7 +17,9 @@ from bsc.cache.model.attention import BY_POSITIONS
 from bsc.cache.model.models import LanguageModel, load_model
 from bsc.cache.model.text_source import PACKINGS, TextSource
 from bsc.cache.store.store import ActivationStore
-from bsc.eval.figures.loss import added_loss
+from bsc.eval.config import EvalConfig
+from bsc.eval.evaluate import evaluate
+from bsc.eval.figures.loss import added_loss, loss_sums
 from bsc.eval.passes.context_pass import (
     CLEAN,
     LossSums,
@@ -31,6 +33,8 @@ from bsc.eval.passes.pieces import Pieces
 from bsc.eval.passes.prefix import Prefix
 from bsc.eval.passes.splice import coder_replacement, mean_replacement, splice, zero_replacement
 from bsc.train.coders.config import CoderConfig
+from bsc.train.config import TrainConfig
+from bsc.train.trainer import train_sweep
 from tests.eval.planted import identity, planted_contexts, zeros
 
 HOOK, LATER = "layers.1.mlp", "layers.2.mlp"
@@ -325,3 +329,37 @@ def test_added_losses_are_paired() -> None:
     assert delta == pytest.approx(0.1, abs=0.01)
     # Contexts differ by 1 nat a token; what is added differs by a hundredth of that.
     assert interval is not None and interval[1] - interval[0] < 0.01
+
+
+def test_no_group_holds_a_coder_whose_losses_are_not_finite(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was spliced with the others, so nothing is known of what they cost without it."""
+    hooks = [f"layers.{i}.mlp" for i in range(3)]
+    capture(
+        CaptureConfig(
+            model=str(tiny_model), store=tmp_path / "acts", hookpoints=tuple(hooks), tokens=2_000,
+            held_out_tokens=600, context=32, text=TextSource(corpus="stdlib", held_out=0.3),
+        )
+    )  # fmt: skip
+    run, _ = train_sweep(
+        TrainConfig(
+            store=tmp_path / "acts", runs=tmp_path, tokens=1_000, batch_rows=100,
+            coders=({"k": 4, "n_latents": 32},),
+        )
+    )  # fmt: skip
+    bad = run.coder_names()[1]
+
+    def spoiled(*args: Any) -> Any:
+        found = loss_sums(*args)
+        assert any(name.startswith("together|") for name in found)
+        for name in found:
+            if name == bad or name.startswith("together|"):
+                found[name].nats[:] = np.nan
+        return found
+
+    fast = EvalConfig(ce_tokens=256, ablation_bins=0, ultra_ablations=0, probes=())
+    assert len(evaluate(run, fast).together) == 1
+    monkeypatch.setattr("bsc.eval.evaluate.loss_sums", spoiled)
+    found = evaluate(run, fast.but(ce_tokens=288))
+    assert found.left_out == [bad] and found.together == {} and len(found.coders) == 2
