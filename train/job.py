@@ -24,7 +24,7 @@ from bsc.train.run_config import RUN_VERSION, PlannedCoder, RunConfig
 from bsc.train.schedule import comparable_steps
 from bsc.train.sweep import expand, plan_coders
 from bsc.train.team import teams_of
-from bsc.train.training_rows import left_out_tokens, open_bytes
+from bsc.train.training_rows import left_out_tokens, open_bytes, rows_of_a_pass
 from bsc.versions import versions
 
 __all__ = ["Job", "make_job", "run_length"]
@@ -54,6 +54,8 @@ class Job:
     """Bytes of memory that may be used."""
     rows: int
     """Training rows of the store."""
+    rows_of_a_pass: int
+    """Those of them that the run reads, each once."""
     steps: int
 
     @property
@@ -132,7 +134,7 @@ def make_job(
         micro_rows: rows that are worked on at a time; None: the config's, or as many as fit.
         run: where it is; None: where the config says.
         assigned: ranks that coders have had from before.
-        steps: of a run on a ring; None: as its tokens or the rows that are to pass give.
+        steps: that it was begun with; None: as its tokens give, or one pass over the rows.
 
     Raises:
         UserError: the request cannot be carried out.
@@ -142,12 +144,13 @@ def make_job(
     if planned is None:
         points = expand(config.coders, where, config.preset)
         planned = plan_coders(points, store, run_length(config, store))
-    if steps is None or store.ring is None:
+    once = rows_of_a_pass(store, config)
+    if steps is None:
         gone = 0 if store.ring is None else _rows_gone(store, reader_name(config.name, rank, world))
-        steps = (config.tokens or rows - gone) // config.batch_rows
-    if store.ring is None and config.batch_rows > rows:
+        steps = (config.tokens or once - gone) // config.batch_rows
+    if store.ring is None and config.batch_rows > once:
         raise UserError(
-            f"batch_rows: {config.batch_rows:,} rows in a batch, but {store.folder} holds {rows:,} "
+            f"batch_rows: {config.batch_rows:,} rows in a batch, but {store.folder} holds {once:,} "
             f"training rows. Choose a smaller batch."
         )
     if steps < 1 and config.tokens is None:  # a ring whose rows have passed
@@ -208,6 +211,7 @@ def make_job(
         memory=plan_memory(mine, bounded, device, free),
         free=free,
         rows=rows,
+        rows_of_a_pass=once,
         steps=steps,
     )
 
@@ -217,8 +221,8 @@ def run_length(config: TrainConfig, store: ActivationStore) -> float:
 
     Of a ring with the rows that have passed, for its processes begin one after the other.
     """
-    rows = store.train.rows if store.ring is None else store.planned_rows
-    return comparable_steps((config.tokens or rows) // config.batch_rows, config.batch_rows)
+    rows = config.tokens or rows_of_a_pass(store, config)
+    return comparable_steps(rows // config.batch_rows, config.batch_rows)
 
 
 def _check_ring(store: ActivationStore, room: RingRoom, config: TrainConfig) -> None:

@@ -124,7 +124,7 @@ def run_job(
         console.print(
             f"{job.run.folder}: {len(job.mine)} coders in {len(banks)} bank(s), {job.steps:,} "
             f"steps of {job.config.batch_rows:,} rows, "
-            f"{job.steps * job.config.batch_rows / job.rows:.2f} passes"
+            f"{job.steps * job.config.batch_rows / job.rows_of_a_pass:.2f} passes"
             + (f"; {team.size} processes share the rows" if team.size > 1 else "")
             + (f"; from step {loop.step:,}" if loop.step else "")
         )

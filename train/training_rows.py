@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bsc.cache.store.kept import MOMENT_ROWS, kept_moments
+from bsc.cache.store.kept import MOMENT_ROWS, kept_count, kept_moments
 from bsc.cache.store.ring_room import SHARDS_AT_ONCE
 from bsc.cache.store.split import Moments
 from bsc.cache.store.store import ActivationStore
@@ -27,6 +27,7 @@ __all__ = [
     "measure_moments",
     "moment_shards",
     "open_bytes",
+    "rows_of_a_pass",
     "save_moments",
 ]
 
@@ -68,6 +69,17 @@ class Scale:
             y.mean / units[1],
             y.total_variance / units[1] ** 2,
         )
+
+
+def rows_of_a_pass(store: ActivationStore, config: TrainConfig) -> int:
+    """Training rows that a run reads before it reads one again; of a ring all that are to pass.
+
+    Raises:
+        StoreError: no row is left without the tokens that the run leaves out.
+    """
+    if store.ring is not None:
+        return store.planned_rows
+    return kept_count(store.train, left_out_tokens(store, config))
 
 
 def open_bytes(store: ActivationStore, planned: Sequence[PlannedCoder]) -> int:

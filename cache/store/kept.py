@@ -15,7 +15,7 @@ from bsc.cache.store.ring import first_kept
 from bsc.cache.store.split import Moments, StoreSplit
 from bsc.errors import StoreError
 
-__all__ = ["kept_moments", "kept_rows"]
+__all__ = ["kept_count", "kept_moments", "kept_rows"]
 
 MOMENT_ROWS = 1 << 20
 """Rows that the moments are taken over where the sums of the store do not serve: shards hold rows
@@ -47,6 +47,32 @@ def kept_rows(
             part = rows.part(start, min(start + _AT_ONCE, len(kept)))
             kept[start : start + len(part)] &= part.isfinite().all(dim=1).numpy()
     return kept
+
+
+def kept_count(split: StoreSplit, without_tokens: Collection[int]) -> int:
+    """How many rows are read where rows of some tokens are left out.
+
+    Of more than a million rows their share is measured on the first shards, which hold rows at
+    random, and the count is so small (four standard errors) that there are as many.
+
+    Raises:
+        StoreError: none of those is left.
+    """
+    if not without_tokens or not split.rows:
+        return split.rows
+    read = kept = 0
+    for shard in range(split.shards):
+        here = kept_rows(split, shard, (), without_tokens)
+        assert here is not None
+        read, kept = read + len(here), kept + int(here.sum())
+        if read >= MOMENT_ROWS:
+            break
+    if kept == 0:
+        raise StoreError(f"{split.where}: no row is left without the left-out tokens.")
+    if read >= split.rows:
+        return kept
+    share = kept / read
+    return int((share - 4 * (share * (1 - share) / read) ** 0.5) * split.rows)
 
 
 def kept_moments(

@@ -3,15 +3,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from bsc.cache.store.loader import Cursor
 from bsc.cache.store.store import ActivationStore
 from bsc.errors import StoreError, UserError
 from bsc.records import write_record
 from bsc.train.bank_trainer import BankTrainer
+from bsc.train.checkpoint import load_checkpoint
 from bsc.train.coders.bank import Bank
 from bsc.train.config import TrainConfig
+from bsc.train.job import make_job
 from bsc.train.run import Run
 from bsc.train.trainer import train_sweep
 from tests.raw import raw
@@ -207,3 +211,27 @@ def test_rows_that_are_all_the_same_are_refused(store_path: Path, tmp_path: Path
                 continue  # constant inputs can be trained on, to no use
             with pytest.raises(UserError, match=r"layers\.0\.mlp: its rows are all the same"):
                 Scale.of("layers.0.mlp", x, y, normalise)
+
+
+@pytest.mark.parametrize("looked_at", [1 << 20, 1000])
+def test_a_run_of_no_length_reads_every_row_that_is_not_left_out_once_at_most(
+    store_path: Path, tmp_path: Path, looked_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where their number is an estimate from some shards."""
+    monkeypatch.setattr("bsc.cache.store.kept.MOMENT_ROWS", looked_at)
+    store = ActivationStore(store_path)
+    common = np.bincount(store.train.tokens("token_id")).argsort()[-3:]
+    kept = int((~np.isin(store.train.tokens("token_id"), common)).sum())
+    assert kept < 0.95 * store.train.rows
+    asked = config(
+        store_path, tmp_path, tokens=None, batch_rows=64, eval_every=0,
+        coders=({"hookpoint": "layers.2.mlp", "k": 4, "n_latents": 32},),
+        without_tokens=tuple(int(i) for i in common),
+    )  # fmt: skip
+    job = make_job(asked, "test")
+    least = kept if looked_at > store.train.rows else 0.9 * kept
+    assert least <= job.rows_of_a_pass <= kept and job.steps == job.rows_of_a_pass // 64
+    run, _ = train_sweep(asked)
+    checkpoint = load_checkpoint(run.folder / "checkpoint")
+    assert checkpoint is not None and checkpoint.state["step"] == job.steps
+    assert Cursor(*checkpoint.state["cursor"]).epoch == 0
