@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from bsc.array_file import read_arrays
 from bsc.errors import UserError
-from bsc.eval.evaluation import Evaluation, EvaluationFolder, Interval, Likeness, measured_rows
+from bsc.eval.evaluation import Evaluation, EvaluationFolder, Interval, Likeness
 from bsc.eval.figures.firing import firing_counts
 from bsc.eval.figures.intervals import ratio_intervals, value_interval
 from bsc.eval.figures.stability import stability_figures
+from bsc.eval.measured_rows import measured_rows
 from bsc.records import expected_form
 from bsc.train.run import Run
 from bsc.train.run_config import RunCoder
@@ -107,7 +108,8 @@ class Comparison(Record):
     first: str
     second: str
     paired: bool
-    """Whether the same contexts were evaluated, so that losses are paired."""
+    """Whether the same contexts were evaluated, with coders on the same tokens, so that losses are
+    paired."""
     same_rows: bool
     """Whether FVU, L0 and dead latents are of the same rows."""
     coders: list[ComparedCoders]
@@ -159,9 +161,15 @@ def compare_runs(first: Run, second: Run, pairs: Sequence[str] = ()) -> Comparis
         f"documents.safetensors of {first.folder} or {second.folder}",
         "`bsc eval` evaluates them again.",
     ):
-        same_store = a.evaluation.store_id == b.evaluation.store_id
+        rows, others = (measured_rows(s.run.config(), s.evaluation) for s in (a, b))
+        same_store = rows.store_id == others.store_id
         predicted = a.arrays["predicted"], b.arrays["predicted"]
-        same_contexts = same_store and np.array_equal(*predicted)
+        # Tokens that one of them leaves out stay as they are in the other's losses alone.
+        same_contexts = (
+            same_store
+            and rows.without_tokens == others.without_tokens
+            and np.array_equal(*predicted)
+        )
         coders = [
             _compared(a, x, b, y, same_store=same_store, same_contexts=same_contexts)
             for x, y in found
@@ -170,8 +178,7 @@ def compare_runs(first: Run, second: Run, pairs: Sequence[str] = ()) -> Comparis
         first=str(first.folder),
         second=str(second.folder),
         paired=same_contexts,
-        same_rows=measured_rows(first.config(), a.evaluation)
-        == measured_rows(second.config(), b.evaluation),
+        same_rows=rows == others,
         coders=coders,
         means=[] if asked else _means(first, second, coders),
     )

@@ -20,7 +20,6 @@ from typing import Any, Literal
 from bsc.errors import StoreError
 from bsc.eval.config import EvalConfig
 from bsc.train.run import Run, as_run
-from bsc.train.run_config import RunConfig
 from bsc.typed import Record, read_typed
 
 __all__ = [
@@ -300,11 +299,6 @@ class Evaluation(Record):
 
     def __repr__(self) -> str:
         return f"<Evaluation of {len(self.coders)} coders on {self.held_out_rows:,} held-out rows>"
-
-
-def measured_rows(config: RunConfig, evaluation: Evaluation) -> tuple[object, ...]:
-    """Which rows the FVU of a run is of: coders with other ones cannot be compared by it."""
-    return evaluation.store_id, evaluation.config.rows, tuple(sorted(config.without_tokens))
 
 
 class ShownContext(Record):

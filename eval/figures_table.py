@@ -74,7 +74,7 @@ def comparison_table(comparison: Comparison) -> None:
     if not comparison.same_rows:
         console.print(
             "Not on the same rows (another store, --rows, or tokens that one run was trained "
-            "without), so differences of FVU are not of the coders alone."
+            "without), so differences are not of the coders alone."
         )
     if not comparison.paired:
         console.print("Not on the same contexts, so differences of delta CE have no interval.")

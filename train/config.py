@@ -133,7 +133,7 @@ class TrainConfig(Config):
     tokens: int | None = option(
         None, "Rows to train on.", _TRAINING, ge=1, shown="each once", parser=parse_count
     )
-    """More rows than the store has are more passes."""
+    """More rows than the run reads are more passes."""
     batch_rows: int = option(2048, "Rows in a step.", _TRAINING, ge=1, le=2**24, parser=parse_count)
     micro_rows: int | None = option(
         None,

@@ -87,6 +87,7 @@ class Job:
             store_id=self.store.store_id,
             model=self.store.attributes["model"],
             rows=self.rows,
+            rows_of_a_pass=self.rows_of_a_pass,
             steps=self.steps,
             batch_rows=config.batch_rows,
             micro_rows=self.memory.micro_rows,
@@ -150,8 +151,9 @@ def make_job(
         steps = (config.tokens or once - gone) // config.batch_rows
     if store.ring is None and config.batch_rows > once:
         raise UserError(
-            f"batch_rows: {config.batch_rows:,} rows in a batch, but {store.folder} holds {once:,} "
-            f"training rows. Choose a smaller batch."
+            f"batch_rows: {config.batch_rows:,} rows in a batch, but {store.folder} holds {rows:,} "
+            f"training rows{f', of which {once:,} are read' if once < rows else ''}. Choose a "
+            f"smaller batch."
         )
     if steps < 1 and config.tokens is None:  # a ring whose rows have passed
         raise UserError(

@@ -168,6 +168,8 @@ class RunConfig(Record):
     """Identity of the model, as the store has it."""
     rows: int
     """Training rows of the store."""
+    rows_of_a_pass: int | None = None
+    """Those of them that are read; None: all, or not known."""
     steps: int | None
     batch_rows: int | None
     micro_rows: int | None

@@ -72,7 +72,9 @@ class Scale:
 
 
 def rows_of_a_pass(store: ActivationStore, config: TrainConfig) -> int:
-    """Training rows that a run reads before it reads one again; of a ring all that are to pass.
+    """Training rows that a run reads before it reads one again (`kept_count`).
+
+    Of a ring all that are to pass: what they are is not known before.
 
     Raises:
         StoreError: no row is left without the tokens that the run leaves out.

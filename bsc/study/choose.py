@@ -95,9 +95,10 @@ def _check_once(run: Run, where: str) -> None:
     config = run.config()
     steps, batch = config.steps, config.batch_rows
     rows = None if steps is None or batch is None else steps * batch
-    if rows is not None and config.finetuned is None and rows > config.rows:
+    once = config.rows_of_a_pass or config.rows
+    if rows is not None and config.finetuned is None and rows > once:
         raise UserError(
-            f"{where}: {run.folder} was trained on {rows:,} rows of {config.rows:,}: rows that "
+            f"{where}: {run.folder} was trained on {rows:,} rows of {once:,}: rows that "
             f"were seen before say nothing of new ones. Choose by a run of one pass at most."
         )
 

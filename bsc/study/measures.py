@@ -29,10 +29,11 @@ from numpy.typing import NDArray
 
 from bsc.array_file import read_arrays
 from bsc.errors import ConfigError, StoreError, nearest
-from bsc.eval.evaluation import CoderFigures, EvaluationFolder, measured_rows
+from bsc.eval.evaluation import CoderFigures, EvaluationFolder
 from bsc.eval.figures.firing import firing_counts
 from bsc.eval.finetuned import PROBE
 from bsc.eval.interp.scores import InterpFolder, Interpretability, Offline
+from bsc.eval.measured_rows import measured_rows
 from bsc.study.config import Contrast
 from bsc.study.estimates import Sums
 from bsc.study.needs import OFFLINE
@@ -212,10 +213,9 @@ def _over_documents(measured: _Measured, coder: str, name: str) -> Sums:
     if above.startswith("nats"):
         values = values - arrays["clean/nats"]
     weights = arrays["predicted" if below is None else f"{coder}/{below}"].astype(np.float64)
-    store, *rows = measured_rows(measured.run.config(), measured.evaluation)
-    # Losses are of whole contexts.
-    which = "" if above.startswith("nats") else f", rows {rows}"
-    return Sums(values, weights, f"documents of {store}{which}")
+    rows = measured_rows(measured.run.config(), measured.evaluation)
+    units = rows._replace(rows=0) if below is None else rows  # losses are of whole contexts
+    return Sums(values, weights, f"documents of {units}")
 
 
 def _probe(measured: _Measured, coder: str, word: str) -> Sums:

@@ -20,6 +20,8 @@ __all__ = ["kept_count", "kept_moments", "kept_rows"]
 MOMENT_ROWS = 1 << 20
 """Rows that the moments are taken over where the sums of the store do not serve: shards hold rows
 at random, so some shards are a sample."""
+_LEAST_SHARDS = 8
+"""Shards whose counts tell how much shards differ."""
 _AT_ONCE = 8192
 
 
@@ -50,29 +52,33 @@ def kept_rows(
 
 
 def kept_count(split: StoreSplit, without_tokens: Collection[int]) -> int:
-    """How many rows are read where rows of some tokens are left out.
+    """How many finite rows are read where rows of some tokens are left out.
 
-    Of more than a million rows their share is measured on the first shards, which hold rows at
-    random, and the count is so small (four standard errors) that there are as many.
+    Of more than a million rows an estimate, from shards that lie evenly over the split, and so
+    small (four standard errors, of the counts of shards) that there are most likely as many.
 
     Raises:
-        StoreError: none of those is left.
+        StoreError: none is left.
     """
     if not without_tokens or not split.rows:
         return split.rows
-    read = kept = 0
-    for shard in range(split.shards):
-        here = kept_rows(split, shard, (), without_tokens)
-        assert here is not None
-        read, kept = read + len(here), kept + int(here.sum())
-        if read >= MOMENT_ROWS:
-            break
+    wanted = max(_LEAST_SHARDS, -(-MOMENT_ROWS // split.grid.shard_rows))
+    if wanted < split.shards:
+        places = np.linspace(0, split.shards - 1, wanted).round().astype(int).tolist()
+        counts = np.array([_count(split, shard, without_tokens) for shard in places])
+        error = 4 * float(counts.std(ddof=1)) / wanted**0.5
+        least = int((float(counts.mean()) - error) / split.grid.shard_rows * split.rows)
+        if least > 0:
+            return least
+    kept = sum(_count(split, shard, without_tokens) for shard in range(split.shards))
     if kept == 0:
         raise StoreError(f"{split.where}: no row is left without the left-out tokens.")
-    if read >= split.rows:
-        return kept
-    share = kept / read
-    return int((share - 4 * (share * (1 - share) / read) ** 0.5) * split.rows)
+    return kept
+
+
+def _count(split: StoreSplit, shard: int, without_tokens: Collection[int]) -> int:
+    kept = kept_rows(split, shard, (), without_tokens)
+    return split.grid.shard_rows if kept is None else int(kept.sum())
 
 
 def kept_moments(

@@ -18,12 +18,13 @@ from bsc.devices import pick_device
 from bsc.errors import UserError
 from bsc.eval.browse.config import BrowseConfig
 from bsc.eval.browse.contexts import ContextPages
-from bsc.eval.evaluation import CoderFigures, EvaluationFolder, measured_rows
+from bsc.eval.evaluation import CoderFigures, EvaluationFolder
 from bsc.eval.figures.examples import Sample, choose_latents
 from bsc.eval.figures.firing import firing_counts
 from bsc.eval.figures.split_text import SplitText
 from bsc.eval.figures.stability import comparable_pairs
 from bsc.eval.latent_table import LatentRecord, latents
+from bsc.eval.measured_rows import measured_rows
 from bsc.eval.passes.batches import rows_read
 from bsc.eval.passes.codes import Codes, LatentCode
 from bsc.eval.passes.pieces import Pieces

@@ -138,17 +138,23 @@ def import_(
             default="what the coders say",
         ),
     ] = None,
+    all_tokens: Annotated[
+        bool, flag("Measure the rows of every token, whatever the coders say.")
+    ] = False,
 ) -> None:
     """Make a run of coders that other tools trained, to be measured like any other.
 
     Every coder is checked on rows of the store against the other tool's formula.
     """
+    from bsc.errors import UserError
     from bsc.eval.exports.importing import import_coders
 
+    if all_tokens and (without_special_tokens or without_tokens):
+        raise UserError("--all-tokens and tokens to leave out exclude each other.")
     run = import_coders(
         sources, store, format_=format_, hookpoint=hookpoint, name=name, runs=runs,
         same_model=same_model, without_special_tokens=without_special_tokens,
-        without_tokens=without_tokens or (),
+        without_tokens=() if all_tokens else without_tokens,
     )  # fmt: skip
     if left_out := run.config().without_tokens:
         console.print(f"rows of the tokens {', '.join(map(str, left_out))} are left out")

@@ -69,7 +69,7 @@ def import_coders(
     runs: str | Path = "runs",
     same_model: bool = False,
     without_special_tokens: bool = False,
-    without_tokens: Collection[int] = (),
+    without_tokens: Collection[int] | None = None,
 ) -> Run:
     """Make a run of coders that other tools wrote.
 
@@ -84,7 +84,8 @@ def import_coders(
         same_model: takes a coder that states another model's name, since it is called differently.
         without_special_tokens: whether rows of special tokens are left out wherever the run is
             measured, since the coders were trained without them.
-        without_tokens: ids of further such tokens. Where neither is given: what the coders say.
+        without_tokens: ids of further such tokens; none of them, ``()``: whatever the coders say
+            every row is measured. None: what they say, unless special tokens are left out.
 
     Returns:
         The run, whose coders are in the units of the store's rows.
@@ -98,14 +99,15 @@ def import_coders(
             f"--format {format_}: should be auto or one of {', '.join(READABLE)}"
             f"{nearest(format_, READABLE)}."
         )
-    if strange := [i for i in without_tokens if not 0 <= i < 1 << 32]:
+    if strange := [i for i in without_tokens or () if not 0 <= i < 1 << 32]:
         raise UserError(f"--without-tokens {strange[0]}: should be the id of a token.")
     opened = ActivationStore(store)
     opened.held_out  # noqa: B018 - raises, with what to do, where there are none
     found = _coders(sources, opened, format_, hookpoint, same_model=same_model)
     special = opened.attributes["model"]["special_token_ids"]
-    given = {*without_tokens, *(special if without_special_tokens else ())}
-    return _write(Run(Path(runs) / name), found, opened, sorted(given) or None)
+    given = {*(without_tokens or ()), *(special if without_special_tokens else ())}
+    as_said = without_tokens is None and not without_special_tokens
+    return _write(Run(Path(runs) / name), found, opened, None if as_said else sorted(given))
 
 
 def _coders(
@@ -307,9 +309,9 @@ def _agreed(named: Mapping[str, list[int]]) -> list[int]:
     for name, said in others:
         if said != ids:
             raise UserError(
-                f"{first} was trained without the tokens {ids}, and {name} without {said}. A run "
-                f"is measured on one choice of rows: import them as two, or give --without-tokens "
-                f"or --without-special-tokens."
+                f"{first} was trained without the tokens {ids or 'none'}, and {name} without "
+                f"{said or 'none'}. A run is measured on one choice of rows: import them as two, "
+                f"or say which, with --without-tokens, --without-special-tokens or --all-tokens."
             )
     return ids
 

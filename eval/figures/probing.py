@@ -165,7 +165,7 @@ def pooled_codes(
     batch = max(1, min(batch, rows_at_once(widest) // length))
     left_out = sorted({*lm.tokenizer.all_special_ids, *without_tokens})
     special = torch.tensor(left_out, device=device)
-    ids = _tokenise(lm, texts, length)
+    ids = _tokenise(lm, texts, length, left_out)
     by_coder: dict[str, list[Features]] = {name: [] for name in coders}
     by_side: dict[str, list[Features]] = {name: [] for name in sides}
     for start in range(0, len(texts), batch):
@@ -218,14 +218,15 @@ def _finite(rows: Mapping[str, torch.Tensor], hook: str) -> torch.Tensor:
     return rows[f"{hook}/input"].isfinite().all(1) & rows[f"{hook}/output"].isfinite().all(1)
 
 
-def _tokenise(lm: LanguageModel, texts: Sequence[str], length: int) -> list[list[int]]:
+def _tokenise(
+    lm: LanguageModel, texts: Sequence[str], length: int, left_out: Collection[int]
+) -> list[list[int]]:
     """Token ids of each text with the separator that a capture puts before a document."""
     from bsc.cache.model.tokens import tokenise
 
     found = [ids[:length] for ids in tokenise(lm.tokenizer, list(texts))]
-    special = set(lm.tokenizer.all_special_ids)
     for text, ids in zip(texts, found, strict=True):
-        if not set(ids) - special:
+        if not set(ids).difference(left_out):
             raise UserError(f"--probe: the text {text[:40]!r} has no token to probe.")
     return found
 

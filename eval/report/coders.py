@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from bsc.errors import StoreError, UserError
-from bsc.eval.evaluation import CoderFigures, EvaluationFolder, ShownLatent, measured_rows
+from bsc.eval.evaluation import CoderFigures, EvaluationFolder, ShownLatent
+from bsc.eval.measured_rows import measured_rows
 from bsc.eval.report.links import coder_slug
 from bsc.files import canonical_json
 from bsc.records import expected_form

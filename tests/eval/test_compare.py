@@ -12,6 +12,7 @@ from bsc.eval.compare import compare_runs
 from bsc.eval.config import EvalConfig
 from bsc.eval.evaluate import evaluate
 from bsc.eval.report.coders import by_panel, read_coders
+from bsc.eval.report.report import render_report
 from bsc.study.config import Contrast
 from bsc.study.measures import Measures
 from bsc.study.subjects import subjects_of
@@ -61,20 +62,29 @@ def test_runs_on_other_rows_are_said_to_be(
     evaluate(other, FAST)
     assert compare_runs(seeds, seeds)["same_rows"] is True
     found = compare_runs(seeds, other)
-    assert found["paired"] and found["same_rows"] is False
+    assert found["paired"] is found["same_rows"] is False
     assert found["coders"][0]["fvu"].get("interval") is None
     main_ok("compare", seeds.folder, other.folder)
     assert "Not on the same rows" in capsys.readouterr().out
+    words = "Not all of these were measured on the same rows"
+    both = render_report([seeds, other])
+    assert words in both and words not in render_report([seeds])
     panels = by_panel(read_coders([seeds, other]))
     assert len(panels) == 2 and all("rows of" in panel for panel in panels)
     assert all(len({row.run for row in rows}) == 1 for rows in panels.values())
     assert all("rows of" not in panel for panel in by_panel(read_coders([seeds])))
     measures, units = Measures(), {}
-    for figure in ("fvu", "delta_ce"):
+    fewer = Run(Path(shutil.copytree(seeds.folder, tmp_path / "fewer")))
+    evaluate(fewer, FAST.but(rows=100))
+    evaluate(seeds, FAST.but(rows=10**9))  # as all of them
+    assert compare_runs(seeds, fewer)["same_rows"] is False
+    assert compare_runs(seeds, fewer)["paired"] is True  # losses
+    for figure in ("fvu", "delta_ce", "kl"):
         contrast = Contrast(figure=figure, coders={})
-        sums = [measures.sums(s, contrast) for r in (seeds, other) for s in subjects_of("x", r)]
+        runs = (seeds, other, fewer)
+        sums = [measures.sums(s, contrast) for r in runs for s in subjects_of("x", r)]
         units[figure] = {s.units for s in sums if s is not None}
-    assert (len(units["fvu"]), len(units["delta_ce"])) == (2, 1)
+    assert {figure: len(of) for figure, of in units.items()} == {"fvu": 3, "delta_ce": 2, "kl": 2}
 
 
 def test_seeds_of_one_run_are_compared(seeds: Run) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from bsc.eval.figures.probing import (
     class_splits,
     pooled_codes,
     probe,
+    probing_figures,
 )
+from bsc.eval.passes.setting import open_setting
 from bsc.train.run import Run
+from bsc.typed import write_typed
 
 N, F = 240, 30
 
@@ -188,6 +192,18 @@ def test_rows_that_no_coder_was_trained_on_are_not_pooled(run: Run, tiny_model: 
         torch.testing.assert_close(mean, dense.mean(0), rtol=1e-4, atol=1e-5)
         rows = channels[f"{hook}/{coder.config.side}"]["mean"][0].todense()
         assert np.allclose(rows, x.mean(0), atol=1e-3)
+
+
+def test_tokens_that_the_run_was_trained_without_are_not_probed(run: Run, tmp_path: Path) -> None:
+    texts = ["import os", "import re"] * 4
+    labelled = LabelledTexts("t", texts, ["a", "b"] * 4, [str(i) for i in range(8)])
+    setting = open_setting(run, store=None, model=None, device="cpu")
+    assert probing_figures(setting, [labelled], 8)["t"].texts == 8
+    copy = Run(Path(shutil.copytree(run.folder, tmp_path / "run")))
+    ids = sorted({i for text in texts for i in setting.lm.tokenizer(text)["input_ids"]})
+    write_typed(copy.config_path, copy.config().model_copy(update={"without_tokens": ids}))
+    with pytest.raises(UserError, match="has no token to probe"):
+        probing_figures(open_setting(copy, store=None, model=None, device="cpu"), [labelled], 8)
 
 
 def test_the_embedded_set_has_classes_of_some_size() -> None:

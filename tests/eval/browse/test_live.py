@@ -25,6 +25,7 @@ from bsc.eval.browse.live.server import MAX_BODY, application, listen
 from bsc.eval.browse.live.workbench import Question, Workbench
 from bsc.eval.browse.pages import visible
 from bsc.train.run import Run
+from bsc.typed import write_typed
 from tests.eval.pages import HOSTILE, chromium, needs_browser, opened
 
 TEXT = "def parse(self, text):\n    return text.split()"
@@ -142,14 +143,15 @@ def test_the_edited_distribution_is_that_of_a_hook_by_hand(
 
 
 def test_tokens_that_the_run_left_out_stay_as_the_model_makes_them(
-    workbench: Workbench, monkeypatch: pytest.MonkeyPatch
+    workbench: Workbench, tmp_path: Path
 ) -> None:
     name = workbench.run.full_name("sae-binary-k4")
     asked = Question(text=TEXT, coder=name, edits={5: 3.0}, error=False)
     everywhere = workbench.look(asked)
     bos = workbench.lm.tokenizer.bos_token_id
-    monkeypatch.setattr(workbench, "_without", torch.tensor([bos]))
-    found = workbench.look(asked)
+    copy = Run(Path(shutil.copytree(workbench.run.folder, tmp_path / "run")))
+    write_typed(copy.config_path, copy.config().model_copy(update={"without_tokens": [bos]}))
+    found = Workbench(copy).look(asked)
     assert everywhere["latents"][0] and found["latents"][0] == []
     assert found["latents"][1:] and everywhere["kl"][0] > 0 and found["kl"][0] == 0
     clean = workbench.lm.model(torch.tensor([[bos]])).logits[0, 0].float().softmax(dim=-1)

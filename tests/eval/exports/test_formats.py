@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from bsc.cli import main
 from bsc.errors import UserError
 from bsc.eval.exports import circuit_tracer, export
+from bsc.eval.exports.card import _reads
 from bsc.eval.exports.weights import (
     Origin,
     check_written,
@@ -142,6 +143,19 @@ def test_unit_rows_are_the_same_function() -> None:
     torch.testing.assert_close(dense[0] * length, dense[1], rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="codes other than 0 and 1"):
         unit_rows(random_coder(KINDS["sae binary"][2]))
+
+
+def test_the_card_says_what_coders_read(run: Run) -> None:
+    config = run.config()
+    plain = " ".join(_reads(config))
+    assert "from its input, which is what the module itself reads (width" in plain
+    assert "left out of training" not in plain
+    one = config.coders[0].model_copy(update={"hookpoint": "layers.2.norm@layers.2.mlp"})
+    coder = one.coder.model_copy(update={"site": "transcoder"})
+    changed = {"coders": [one.model_copy(update={"coder": coder})], "without_tokens": [9, 0]}
+    words = " ".join(_reads(config.model_copy(update=changed)))
+    assert "give the output of `layers.2.mlp` from the input of `layers.2.norm` (width" in words
+    assert "Rows of the tokens 0, 9 were left out of training and of every figure." in words
 
 
 def test_circuit_tracer_needs_every_layer_once() -> None:

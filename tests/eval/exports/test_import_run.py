@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bsc.cli import main
 from bsc.errors import StoreError, UserError
 from bsc.eval.config import EvalConfig
 from bsc.eval.evaluate import evaluate
@@ -78,6 +79,7 @@ def test_tokens_that_a_coder_was_trained_without_are_left_out(
     assert imported("ids", [7, 3]) == [3, 7]
     assert imported("special", True) == [0]
     assert imported("given", True, without_tokens=[9]) == [9]
+    assert imported("every", True, without_tokens=()) == []
     assert imported("both", None, without_tokens=[9], without_special_tokens=True) == [0, 9]
     for said in ("all", [-1], [1.5], {"a": 1}):
         with pytest.raises(StoreError, match="exclude_special_tokens: should be"):
@@ -93,6 +95,10 @@ def test_tokens_that_a_coder_was_trained_without_are_left_out(
     with pytest.raises(UserError, match="was trained without the tokens"):
         import_coders([place, tmp_path / "more"], store_path, name="two", runs=tmp_path)
     assert not (tmp_path / "two").exists() and not (tmp_path / "wrong").exists()
+    line = ["import", str(place), "--store", str(store_path), "--all-tokens"]
+    with pytest.raises(SystemExit):
+        main([*line, "--without-tokens", "3"])
+    assert "--all-tokens and tokens to leave out exclude each other" in capsys.readouterr().err
     # And out again.
     back = export_coders(Run(tmp_path / "ids"), ["*"], "saelens", tmp_path / "back")
     (one,) = back["coders"].values()
