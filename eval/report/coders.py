@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from bsc.errors import StoreError, UserError
 from bsc.eval.evaluation import CoderFigures, EvaluationFolder, ShownLatent
-from bsc.eval.measured_rows import measured_rows
+from bsc.eval.measured_rows import MeasuredRows, measured_rows
 from bsc.eval.report.links import coder_slug
 from bsc.files import canonical_json
 from bsc.records import expected_form
@@ -149,14 +149,13 @@ def read_coders(runs: Sequence[Run]) -> list[ReportedCoder]:
 
 def _rows(runs: Sequence[Run], labels: Sequence[str]) -> dict[str, str]:
     """By run the first one that was measured on the same rows; nothing where all were."""
-    first: dict[object, str] = {}
-    of = {
-        label: measured_rows(run.config(), EvaluationFolder(run).read())
-        for run, label in zip(runs, labels, strict=True)
-    }
-    for label, rows in of.items():
-        first.setdefault(rows, f"rows of {label}")
-    return {label: first[rows] if len(first) > 1 else "" for label, rows in of.items()}
+    first: dict[MeasuredRows, str] = {}
+    of = {}
+    for run, label in zip(runs, labels, strict=True):
+        rows = of[label] = measured_rows(run.config(), EvaluationFolder(run).read())
+        if rows.rows:  # else every coder was left out
+            first.setdefault(rows, f"rows of {label}")
+    return {label: first.get(rows, "") if len(first) > 1 else "" for label, rows in of.items()}
 
 
 def _order(one: ReportedCoder) -> tuple[str | int, ...]:

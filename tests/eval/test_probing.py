@@ -14,12 +14,10 @@ from bsc.cache.model.models import load_model
 from bsc.errors import UserError
 from bsc.eval.config import EMBEDDED
 from bsc.eval.figures.labelled import LabelledTexts, read_labelled, read_sets
+from bsc.eval.figures.pooling import POOLINGS, Features, pooled_codes
 from bsc.eval.figures.probing import (
-    POOLINGS,
-    Features,
     at_most,
     class_splits,
-    pooled_codes,
     probe,
     probing_figures,
 )

@@ -46,14 +46,6 @@ class StepResult(NamedTuple):
     """(C, F) bool: latents that are not 0 in at least one row."""
 
 
-def _mark(flags: Tensor, places: Tensor) -> None:
-    """Set flags at some places, which are int64."""
-    if flags.device.type == "cpu":  # threads of torch that write next to each other are slower
-        flags.numpy()[places.numpy()] = True
-    else:
-        flags.index_fill_(0, places, True)
-
-
 class Bank:
     """Stacked parameters of C coders and their gradients.
 
@@ -248,7 +240,7 @@ class Bank:
                 latent, margin, on, error = one.run(pre)
                 loss[c] += error
                 l0[c] += on.sum()
-                _mark(fired[c], latent.where(on, self.n_latents))
+                kernels.mark(fired[c], latent.where(on, self.n_latents))
                 if self.configs[c].select == "batch_topk":
                     self._note_minima(c, latent, margin, on)
                 if last:

@@ -32,6 +32,7 @@ __all__ = [
     "dots_in_float32",
     "latent_sums",
     "latent_sums_by_pieces",
+    "mark",
     "pieces_of",
     "pre_activations",
     "transpose",
@@ -254,3 +255,11 @@ def bytes_by_pieces(n_latents: int, width: int, entries: int, dtype: torch.dtype
     """
     kept, passing = 20, 48  # of a piece: int32, and int64 while they are worked out
     return (n_latents + entries // _LONGEST) * (kept + max(width * dtype.itemsize, passing))
+
+
+def mark(flags: Tensor, places: Tensor) -> None:
+    """Set flags, (n,) bool, at some places, (M,) int64. Writes M bytes."""
+    if flags.device.type == "cpu":  # threads of torch that write next to each other are slower
+        flags.numpy()[places.numpy()] = True
+    else:
+        flags.index_fill_(0, places, True)
